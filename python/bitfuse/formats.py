@@ -1,0 +1,137 @@
+"""What a few-bit code means.
+
+Every format reads the same way: ``w[n, k] = (values[code[n, k]] - zero[n, g]) * scale[n, g]`` with g the group of
+input column k. `values` is a table of 2**bits numbers, so an integer, a codebook (NF4) and a minifloat (FP8) differ
+in that table and in how a scale is chosen, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+# The 16 levels of NF4 (Dettmers et al., QLoRA, 2023), the quantiles of a normal distribution, as bitsandbytes has them.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NESTED_BLOCK = 256  # scales that share one second-level scale, counted over the flattened [out_features, groups]
+
+
+def _minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
+    """Values of a sign-exponent-mantissa code without infinities (OCP FP8 e4m3fn, FP4 e2m1)."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    values = []
+    for code in range(2 ** (exponent_bits + mantissa_bits)):
+        exponent, mantissa = code >> mantissa_bits, code & (2**mantissa_bits - 1)
+        fraction = mantissa / 2**mantissa_bits
+        values.append(2.0 ** (1 - bias) * fraction if exponent == 0 else 2.0 ** (exponent - bias) * (1 + fraction))
+    if exponent_bits + mantissa_bits == 7:
+        values[-1] = float("nan")
+    return tuple(values) + tuple(-v for v in values)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a code of `bits` bits becomes a weight, and how a weight becomes a code.
+
+    Args:
+        name: the public name, as in ``quantize(weight, "int4")``.
+        bits: bits of a code, 1 to 8.
+        group_size: input columns that share a scale; -1 is the whole row. A default: each weight carries its own.
+        codebook: the value of each code; None for integers, whose value is the code itself.
+        scale_dtype: dtype of `scales`; the default for a new weight.
+        symmetric: integers only. True: the zero point is 2**(bits-1) and not stored. False: `zeros` holds one a group.
+        nested: scales are themselves 8-bit codes with a second-level scale a block of 256 (double quantisation).
+    """
+
+    name: str
+    bits: int
+    group_size: int = -1
+    codebook: tuple[float, ...] | None = None
+    scale_dtype: torch.dtype = torch.float32
+    symmetric: bool = True
+    nested: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits is {self.bits}, expected 1 to 8")
+        if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 8):
+            raise ValueError(f"group_size is {self.group_size}, expected -1 (the whole row) or a positive multiple of 8")
+        if self.codebook is not None and len(self.codebook) != 2**self.bits:
+            raise ValueError(f"codebook has {len(self.codebook)} values, expected 2**bits = {2**self.bits}")
+        if self.codebook is not None and not self.symmetric:
+            raise ValueError(f"symmetric is False, but {self.name} is a codebook: only integer formats have zero points")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype is {self.scale_dtype}, expected one of {SCALE_DTYPES}")
+        if self.nested and self.scale_dtype != torch.float32:
+            raise ValueError(f"scale_dtype is {self.scale_dtype}, expected torch.float32 with nested scales")
+
+    @property
+    def is_integer(self) -> bool:
+        return self.codebook is None
+
+    @property
+    def zero_point(self) -> int:
+        """The zero point of a symmetric integer format; 0 for a codebook."""
+        return 2 ** (self.bits - 1) if self.is_integer else 0
+
+    def values(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The 2**bits values of the codes, float32, before zero point and scale."""
+        return _values(self.codebook or tuple(map(float, range(2**self.bits))), str(device))
+
+    def __str__(self) -> str:
+        parts = [self.name, "per channel" if self.group_size == -1 else f"g{self.group_size}"]
+        return ", ".join(parts + ["asymmetric"] * (not self.symmetric) + ["double quantised"] * self.nested)
+
+
+@functools.lru_cache(maxsize=64)
+def _values(table: tuple[float, ...], device: str) -> torch.Tensor:
+    return torch.tensor(table, dtype=torch.float32, device=device)
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("int8", 8),
+        Format("int4", 4, group_size=128, scale_dtype=torch.float16),
+        Format("nf4", 4, group_size=64, codebook=NF4),
+        Format("fp8", 8, codebook=_minifloat(4, 3)),
+    )
+}
+
+
+def get_format(format: str | Format, **changes: object) -> Format:
+    """The `Format` of a name, with fields replaced (None leaves a field as it is).
+
+    Raises:
+        ValueError: no such name, or a field that does not fit the format.
+    """
+    if isinstance(format, str):
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}, expected one of {', '.join(map(repr, FORMATS))}")
+        format = FORMATS[format]
+    elif not isinstance(format, Format):
+        raise TypeError(f"format is a {type(format).__name__}, expected a name or a bitfuse.Format")
+    changed = {k: v for k, v in changes.items() if v is not None}
+    return replace(format, **changed) if changed else format  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=8)
+def _dynamic_map() -> tuple[float, ...]:
+    """The signed 8-bit dynamic map (Dettmers, 8-bit Approximations, 2015): 7 decades, finer near each decade's top."""
+    positive: list[float] = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+    return tuple(sorted([0.0, 1.0, *positive, *(-v for v in positive)]))
+
+
+def nested_code(device: torch.device | str = "cpu") -> torch.Tensor:
+    """The 256 values that a nested scale's code stands for, float32, ascending, times its block's scale."""
+    return _values(_dynamic_map(), str(device))

@@ -1,0 +1,178 @@
+"""Op: one operator with several kernels behind it, one reference that says what it means, and who runs a call and why."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+log = logging.getLogger("bitfuse")
+_library = torch.library.Library("bitfuse", "DEF")
+_asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("bitfuse_backend", default=None)
+BACKENDS = ("cpp", "cuda", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    `supports` takes the op's arguments and returns None, or the reason why it can't serve them. `run` takes the same.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    supports: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who serves a call, and why those before it in the order do not."""
+
+    op: str
+    device: str
+    chosen: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.chosen} runs"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for can't serve this call."""
+
+
+@functools.cache
+def simulated_gpu() -> bool:
+    """True when the GPU simulator stands in for the CUDA runtime: GPU backends then take CPU tensors, when asked for."""
+    return hasattr(ctypes.CDLL(None), "cusim_run_ptx")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call inside by this backend; a call that it can't serve raises `BackendError` with the reason.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+    token = _asked.set(_check_backend(name, "name"))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def _check_backend(name: str, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} is {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def asked_backend() -> str | None:
+    """The backend that `use_backend` or BITFUSE_BACKEND asks for."""
+    asked = _asked.get()
+    if asked is None and (name := os.environ.get("BITFUSE_BACKEND")):
+        return _check_backend(name, "BITFUSE_BACKEND")
+    return asked
+
+
+class Op:
+    """An operator: its torch schema, reference, fake and backends.
+
+    Args:
+        schema: as `torch.library` takes it, "name(Tensor x, ...) -> Tensor". The first argument decides the device.
+        check: raises TypeError or ValueError for arguments that no backend may see.
+        reference: the meaning, in plain torch; serves whatever no backend does.
+        fake: shapes and dtypes only, for torch.compile and torch.export.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        check: Callable[..., None],
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        backends: tuple[Backend, ...],
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.check = check
+        self.reference = reference
+        self.backends = (*backends, Backend("reference", ("cpu", "cuda"), lambda *args: None, reference))
+        self._order: dict[str, tuple[Backend, ...]] = {}
+        self._told: set[str] = set()
+        self.__doc__ = reference.__doc__
+        _library.define(schema)
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, self._run, key)
+        torch.library.register_fake(f"bitfuse::{self.name}", fake, lib=_library)
+        self._torch = getattr(torch.ops.bitfuse, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._torch(*args)
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            return self._torch(*args)
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
+        self.check(*args)
+        if _asked.get() is not None or "BITFUSE_BACKEND" in os.environ:
+            return self._only(asked_backend(), args).run(*args)
+        device = args[0].device.type
+        order = self._order.get(device) or self._ordered(device)
+        for backend in order:
+            if backend.supports(*args) is None:
+                if backend.name == "reference":
+                    self._tell(device, args)
+                return backend.run(*args)
+        raise AssertionError("the reference serves every call")
+
+    def _ordered(self, device: str) -> tuple[Backend, ...]:
+        order = self._order[device] = tuple(b for b in self.backends if device in b.devices or b.name == "reference")
+        return order
+
+    def _only(self, name: str | None, args: tuple[Any, ...]) -> Backend:
+        device = args[0].device.type
+        for backend in self.backends:
+            if backend.name != name:
+                continue
+            if device not in backend.devices and not (simulated_gpu() and "cuda" in backend.devices):
+                raise BackendError(f"{self.name}: backend {name!r} was asked for, but it does not run on {device} tensors")
+            if reason := backend.supports(*args):
+                raise BackendError(f"{self.name}: backend {name!r} was asked for, but {reason}")
+            return backend
+        raise BackendError(f"{self.name}: backend {name!r} was asked for, but this op has none of that name")
+
+    def _tell(self, device: str, args: tuple[Any, ...]) -> None:
+        """Say once per op and reason that the reference, an order of magnitude slower, serves a call."""
+        text = str(self.explain(*args))
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("bitfuse falls back to plain PyTorch, which is slow. %s", text)
+
+    def explain(self, *args: Any) -> Explanation:
+        """Who would serve a call with these arguments, and why the others would not. Runs nothing."""
+        self.check(*args)
+        device = args[0].device.type
+        asked = asked_backend()
+        if asked is not None:
+            backend = self._only(asked, args)
+            return Explanation(self.name, device, backend.name, {b.name: f"{asked} was asked for" for b in self.backends if b is not backend})
+        refused: dict[str, str] = {}
+        for backend in self.backends:
+            if device not in backend.devices:
+                refused[backend.name] = f"it runs on {' and '.join(backend.devices)}, the tensors are on {device}"
+            elif reason := backend.supports(*args):
+                refused[backend.name] = reason
+            else:
+                return Explanation(self.name, device, backend.name, refused)
+        return Explanation(self.name, device, "reference", refused)

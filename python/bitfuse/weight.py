@@ -1,0 +1,316 @@
+"""A few-bit matrix: how it is made from a float one, what it holds, and how it is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from .formats import NESTED_BLOCK, SCALE_DTYPES, Format, get_format, nested_code
+from .packing import pack, packed_width, unpack
+
+CHUNK = 1 << 22  # weights that are quantised or read back at once: bounds the float32 temporaries to some 64 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class LowBitWeight:
+    """A matrix [out_features, in_features] in few bits.
+
+    ``w[n, k] = (values[code[n, k]] - zeros[n, g]) * scales[n, g]`` with g = k // group_size.
+
+    Attributes:
+        qweight: codes, uint8 [out_features, in_features*bits/8], row-major, low bits first.
+        scales: float32, float16 or bfloat16 [out_features, groups]; uint8 codes of the same shape when nested.
+        format: the `Format`, its group_size and options those of this weight.
+        shape: (out_features, in_features).
+        zeros: zero points, uint8 [out_features, groups]; None when the format is symmetric.
+        g_idx: group of each input column in the original order, int32 [in_features]; None when columns are in order.
+            With it `qweight` holds the columns sorted by group (a stable sort), so that a group is contiguous.
+        scale_scales: nested only: scale of each 256 scales, float32 [ceil(out_features*groups / 256)].
+        scale_offset: nested only: mean of the scales, float32 [1].
+
+    Raises:
+        TypeError, ValueError: a tensor that does not fit the format and the shape, or that is on another device.
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    format: Format
+    shape: tuple[int, int]
+    zeros: torch.Tensor | None = None
+    g_idx: torch.Tensor | None = None
+    scale_scales: torch.Tensor | None = None
+    scale_offset: torch.Tensor | None = None
+    # columns sorted by group, and the way back: x[..., perm] meets qweight's columns; derived from g_idx
+    perm: torch.Tensor | None = field(default=None, repr=False)
+    inverse_perm: torch.Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, dtypes, shape in self.expected(self.format, self.shape):
+            check_tensor(name, getattr(self, name), dtypes, shape, self.qweight.device)
+        if self.g_idx is not None:
+            check_tensor("g_idx", self.g_idx, (torch.int32,), (self.shape[1],), self.qweight.device)
+            if self.perm is None:
+                object.__setattr__(self, "perm", torch.argsort(self.g_idx, stable=True))
+                object.__setattr__(self, "inverse_perm", torch.argsort(self.perm))
+
+    @staticmethod
+    def expected(format: Format, shape: tuple[int, int]) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
+        """Name, dtypes and shape of each tensor that a weight of this format and shape holds (g_idx apart)."""
+        n, k = check_shape(shape, format)
+        groups = k // (k if format.group_size == -1 else format.group_size)
+        yield "qweight", (torch.uint8,), (n, packed_width(k, format.bits))
+        yield "scales", (torch.uint8,) if format.nested else SCALE_DTYPES, (n, groups)
+        if not format.symmetric:
+            yield "zeros", (torch.uint8,), (n, groups)
+        if format.nested:
+            yield "scale_scales", (torch.float32,), (-(-n * groups // NESTED_BLOCK),)
+            yield "scale_offset", (torch.float32,), (1,)
+
+    @property
+    def group_size(self) -> int:
+        """Input columns that share a scale; in_features when a scale covers the row."""
+        return self.shape[1] if self.format.group_size == -1 else self.format.group_size
+
+    @property
+    def op_args(self) -> tuple[Any, ...]:
+        """The weight as the ops take it."""
+        return (
+            self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset, self.format.name, self.group_size
+        )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint keeps, by name."""
+        names = [f.name for f in fields(self) if f.name not in ("format", "shape", "perm", "inverse_perm")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, zero points and the group index."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def to(self, device: torch.device | str) -> LowBitWeight:
+        """The weight on another device; itself when it is there already."""
+        if torch.device(device) == self.device:
+            return self
+        return replace(self, perm=None, inverse_perm=None, **{k: t.to(device) for k, t in self.tensors().items()})
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix [out_features, in_features] as floats: products in float32, then rounded to `dtype`."""
+        n, k = self.shape
+        out = torch.empty(n, k, dtype=dtype, device=self.device)
+        if n == 0:
+            return out
+        scales = self.float_scales()
+        step = max(1, CHUNK // k)
+        for at in range(0, n, step):
+            rows = slice(at, at + step)
+            w = dequantize_rows(
+                self.qweight[rows], scales[rows], None if self.zeros is None else self.zeros[rows], self.format
+            )
+            out[rows] = w if self.inverse_perm is None else w[:, self.inverse_perm]
+        return out
+
+    def float_scales(self) -> torch.Tensor:
+        """The scales as float32 [out_features, groups], nested ones resolved."""
+        return resolve_scales(self.scales, self.scale_scales, self.scale_offset)
+
+    def check_values(self) -> None:
+        """Raise ValueError for a number that no quantiser writes: a scale that is not finite, a NaN code, a g_idx
+        whose groups are not group_size columns each. Reads every tensor (and waits for the device)."""
+        for name in ("scales", "scale_scales", "scale_offset"):
+            t = getattr(self, name)
+            if t is not None and t.is_floating_point():
+                check_finite(name, t)
+        if self.zeros is not None and int(self.zeros.max()) >= 2**self.format.bits:
+            raise ValueError(f"zeros holds {int(self.zeros.max())}, expected codes below 2**bits = {2**self.format.bits}")
+        bad = [i for i, v in enumerate(self.format.values().tolist()) if v != v]
+        if bad and self.format.bits == 8 and any(bool((self.qweight == code).any()) for code in bad):
+            raise ValueError(f"qweight holds a code that is NaN in {self.format.name} ({', '.join(map(hex, bad))})")
+        if self.g_idx is not None:
+            check_g_idx(self.g_idx, self.group_size)
+
+
+def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:
+    n, k = shape
+    if n < 0 or k <= 0 or n % 8 or k % 8:
+        raise ValueError(f"shape is {(n, k)}, expected out_features and in_features that are multiples of 8")
+    if format.group_size != -1 and k % format.group_size:
+        raise ValueError(
+            f"group_size {format.group_size} does not divide in_features {k}: choose one that does, or -1 for the whole row"
+        )
+    return n, k
+
+
+def check_tensor(
+    name: str, t: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
+) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name} is {'missing' if t is None else f'a {type(t).__name__}'}, expected a tensor {list(shape)}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {t.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, expected {device}, where qweight is")
+
+
+def check_finite(name: str, t: torch.Tensor) -> None:
+    finite = torch.isfinite(t)
+    if not bool(finite.all()):
+        at = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"{name}{at} is {t[tuple(at)].item()}, expected finite numbers")
+
+
+def check_g_idx(g_idx: torch.Tensor, group_size: int) -> None:
+    groups = g_idx.numel() // group_size
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise ValueError(f"g_idx holds {int(g_idx.min())} to {int(g_idx.max())}, expected groups 0 to {groups - 1}")
+    counts = torch.bincount(g_idx, minlength=groups)
+    if bool((counts != group_size).any()):
+        at = int((counts != group_size).nonzero()[0])
+        raise ValueError(f"g_idx puts {int(counts[at])} columns in group {at}, expected group_size = {group_size}")
+
+
+def resolve_scales(
+    scales: torch.Tensor, scale_scales: torch.Tensor | None, scale_offset: torch.Tensor | None
+) -> torch.Tensor:
+    """Scales as float32; nested ones are ``nested_code[scales] * scale_scales[block of 256] + scale_offset``."""
+    if scale_scales is None or scale_offset is None:
+        return scales.float()
+    first = nested_code(scales.device)[scales.flatten().int()]
+    return (first * scale_scales.repeat_interleave(NESTED_BLOCK)[: first.numel()] + scale_offset).view(scales.shape)
+
+
+def dequantize_rows(
+    qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: Format
+) -> torch.Tensor:
+    """Float32 [rows, columns] in qweight's column order, of codes, float32 scales and zero points."""
+    values = format.values(qweight.device)[unpack(qweight, format.bits).int()]
+    grouped = values.view(*scales.shape, -1)
+    zero = format.zero_point if zeros is None else zeros.float().unsqueeze(-1)
+    return ((grouped - zero) * scales.unsqueeze(-1)).view(values.shape)
+
+
+def quantize(
+    weight: torch.Tensor,
+    format: str | Format = "int4",
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    nested: bool | None = None,
+    scale_dtype: torch.dtype | None = None,
+    g_idx: torch.Tensor | None = None,
+) -> LowBitWeight:
+    """Quantise a matrix to the nearest codes.
+
+    Integers round to nearest: symmetric ones scale by the group's largest magnitude, asymmetric ones by its range
+    (widened to hold 0). NF4 is bit-exact with bitsandbytes (Dettmers et al., QLoRA, 2023), as is its double quantisation.
+    FP8 scales each group's largest magnitude to 448.
+
+    Args:
+        weight: [out_features, in_features], float32, float16 or bfloat16, both sizes multiples of 8.
+        format: a name ("int8", "int4", "nf4", "fp8") or a `Format`.
+        group_size: input columns that share a scale, a multiple of 8 that divides in_features; -1 is the whole row.
+        symmetric: integers: False stores a zero point a group.
+        nested: double quantisation: the scales in 8 bits.
+        scale_dtype: dtype of the scales.
+        g_idx: group of each input column, int [in_features], group_size columns a group (GPTQ's act-order).
+
+    Raises:
+        TypeError: a weight that is not a float tensor.
+        ValueError: a NaN or Inf in it, a size or group size that does not fit, an unknown format, scales outside scale_dtype.
+    """
+    format = get_format(format, group_size=group_size, symmetric=symmetric, nested=nested, scale_dtype=scale_dtype)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}, expected a tensor")
+    if weight.dtype not in SCALE_DTYPES:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {' or '.join(map(str, SCALE_DTYPES))}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [out_features, in_features]")
+    weight = weight.detach()
+    n, k = check_shape((weight.shape[0], weight.shape[1]), format)
+    group = k if format.group_size == -1 else format.group_size
+    perm = None
+    if g_idx is not None:
+        if not isinstance(g_idx, torch.Tensor) or g_idx.is_floating_point() or g_idx.shape != (k,):
+            raise ValueError(f"g_idx is {getattr(g_idx, 'shape', g_idx)}, expected an int tensor of shape [{k}]")
+        g_idx = g_idx.to(weight.device, torch.int32)
+        check_g_idx(g_idx, group)
+        perm = torch.argsort(g_idx, stable=True)
+
+    qweight = torch.empty(n, packed_width(k, format.bits), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(n, k // group, dtype=format.scale_dtype, device=weight.device)
+    zeros = None if format.symmetric else torch.empty_like(scales, dtype=torch.uint8)
+    step = max(1, CHUNK // k)
+    for at in range(0, n, step):
+        rows = slice(at, at + step)
+        w = weight[rows].float()
+        check_finite(f"weight (rows from {at})", w)
+        w = (w if perm is None else w[:, perm]).view(-1, group)
+        codes, s, z = _quantize_groups(w, format)
+        qweight[rows] = pack(codes.view(-1, k), format.bits)
+        scales[rows] = s.view(-1, k // group)
+        if zeros is not None:
+            zeros[rows] = z.view(-1, k // group)
+    if n and (not bool(torch.isfinite(scales).all()) or 0 < float(scales.abs().max()) < torch.finfo(scales.dtype).tiny):
+        raise ValueError(
+            f"scale_dtype {format.scale_dtype} can't hold the scales of this weight (largest magnitude "
+            f"{float(weight.abs().max()):.3g}): pass scale_dtype=torch.float32"
+        )
+    scale_scales = scale_offset = None
+    if format.nested:
+        scales, scale_scales, scale_offset = _nest_scales(scales)
+    return LowBitWeight(qweight, scales, format, (n, k), zeros, g_idx, scale_scales, scale_offset)
+
+
+def _quantize_groups(w: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [groups, group_size], scales [groups, 1] in scale_dtype and zero points of float32 groups."""
+    top = 2**format.bits - 1
+    zero = torch.full_like(w[:, :1], format.zero_point)
+    if format.codebook is None:
+        if format.symmetric:
+            scale = w.abs().amax(1, keepdim=True) / (top // 2)
+        else:
+            low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
+            scale = (high - low) / top
+        # codes are found against the scale that is stored; a group of zeros has scale 0 and codes at the zero point
+        scale = scale.to(format.scale_dtype).float()
+        step = torch.where(scale == 0, 1.0, scale)
+        if not format.symmetric:
+            zero = (-low / step).round().clamp(0, top)
+        codes = ((w / step).round() + zero).clamp(0, top)
+        return codes.to(torch.uint8), scale.to(format.scale_dtype), zero.to(torch.uint8)
+    values = format.values(w.device)
+    largest = values.nan_to_num(0).abs().max()
+    absmax = w.abs().amax(1, keepdim=True)
+    scale = (absmax / largest).to(format.scale_dtype).float()
+    if format.name.startswith("fp8"):
+        ratio = (w / torch.where(scale == 0, 1.0, scale)).clamp(-float(largest), float(largest))
+        codes = ratio.to(torch.float8_e4m3fn).view(torch.uint8)
+    else:
+        ratio = w * torch.where(scale == 0, 0.0, 1.0 / scale)
+        order = values.argsort()
+        ascending = values[order]
+        codes = order[torch.bucketize(ratio, (ascending[1:] + ascending[:-1]) / 2)].to(torch.uint8)
+    return codes, scale.to(format.scale_dtype), zero
+
+
+def _nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales in 8 bits, as bitsandbytes nests them: less their mean, blocks of 256, the dynamic map's nearest value."""
+    flat = scales.flatten()
+    offset = flat.mean().view(1)
+    centred = flat - offset
+    blocks = -(-flat.numel() // NESTED_BLOCK)
+    padded = torch.nn.functional.pad(centred, (0, blocks * NESTED_BLOCK - flat.numel())).view(blocks, NESTED_BLOCK)
+    block_scale = padded.abs().amax(1)
+    code = nested_code(scales.device)
+    ratio = padded / torch.where(block_scale == 0, 1.0, block_scale).unsqueeze(1)
+    codes = torch.bucketize(ratio, (code[1:] + code[:-1]) / 2).to(torch.uint8)
+    return codes.flatten()[: flat.numel()].view(scales.shape), block_scale, offset
