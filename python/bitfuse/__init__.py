@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from . import ops
+from . import nn, ops
+from ._version import __version__
 from .formats import Format
-from .op import use_backend
+from .op import BackendError, Explanation, explain, use_backend
 from .ops.lowbit_linear import lowbit_linear
+from .quantization import QuantizationReport, quantize_
 from .weight import LowBitWeight, quantize
 
-__all__ = ["Format", "LowBitWeight", "lowbit_linear", "ops", "quantize", "use_backend"]
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "Format",
+    "LowBitWeight",
+    "QuantizationReport",
+    "__version__",
+    "explain",
+    "lowbit_linear",
+    "nn",
+    "ops",
+    "quantize",
+    "quantize_",
+    "use_backend",
+]

@@ -85,6 +85,34 @@ def asked_backend() -> str | None:
     return asked
 
 
+_explainers: dict[Any, Callable[..., Explanation]] = {}
+
+
+def explains(function: Callable[..., Any]) -> Callable[[Callable[..., Explanation]], Callable[..., Explanation]]:
+    """Register what `explain` answers for a public function; it takes that function's arguments."""
+
+    def register(explainer: Callable[..., Explanation]) -> Callable[..., Explanation]:
+        _explainers[function] = explainer
+        return explainer
+
+    return register
+
+
+def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """Who would serve ``op(*args)``, and why the backends before it would not. Runs nothing.
+
+    Args:
+        op: a function of bitfuse such as `bitfuse.lowbit_linear`, or a bitfuse layer.
+
+    Raises:
+        TypeError: op is neither.
+    """
+    explainer = getattr(op, "explain", None) or _explainers.get(op)
+    if explainer is None:
+        raise TypeError(f"op is {op!r}, expected a bitfuse op or layer, such as bitfuse.lowbit_linear")
+    return explainer(*args, **kwargs)
+
+
 class Op:
     """An operator: its torch schema, reference, fake and backends.
 

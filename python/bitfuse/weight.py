@@ -43,9 +43,8 @@ class LowBitWeight:
     g_idx: torch.Tensor | None = None
     scale_scales: torch.Tensor | None = None
     scale_offset: torch.Tensor | None = None
-    # columns sorted by group, and the way back: x[..., perm] meets qweight's columns; derived from g_idx
+    # columns sorted by group: x[..., perm] meets qweight's columns; derived from g_idx
     perm: torch.Tensor | None = field(default=None, repr=False)
-    inverse_perm: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, dtypes, shape in self.expected(self.format, self.shape):
@@ -54,7 +53,6 @@ class LowBitWeight:
             check_tensor("g_idx", self.g_idx, (torch.int32,), (self.shape[1],), self.qweight.device)
             if self.perm is None:
                 object.__setattr__(self, "perm", torch.argsort(self.g_idx, stable=True))
-                object.__setattr__(self, "inverse_perm", torch.argsort(self.perm))
 
     @staticmethod
     def expected(format: Format, shape: tuple[int, int]) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
@@ -87,7 +85,7 @@ class LowBitWeight:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint keeps, by name."""
-        names = [f.name for f in fields(self) if f.name not in ("format", "shape", "perm", "inverse_perm")]
+        names = [f.name for f in fields(self) if f.name not in ("format", "shape", "perm")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
@@ -99,23 +97,33 @@ class LowBitWeight:
         """The weight on another device; itself when it is there already."""
         if torch.device(device) == self.device:
             return self
-        return replace(self, perm=None, inverse_perm=None, **{k: t.to(device) for k, t in self.tensors().items()})
+        return replace(self, perm=None, **{k: t.to(device) for k, t in self.tensors().items()})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out_features, in_features] as floats: products in float32, then rounded to `dtype`."""
-        n, k = self.shape
-        out = torch.empty(n, k, dtype=dtype, device=self.device)
-        if n == 0:
-            return out
-        scales = self.float_scales()
-        step = max(1, CHUNK // k)
-        for at in range(0, n, step):
-            rows = slice(at, at + step)
-            w = dequantize_rows(
-                self.qweight[rows], scales[rows], None if self.zeros is None else self.zeros[rows], self.format
-            )
-            out[rows] = w if self.inverse_perm is None else w[:, self.inverse_perm]
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for rows, w in self._dequantized_rows():
+            out[rows] = w
         return out
+
+    def relative_error(self, weight: torch.Tensor) -> float:
+        """||dequantised - weight|| / ||weight||, Frobenius norms; weight is [out_features, in_features], any float."""
+        error = norm = 0.0
+        for rows, w in self._dequantized_rows():
+            exact = weight[rows].double()
+            error += float((w - exact).square().sum())
+            norm += float(exact.square().sum())
+        return (error / norm) ** 0.5 if norm else float(error > 0)
+
+    def _dequantized_rows(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of rows with their float32 values, a bounded number of weights at a time."""
+        scales = self.float_scales()
+        step = max(1, CHUNK // self.shape[1])
+        for at in range(0, self.shape[0], step):
+            rows = slice(at, at + step)
+            zeros = None if self.zeros is None else self.zeros[rows]
+            w = dequantize_rows(self.qweight[rows], scales[rows], zeros, self.format)
+            yield rows, w if self.perm is None else torch.empty_like(w).index_copy_(1, self.perm, w)
 
     def float_scales(self) -> torch.Tensor:
         """The scales as float32 [out_features, groups], nested ones resolved."""

@@ -10,8 +10,7 @@ from ..cpu import lowbit_linear as cpp
 from ..cuda import lowbit_linear as cuda
 from ..formats import Format, get_format
 from ..kernels import lowbit_linear as triton
-from ..op import Backend, Op
-from ..packing import packed_width
+from ..op import Backend, Explanation, Op, explains
 from ..weight import LowBitWeight, check_tensor, dequantize_rows, resolve_scales
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -170,21 +169,41 @@ class _LowBitLinear(torch.autograd.Function):
     """The weight is frozen: gradients flow to x and to bias, and the only tensors kept are the few-bit ones."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: tuple[Any, ...]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: tuple[Any, ...], perm: torch.Tensor | None
+    ) -> torch.Tensor:
         *tensors, ctx.format, ctx.group_size = weight
-        ctx.save_for_backward(*tensors)
-        return forward_op(x, *tensors, bias, ctx.format, ctx.group_size)
+        ctx.save_for_backward(*tensors, perm)
+        return forward_op(x if perm is None else x.index_select(-1, perm), *tensors, bias, ctx.format, ctx.group_size)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
+        *tensors, perm = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = lowbit_linear_grad_x(grad, *ctx.saved_tensors, ctx.format, ctx.group_size)
+            grad_x = lowbit_linear_grad_x(grad, *tensors, ctx.format, ctx.group_size)
+            if perm is not None:
+                grad_x = torch.empty_like(grad_x).index_copy_(-1, perm, grad_x)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=torch.float32).to(grad.dtype)
-        return grad_x, grad_bias, None
+        return grad_x, grad_bias, None, None
+
+
+def apply_lowbit(
+    x: torch.Tensor, weight: tuple[Any, ...], perm: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`lowbit_linear` on the parts of a weight, as `LowBitWeight.op_args` gives them: what layers call."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if perm is not None:
+        _check_float(x, "x", perm.shape[0])
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _LowBitLinear.apply(x, bias, weight, perm)
+    *tensors, format, group_size = weight
+    return forward_op(x if perm is None else x.index_select(-1, perm), *tensors, bias, format, group_size)
 
 
 def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -206,18 +225,19 @@ def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = 
         TypeError: a dtype that is not listed, w not a LowBitWeight.
         ValueError: sizes that do not fit, tensors on two devices.
     """
+    _check_types(x, w)
+    return apply_lowbit(x, w.op_args, w.perm, bias)
+
+
+def _check_types(x: object, w: object) -> None:
     if not isinstance(w, LowBitWeight):
         raise TypeError(f"w is a {type(w).__name__}, expected a bitfuse.LowBitWeight: see bitfuse.quantize")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if w.perm is not None:
-        _check_float(x, "x", w.shape[1])
-        x = x.index_select(-1, w.perm)
-    weight = w.op_args
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _LowBitLinear.apply(x, bias, weight)
-    *tensors, format, group_size = weight
-    return forward_op(x, *tensors, bias, format, group_size)
+
+
+@explains(lowbit_linear)
+def _explain(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = None) -> Explanation:
+    _check_types(x, w)
+    *tensors, format, group_size = w.op_args
+    return forward_op.explain(x, *tensors, bias, format, group_size)

@@ -1,0 +1,5 @@
+"""Drop-in layers."""
+
+from .linear import Linear
+
+__all__ = ["Linear"]
