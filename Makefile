@@ -1,0 +1,63 @@
+# Two commands set up a fresh machine that has python3, make and g++: `make demo` and `make test`.
+#
+#   make demo    a real sentence model's linear layers in int8, int4, nf4 and fp8: size, speed, what it costs in quality
+#   make test    builds everything and runs the tests; without a GPU the CUDA and Triton kernels run on a simulator
+#   make lint    ruff, mypy, clang-format
+#   make bench   every benchmark, figures as JSON under benchmarks/results/
+#   make gpu PYTHON=python3    on a machine with a GPU: build in place, all tests, all benchmarks; touches no network
+#
+# ARGS="..." passes further arguments to the demo, pytest or the benchmarks.
+
+VENV := .venv
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(VENV)/bin/python
+SETUP := $(VENV)/.ready
+endif
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
+# the simulator runs PTX, for the two generations that the kernels are written for
+TEST_ARCHS ?= 80+PTX;90a+PTX
+NVCC_WHEELS := cuda-pathfinder nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
+  nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(SETUP) $(VENV)/.demo $(VENV)/.built
+	$(PYTHON) -m bitfuse demo $(ARGS)
+
+test: $(SETUP) $(VENV)/.demo $(VENV)/.test $(VENV)/.built
+	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(SETUP) $(VENV)/.lint
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.h' '*.hpp')
+
+bench: $(SETUP) $(VENV)/.bench $(VENV)/.built
+	for b in benchmarks/bench_*.py; do $(PYTHON) $$b $(ARGS) || exit 1; done
+
+gpu:
+	BITFUSE_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=python $(PYTHON) -m pytest $(ARGS)
+	for b in benchmarks/bench_*.py; do PYTHONPATH=python $(PYTHON) $$b || exit 1; done
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(PIP) install -c constraints.txt 'setuptools>=77' 'pybind11>=2.13' torch triton
+	command -v nvcc >/dev/null || test -n "$$CUDA_HOME" || $(PIP) install $(NVCC_WHEELS)
+	BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' $(PIP) install -c constraints.txt --no-build-isolation -e .
+	touch $@ $(VENV)/.built
+
+$(VENV)/.built: $(SOURCES) | $(SETUP)
+	BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' $(PYTHON) setup.py -q build_ext --inplace
+	touch $@
+
+# one stamp an extra: the demo needs no linters, the linters need no model
+$(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: $(VENV)/.ready
+	$(PYTHON) -c "from importlib.metadata import requires; print(*(r.split(';')[0] for r in requires('bitfuse') if 'extra ==' in r and '$*' in r.split(';')[1]), sep='\n')" > $@.txt
+	$(PIP) install -c constraints.txt -r $@.txt
+	touch $@
+
+clean:
+	rm -rf build $(VENV)/.built python/bitfuse/*.so tests/cusim/build
