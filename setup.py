@@ -54,7 +54,9 @@ def find_nvcc() -> Path:
         raise CudaMissing(f"CUDA_HOME is {home}, but {nvcc} does not exist")
     if (found := shutil.which("nvcc")) is not None:
         # a wrapper script on PATH need not lie in the toolkit: ask nvcc itself where it is
-        dry = subprocess.run([found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        dry = subprocess.run(
+            [found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+        ).stderr
         for line in dry.splitlines():
             if line.startswith("#$ TOP="):
                 return (Path(line.partition("=")[2]) / "bin" / "nvcc").resolve()
@@ -79,7 +81,9 @@ def cudart(home: Path) -> Path:
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         for library in sorted((home / folder).glob("libcudart.so*"), key=lambda p: len(p.name)):
             return library
-    raise CudaMissing(f"no libcudart.so under {home}: install the CUDA runtime (PyPI: nvidia-cuda-runtime==13.0.96)")
+    raise CudaMissing(
+        f"no libcudart.so under {home}: install the CUDA runtime (PyPI: nvidia-cuda-runtime==13.0.96)"
+    )
 
 
 def architectures() -> list[str]:
@@ -88,7 +92,9 @@ def architectures() -> list[str]:
     if not asked:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         try:
-            present = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+            present = subprocess.run(
+                query, capture_output=True, text=True, timeout=30, check=True
+            ).stdout.split()
         except (OSError, subprocess.SubprocessError):
             present = []
         found = sorted({c.replace(".", "") for c in present}, key=int)
@@ -166,7 +172,11 @@ class Build(build_ext):
     def cpu_objects(self) -> list[Path]:
         bindings = [*self.bindings(), "-fopenmp", *(f"-DBITFUSE_LEVEL_{level}" for level in levels())]
         jobs = [
-            ([*CXX, *CXXFLAGS, "-fopenmp", f"-I{CSRC}", f"-DBITFUSE_ISA={level}", *flags], s, f"cpu/{s.stem}.{level}.o")
+            (
+                [*CXX, *CXXFLAGS, "-fopenmp", f"-I{CSRC}", f"-DBITFUSE_ISA={level}", *flags],
+                s,
+                f"cpu/{s.stem}.{level}.o",
+            )
             for s in sorted((CSRC / "cpu").glob("*.cpp"))
             for level, flags in levels().items()
         ]
@@ -176,8 +186,14 @@ class Build(build_ext):
         flags = ["-std=c++20", "-O3", "-lineinfo", "-cudart", "shared", f"-I{CSRC}", "-Xcompiler", "-fPIC"]
         kernels = [str(nvcc), *flags, "-ccbin", CXX[0], *architectures()]
         jobs = [(kernels, s, f"cuda/{s.stem}.o") for s in sorted((CSRC / "cuda").glob("*.cu"))]
-        includes = [f"-I{home / folder}" for folder in ("include", "targets/x86_64-linux/include") if (home / folder).exists()]
-        return self.objects([*jobs, ([*self.bindings(), *includes], CSRC / "bind_cuda.cpp", "cuda/bind_cuda.o")])
+        includes = [
+            f"-I{home / folder}"
+            for folder in ("include", "targets/x86_64-linux/include")
+            if (home / folder).exists()
+        ]
+        return self.objects(
+            [*jobs, ([*self.bindings(), *includes], CSRC / "bind_cuda.cpp", "cuda/bind_cuda.o")]
+        )
 
     def link(self, ext: Extension, objects: list[Path], libraries: list[str]) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -20,7 +20,9 @@ NF4 = (
 )  # fmt: skip
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NESTED_BLOCK = 256  # scales that share one second-level scale, counted over the flattened [out_features, groups]
+NESTED_BLOCK = (
+    256  # scales that share one second-level scale, counted over the flattened [out_features, groups]
+)
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
@@ -30,7 +32,9 @@ def _minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
     for code in range(2 ** (exponent_bits + mantissa_bits)):
         exponent, mantissa = code >> mantissa_bits, code & (2**mantissa_bits - 1)
         fraction = mantissa / 2**mantissa_bits
-        values.append(2.0 ** (1 - bias) * fraction if exponent == 0 else 2.0 ** (exponent - bias) * (1 + fraction))
+        values.append(
+            2.0 ** (1 - bias) * fraction if exponent == 0 else 2.0 ** (exponent - bias) * (1 + fraction)
+        )
     if exponent_bits + mantissa_bits == 7:
         values[-1] = float("nan")
     return tuple(values) + tuple(-v for v in values)
@@ -62,11 +66,15 @@ class Format:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits is {self.bits}, expected 1 to 8")
         if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 8):
-            raise ValueError(f"group_size is {self.group_size}, expected -1 (the whole row) or a positive multiple of 8")
+            raise ValueError(
+                f"group_size is {self.group_size}, expected -1 (the whole row) or a positive multiple of 8"
+            )
         if self.codebook is not None and len(self.codebook) != 2**self.bits:
             raise ValueError(f"codebook has {len(self.codebook)} values, expected 2**bits = {2**self.bits}")
         if self.codebook is not None and not self.symmetric:
-            raise ValueError(f"symmetric is False, but {self.name} is a codebook: only integer formats have zero points")
+            raise ValueError(
+                f"symmetric is False, but {self.name} is a codebook: only integer formats have zero points"
+            )
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype is {self.scale_dtype}, expected one of {SCALE_DTYPES}")
         if self.nested and self.scale_dtype != torch.float32:

@@ -88,7 +88,9 @@ def asked_backend() -> str | None:
 _explainers: dict[Any, Callable[..., Explanation]] = {}
 
 
-def explains(function: Callable[..., Any]) -> Callable[[Callable[..., Explanation]], Callable[..., Explanation]]:
+def explains(
+    function: Callable[..., Any],
+) -> Callable[[Callable[..., Explanation]], Callable[..., Explanation]]:
     """Register what `explain` answers for a public function; it takes that function's arguments."""
 
     def register(explainer: Callable[..., Explanation]) -> Callable[..., Explanation]:
@@ -165,7 +167,9 @@ class Op:
         raise AssertionError("the reference serves every call")
 
     def _ordered(self, device: str) -> tuple[Backend, ...]:
-        order = self._order[device] = tuple(b for b in self.backends if device in b.devices or b.name == "reference")
+        order = self._order[device] = tuple(
+            b for b in self.backends if device in b.devices or b.name == "reference"
+        )
         return order
 
     def _only(self, name: str | None, args: tuple[Any, ...]) -> Backend:
@@ -174,7 +178,9 @@ class Op:
             if backend.name != name:
                 continue
             if device not in backend.devices and not (simulated_gpu() and "cuda" in backend.devices):
-                raise BackendError(f"{self.name}: backend {name!r} was asked for, but it does not run on {device} tensors")
+                raise BackendError(
+                    f"{self.name}: backend {name!r} was asked for, but it does not run on {device} tensors"
+                )
             if reason := backend.supports(*args):
                 raise BackendError(f"{self.name}: backend {name!r} was asked for, but {reason}")
             return backend
@@ -194,11 +200,18 @@ class Op:
         asked = asked_backend()
         if asked is not None:
             backend = self._only(asked, args)
-            return Explanation(self.name, device, backend.name, {b.name: f"{asked} was asked for" for b in self.backends if b is not backend})
+            return Explanation(
+                self.name,
+                device,
+                backend.name,
+                {b.name: f"{asked} was asked for" for b in self.backends if b is not backend},
+            )
         refused: dict[str, str] = {}
         for backend in self.backends:
             if device not in backend.devices:
-                refused[backend.name] = f"it runs on {' and '.join(backend.devices)}, the tensors are on {device}"
+                refused[backend.name] = (
+                    f"it runs on {' and '.join(backend.devices)}, the tensors are on {device}"
+                )
             elif reason := backend.supports(*args):
                 refused[backend.name] = reason
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,9 @@ class QuantizationReport:
             table.add_row(name, "", f"left as it is: {reason}")
         table.add_section()
         whole = f"{self.bytes_before / 1e6:.2f}", f"{self.bytes_after / 1e6:.2f}"
-        table.add_row("whole model", f"{len(self.layers)} layers", "", *whole, f"{self.worst_relative_error:.4f} worst")
+        table.add_row(
+            "whole model", f"{len(self.layers)} layers", "", *whole, f"{self.worst_relative_error:.4f} worst"
+        )
         out = io.StringIO()
         Console(file=out, width=120).print(table)
         return out.getvalue()
@@ -102,7 +104,9 @@ def quantize_(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model, torch.nn.Linear):
-        raise TypeError("model is itself a Linear and can't be replaced in place: use bitfuse.nn.Linear.from_float")
+        raise TypeError(
+            "model is itself a Linear and can't be replaced in place: use bitfuse.nn.Linear.from_float"
+        )
     fmt = get_format(format, **options)
     report = QuantizationReport(bytes_before=model_bytes(model))
     chosen = _choose(model, [skip] if isinstance(skip, str) else list(skip), report)
@@ -118,7 +122,9 @@ def quantize_(
     users = [id(linear.weight) for _, linear in chosen]
     chosen.reverse()
     users.reverse()
-    bar = tqdm(total=len(chosen), desc=f"quantize to {fmt.name}", unit="layer", disable=not progress, leave=False)
+    bar = tqdm(
+        total=len(chosen), desc=f"quantize to {fmt.name}", unit="layer", disable=not progress, leave=False
+    )
     while chosen:
         name, linear = chosen.pop()
         tied = users.pop()
@@ -143,10 +149,14 @@ def quantize_(
 
 
 def _layer_report(name: str, w: LowBitWeight, weight: torch.Tensor) -> LayerReport:
-    return LayerReport(name, w.shape, str(w.format), weight.nbytes, w.nbytes, w.relative_error(weight.detach()))
+    return LayerReport(
+        name, w.shape, str(w.format), weight.nbytes, w.nbytes, w.relative_error(weight.detach())
+    )
 
 
-def _choose(model: torch.nn.Module, skip: list[str], report: QuantizationReport) -> list[tuple[str, torch.nn.Linear]]:
+def _choose(
+    model: torch.nn.Module, skip: list[str], report: QuantizationReport
+) -> list[tuple[str, torch.nn.Linear]]:
     """The layers to replace, in order; the report takes the others with the reason."""
     elsewhere: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -189,8 +199,12 @@ def _check_layers(layers: list[tuple[str, torch.nn.Linear]], format: Format) -> 
         if not bool(torch.isfinite(low + high)):
             raise ValueError(f"{name}.weight holds a NaN or Inf, expected finite numbers")
     if unfit:
-        names = ", ".join(name for name, _ in unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else "")
-        raise ValueError(f"{names}: {unfit[0][1]}; pass another group_size, or skip={[name for name, _ in unfit[:5]]}")
+        names = ", ".join(name for name, _ in unfit[:5]) + (
+            f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
+        )
+        raise ValueError(
+            f"{names}: {unfit[0][1]}; pass another group_size, or skip={[name for name, _ in unfit[:5]]}"
+        )
 
 
 def _take_over(layer: Linear, linear: torch.nn.Linear) -> None:

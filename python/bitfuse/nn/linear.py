@@ -53,7 +53,9 @@ class Linear(torch.nn.Module):
         act_order: bool = False,
     ) -> None:
         super().__init__()
-        fmt = get_format(format, group_size=group_size, symmetric=symmetric, nested=nested, scale_dtype=scale_dtype)
+        fmt = get_format(
+            format, group_size=group_size, symmetric=symmetric, nested=nested, scale_dtype=scale_dtype
+        )
         tensors = {
             name: torch.zeros(shape, dtype=fmt.scale_dtype if len(dtypes) > 1 else dtypes[0], device=device)
             for name, dtypes, shape in LowBitWeight.expected(fmt, (out_features, in_features))
@@ -166,12 +168,16 @@ class Linear(torch.nn.Module):
             except (ValueError, AttributeError) as why:
                 raise ValueError(f"{prefix}_extra_state is not the JSON of a format: {why}") from None
             if found != (own := _describe(self.format)):
-                differ = ", ".join(f"{k} {found.get(k)!r} (layer: {own.get(k)!r})" for k in own if found.get(k) != own[k])
+                differ = ", ".join(
+                    f"{k} {found.get(k)!r} (layer: {own.get(k)!r})" for k in own if found.get(k) != own[k]
+                )
                 raise ValueError(f"{prefix}_extra_state is of another format than the layer: {differ}")
         tensors = {name: state_dict.get(prefix + name) for name in self._tensors()}
         extra_names = [name for name in _TENSORS if prefix + name in state_dict and name not in tensors]
         if extra_names:
-            raise ValueError(f"the state has {prefix}{extra_names[0]}, which this layer ({self.format}) has no place for")
+            raise ValueError(
+                f"the state has {prefix}{extra_names[0]}, which this layer ({self.format}) has no place for"
+            )
         try:
             own_shape = (self.out_features, self.in_features)
             LowBitWeight(format=self.format, shape=own_shape, **tensors).check_values()  # type: ignore[arg-type]

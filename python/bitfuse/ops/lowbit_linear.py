@@ -30,7 +30,10 @@ def _check(
     k = _check_float(x, "x", x.shape[-1] if x.dim() else 0)
     _check_weight(qweight, scales, zeros, scale_scales, scale_offset, format, group_size, k, x.device)
     if bias is not None and (
-        bias.dtype is not x.dtype or bias.dim() != 1 or bias.shape[0] != qweight.shape[0] or bias.device != x.device
+        bias.dtype is not x.dtype
+        or bias.dim() != 1
+        or bias.shape[0] != qweight.shape[0]
+        or bias.device != x.device
     ):
         check_tensor("bias", bias, (x.dtype,), (qweight.shape[0],), x.device)
 
@@ -71,7 +74,9 @@ def _check_weight(
         qweight.dtype is torch.uint8
         and scales.shape == shape
         and (scales.dtype in FLOATS) == (scale_scales is None)
-        and (zeros is None or (zeros.shape == shape and zeros.dtype is torch.uint8 and zeros.device == device))
+        and (
+            zeros is None or (zeros.shape == shape and zeros.dtype is torch.uint8 and zeros.device == device)
+        )
         and qweight.device == device == scales.device
         and scale_scales is None
         and scale_offset is None
@@ -79,9 +84,20 @@ def _check_weight(
     ):
         return
     exact = Format(
-        fmt.name, fmt.bits, group_size, fmt.codebook, symmetric=zeros is None, nested=scale_scales is not None or scale_offset is not None
+        fmt.name,
+        fmt.bits,
+        group_size,
+        fmt.codebook,
+        symmetric=zeros is None,
+        nested=scale_scales is not None or scale_offset is not None,
     )
-    given = {"qweight": qweight, "scales": scales, "zeros": zeros, "scale_scales": scale_scales, "scale_offset": scale_offset}
+    given = {
+        "qweight": qweight,
+        "scales": scales,
+        "zeros": zeros,
+        "scale_scales": scale_scales,
+        "scale_offset": scale_offset,
+    }
     for name, dtypes, shape in LowBitWeight.expected(exact, (n, k)):
         check_tensor(name, given[name], dtypes, shape, device)
 
@@ -97,7 +113,9 @@ def _reference(
     format: str,
     group_size: int,
 ) -> torch.Tensor:
-    w = dequantize_rows(qweight, resolve_scales(scales, scale_scales, scale_offset), zeros, get_format(format))
+    w = dequantize_rows(
+        qweight, resolve_scales(scales, scale_scales, scale_offset), zeros, get_format(format)
+    )
     return torch.nn.functional.linear(x, w.to(x.dtype), bias)
 
 
@@ -130,12 +148,21 @@ def _reference_grad_x(
     format: str,
     group_size: int,
 ) -> torch.Tensor:
-    w = dequantize_rows(qweight, resolve_scales(scales, scale_scales, scale_offset), zeros, get_format(format))
+    w = dequantize_rows(
+        qweight, resolve_scales(scales, scale_scales, scale_offset), zeros, get_format(format)
+    )
     return grad @ w.to(grad.dtype)
 
 
 def _fake_grad_x(
-    grad: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, zeros: Any, scale_scales: Any, scale_offset: Any, format: str, group_size: int
+    grad: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: Any,
+    scale_scales: Any,
+    scale_offset: Any,
+    format: str,
+    group_size: int,
 ) -> torch.Tensor:
     return grad.new_empty(*grad.shape[:-1], qweight.shape[1] * 8 // get_format(format).bits)
 
@@ -170,11 +197,17 @@ class _LowBitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: tuple[Any, ...], perm: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: tuple[Any, ...],
+        perm: torch.Tensor | None,
     ) -> torch.Tensor:
         *tensors, ctx.format, ctx.group_size = weight
         ctx.save_for_backward(*tensors, perm)
-        return forward_op(x if perm is None else x.index_select(-1, perm), *tensors, bias, ctx.format, ctx.group_size)
+        return forward_op(
+            x if perm is None else x.index_select(-1, perm), *tensors, bias, ctx.format, ctx.group_size
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable

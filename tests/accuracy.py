@@ -1,0 +1,24 @@
+"""The one accuracy rule: against float64, at most twice the error of the same formula in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def assert_accurate(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "") -> None:
+    """got and plain approximate exact (float64); got may err twice as much, plus eps: half a unit in the last place of
+    the largest output at got's dtype, for cases where the plain formula happens to be exact."""
+    assert got.dtype == plain.dtype and got.shape == exact.shape, (got.dtype, got.shape, exact.shape)
+    if exact.numel() == 0:
+        return
+    assert torch.isfinite(got).all(), f"{what}: {int((~torch.isfinite(got)).sum())} outputs are not finite"
+    exact = exact.to(got.device)
+    eps = torch.finfo(got.dtype).eps / 2 * float(exact.abs().max())
+    for measure in ("largest", "mean square"):
+        norm = (
+            (lambda t: float(t.abs().max()))
+            if measure == "largest"
+            else (lambda t: float(t.square().mean().sqrt()))
+        )
+        error, allowed = norm(got.double() - exact), 2 * norm(plain.double() - exact) + eps
+        assert error <= allowed, f"{what}: {measure} error {error:.3g}, allowed {allowed:.3g}"

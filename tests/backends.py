@@ -1,0 +1,79 @@
+"""Where a test runs: each backend on the devices that are here; GPU backends on the simulator when there is no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import bitfuse
+import cusim
+import torch
+from bitfuse.op import Op
+from torch.overrides import TorchFunctionMode
+
+_seeds = itertools.count(1)
+
+
+class GuardedOutputs(TorchFunctionMode):
+    """Every torch.empty of a backend is NaN and ends at a guard page: a store too far is a fault, a missed one a NaN."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty) and out.device.type == "cpu":
+            if out.is_floating_point():
+                out.fill_(float("nan"))
+            return cusim.guarded(out)
+        return out
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend, and the device or the simulated compute capability that it runs on."""
+
+    backend: str
+    device: str
+    sm: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{f'sm{self.sm}' if self.sm else self.device}"
+
+    def pick(self, cases: Sequence[Any]) -> Sequence[Any]:
+        """All cases, or on the simulator, which takes a millisecond for what a GPU does in none, every second one."""
+        return cases[1::2] if self.sm else cases
+
+    def place(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors on the device; on the host they end at a guard page."""
+        return [t.to(self.device) if self.device == "cuda" else cusim.guarded(t) for t in tensors]
+
+    def place_weight(self, w: bitfuse.LowBitWeight) -> bitfuse.LowBitWeight:
+        return replace(w, perm=None, **{name: self.place(t)[0] for name, t in w.tensors().items()})
+
+    def reason(self, op: Op, *args: Any) -> str | None:
+        """Why the backend can't serve these arguments; None when it can."""
+        return next(b for b in op.backends if b.name == self.backend).supports(*args)
+
+    def run(self, op: Op, *args: Any) -> Any:
+        """The op on this target: outputs poisoned and guarded; simulated, races are checked and each run is scheduled anew."""
+        with contextlib.ExitStack() as stack:
+            if self.sm:
+                stack.enter_context(cusim.device(sm=self.sm, racecheck=True, seed=next(_seeds)))
+            stack.enter_context(bitfuse.use_backend(self.backend))
+            stack.enter_context(GuardedOutputs())
+            return op(*args)
+
+
+def targets(*backends: str) -> list[Target]:
+    """The targets of these backends on this machine."""
+    gpu = torch.cuda.is_available()
+    found = []
+    for backend in backends:
+        if backend in ("cpp", "reference"):
+            found.append(Target(backend, "cpu"))
+        if backend in ("cuda", "triton", "reference") and gpu:
+            found.append(Target(backend, "cuda"))
+        if backend in ("cuda", "triton") and not gpu:
+            found += [Target(backend, "cpu", 80), Target(backend, "cpu", 90)]
+    return found

@@ -1,0 +1,70 @@
+"""The import rules: cli, integrations, checkpoints -> nn -> ops -> cpu, cuda, kernels -> op, formats, packing, weight."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
+RANK = {
+    **dict.fromkeys(("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight"), 0),
+    **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
+    "ops": 2,
+    "nn": 3,
+    "quantization": 4,
+    **dict.fromkeys(("info", "demo", "cli", "__main__", "__init__"), 5),
+}
+PEERS = {"formats": 0, "packing": 0, "op": 1, "weight": 2}  # the order inside the lowest room
+
+
+def room(parts: tuple[str, ...]) -> str:
+    return parts[0] if parts else "__init__"
+
+
+def imports(path: Path) -> list[tuple[str, ...]]:
+    """The bitfuse modules that a file imports, as paths below the package."""
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    found: list[tuple[str, ...]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = here[: len(here) - node.level]
+                target = (*base, *(node.module.split(".") if node.module else ()))
+                found += [(*target, a.name) for a in node.names] if not node.module else [target]
+            elif node.module and node.module.split(".")[0] == "bitfuse":
+                found.append(tuple(node.module.split(".")[1:]))
+        elif isinstance(node, ast.Import):
+            found += [tuple(a.name.split(".")[1:]) for a in node.names if a.name.split(".")[0] == "bitfuse"]
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = room(path.relative_to(PACKAGE).with_suffix("").parts)
+        assert own in RANK, f"{own} has no place in the import rules: give it one"
+        for target in imports(path):
+            other = room(target)
+            assert other in RANK, f"{path.name} imports {other}, which has no place in the import rules"
+            down = RANK[other] < RANK[own] or other == own or RANK[own] == 5
+            if RANK[own] == RANK[other] == 0 and own in PEERS and other in PEERS:
+                down = PEERS[other] <= PEERS[own]
+            if not down:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {'.'.join(target)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_native_code_knows_no_torch() -> None:
+    for path in (PACKAGE.parent.parent / "csrc").rglob("*"):
+        if path.is_file():
+            assert "torch/" not in path.read_text() and "ATen" not in path.read_text(), path
+
+
+def test_import_is_light() -> None:
+    """import bitfuse brings in neither the demo's libraries nor a compiler."""
+    heavy = ("transformers", "matplotlib", "typer", "rich.table", "bitsandbytes", "torch._dynamo")
+    code = f"import sys, torch; before = set(sys.modules); import bitfuse; print([m for m in {heavy!r} if m in set(sys.modules) - before])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

@@ -1,0 +1,225 @@
+"""quantize, dequantize and what a LowBitWeight refuses."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import bitfuse
+import pytest
+import torch
+from bitfuse.formats import FORMATS, Format, get_format, nested_code
+from bitfuse.packing import unpack
+
+EVERY = [
+    dict(format="int8"),
+    dict(format="int8", group_size=64),
+    dict(format="int8", symmetric=False),
+    dict(format="int4"),
+    dict(format="int4", group_size=32),
+    dict(format="int4", group_size=64, symmetric=False),
+    dict(format="int4", group_size=-1),
+    dict(format="nf4"),
+    dict(format="nf4", nested=True),
+    dict(format="fp8"),
+    dict(format="fp8", group_size=128),
+]
+
+
+def name_of(options: dict[str, Any]) -> str:
+    return "-".join(str(v) for v in options.values())
+
+
+@pytest.mark.parametrize("options", EVERY, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_weight_is_within_half_a_step(options: dict[str, Any], dtype: torch.dtype) -> None:
+    spread = 0 if options.get("nested") else 1  # nested scales are rounded against the largest of 256
+    weight = (torch.randn(48, 256) * torch.logspace(-2 * spread, spread, 48).unsqueeze(1)).to(dtype)
+    w = bitfuse.quantize(weight, **options)
+    values = w.format.values().nan_to_num(0).sort().values
+    scales = w.float_scales().abs().repeat_interleave(w.group_size, 1)
+    # the widest gap between neighbours of the table; the top of a signed integer range lacks one code, hence a whole step
+    widest = float(values.diff().max())
+    bound = scales * widest * (1.0 if w.format.is_integer else 0.5)
+    if w.format.nested:
+        bound += scales * 0.06  # a scale itself is off by up to a step of the 8-bit map
+    error = (w.dequantize() - weight.float()).abs()
+    assert bool((error <= bound * 1.001 + 1e-6).all())
+    assert w.nbytes == sum(t.nbytes for t in w.tensors().values())
+    assert w.relative_error(weight) == pytest.approx(
+        float(error.double().norm() / weight.double().norm()), rel=1e-5
+    )
+
+
+def test_dequantize_is_the_formula() -> None:
+    w = bitfuse.quantize(torch.randn(16, 64), "int4", group_size=32, symmetric=False)
+    codes = unpack(w.qweight, 4)
+    assert w.zeros is not None
+    for n in range(16):
+        for k in range(64):
+            expected = (float(codes[n, k]) - float(w.zeros[n, k // 32])) * float(w.scales[n, k // 32])
+            assert float(w.dequantize()[n, k]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [o for o in EVERY if not o.get("nested") and o.get("symmetric", True)], ids=name_of
+)
+def test_quantising_again_changes_nothing(options: dict[str, Any]) -> None:
+    """Numbers that the format holds exactly come back exactly (a zero point moves with the range, a nested scale is rounded)."""
+    once = bitfuse.quantize(torch.randn(32, 128), **options).dequantize()
+    again = bitfuse.quantize(once, **options).dequantize()
+    torch.testing.assert_close(again, once, rtol=1e-3, atol=1e-3)
+
+
+def test_all_zero_group() -> None:
+    weight = torch.randn(8, 128)
+    weight[3, 64:] = 0
+    for options in EVERY:
+        w = bitfuse.quantize(weight, **options)
+        if not w.format.nested and w.group_size <= 64:
+            assert bool((w.dequantize()[3, 64:] == 0).all()), options
+        assert bool((bitfuse.quantize(torch.zeros(8, 128), **options).dequantize() == 0).all()), options
+    assert bool((unpack(bitfuse.quantize(torch.zeros(8, 128), "nf4").qweight, 4) == 7).all())
+
+
+def nf4_edges() -> torch.Tensor:
+    """Every midpoint between two NF4 levels and its neighbours, at scale 1, then random blocks."""
+    levels = torch.tensor(FORMATS["nf4"].codebook)
+    mid = (levels[1:] + levels[:-1]) / 2
+    edges = torch.cat(
+        [mid, torch.nextafter(mid, torch.tensor(9.0)), torch.nextafter(mid, torch.tensor(-9.0))]
+    )
+    row = torch.cat([edges, torch.ones(64 - edges.numel())])
+    return torch.cat([row.expand(8, 64), row.expand(8, 64) * 0.37, torch.randn(4080, 64), torch.zeros(8, 64)])
+
+
+def test_nf4_codes_are_those_of_bitsandbytes() -> None:
+    functional = importlib.import_module("bitsandbytes.functional")
+    weight = nf4_edges()
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    w = bitfuse.quantize(weight, "nf4")
+    packed = theirs.view(w.qweight.shape)
+    assert torch.equal((packed >> 4) | (packed << 4), w.qweight)
+    assert torch.equal(state.absmax, w.scales.flatten())
+    assert torch.equal(functional.dequantize_4bit(theirs, state), w.dequantize())
+    assert torch.equal(functional.create_dynamic_map(), nested_code())
+
+
+def test_double_quantisation_is_the_scheme_of_bitsandbytes() -> None:
+    functional = importlib.import_module("bitsandbytes.functional")
+    weight = torch.randn(512, 1024)
+    _, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    w = bitfuse.quantize(weight, "nf4", nested=True)
+    assert w.scale_scales is not None and w.scale_offset is not None
+    torch.testing.assert_close(state.offset.view(1), w.scale_offset)
+    torch.testing.assert_close(state.state2.absmax, w.scale_scales, rtol=1e-5, atol=1e-7)
+    # their search takes a neighbour of the nearest value for some 1 in 1000 scales; ours is never further off
+    assert float((state.absmax.view(w.scales.shape) == w.scales).float().mean()) > 0.99
+    absmax = weight.view(512, 16, 64).abs().amax(-1)
+    theirs = nested_code()[state.absmax.int()] * state.state2.absmax.repeat_interleave(256) + state.offset
+    assert float((w.float_scales() - absmax).norm()) <= float((theirs.view(512, 16) - absmax).norm()) * 1.0001
+
+
+def test_act_order() -> None:
+    weight, g_idx = torch.randn(24, 96), torch.randperm(96) // 32
+    w = bitfuse.quantize(weight, "int4", group_size=32, g_idx=g_idx)
+    plain = bitfuse.quantize(weight[:, torch.argsort(g_idx, stable=True)], "int4", group_size=32)
+    assert torch.equal(w.qweight, plain.qweight)
+    assert w.perm is not None
+    assert torch.equal(w.dequantize()[:, w.perm], plain.dequantize())
+
+
+def test_a_format_of_ones_own() -> None:
+    """The mechanism takes any table and any width: a 3-bit codebook, unknown to the package until now."""
+    table = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
+    format = Format("e3m0", 3, group_size=32, codebook=table)
+    FORMATS["e3m0"] = format
+    try:
+        w = bitfuse.quantize(torch.randn(16, 64), "e3m0")
+        x = torch.randn(3, 64)
+        with bitfuse.use_backend("reference"):
+            torch.testing.assert_close(bitfuse.lowbit_linear(x, w), x @ w.dequantize().T)
+        assert w.qweight.shape == (16, 24)
+        assert w.relative_error(w.dequantize()) == 0
+    finally:
+        del FORMATS["e3m0"]
+
+
+def test_empty() -> None:
+    w = bitfuse.quantize(torch.zeros(0, 64), "int4", group_size=32)
+    assert w.dequantize().shape == (0, 64)
+    w.check_values()
+
+
+BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    ([[1.0]], {}, TypeError, "weight is a list, expected a tensor"),
+    (torch.zeros(8, 128, dtype=torch.int32), {}, TypeError, "weight has dtype torch.int32"),
+    (torch.zeros(8, dtype=torch.float32), {}, ValueError, r"weight has shape \[8\]"),
+    (torch.zeros(8, 100), {}, ValueError, r"shape is \(8, 100\), expected .* multiples of 8"),
+    (torch.zeros(7, 128), {}, ValueError, r"shape is \(7, 128\)"),
+    (torch.zeros(8, 96), {}, ValueError, "group_size 128 does not divide in_features 96"),
+    (torch.zeros(8, 96), dict(group_size=12), ValueError, "group_size is 12, expected"),
+    (torch.zeros(8, 128), dict(format="int5"), ValueError, "format is 'int5', expected one of 'int8', 'int4'"),
+    (torch.zeros(8, 128), dict(format=4), TypeError, "format is a int"),
+    (torch.zeros(8, 128), dict(format="nf4", symmetric=False), ValueError, "only integer formats have zero points"),
+    (torch.zeros(8, 128), dict(scale_dtype=torch.int8), ValueError, "scale_dtype is torch.int8"),
+    (torch.full((8, 128), float("nan")), {}, ValueError, "weight .* is nan, expected finite"),
+    (torch.full((8, 128), float("inf")), {}, ValueError, "weight .* is inf, expected finite"),
+    (torch.full((8, 128), 1e7), {}, ValueError, "can't hold the scales .* scale_dtype=torch.float32"),
+    (torch.full((8, 128), 1e-7), {}, ValueError, "can't hold the scales .* scale_dtype=torch.float32"),
+    (torch.zeros(8, 128), dict(g_idx=torch.zeros(128)), ValueError, "expected an int tensor"),
+    (torch.zeros(8, 128), dict(group_size=64, g_idx=torch.zeros(128, dtype=torch.int32)), ValueError, "128 columns in group 0"),
+    (torch.zeros(8, 128), dict(group_size=64, g_idx=torch.full((128,), 7)), ValueError, "g_idx holds 7 to 7"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("weight", "options", "error", "words"), BAD, ids=[b[3][:40] for b in BAD])
+def test_quantize_refuses(weight: Any, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        bitfuse.quantize(weight, **options)
+
+
+def test_nan_is_located() -> None:
+    weight = torch.randn(16, 128)
+    weight[9, 17] = float("nan")
+    with pytest.raises(ValueError, match=r"\[9, 17\] is nan"):
+        bitfuse.quantize(weight)
+
+
+def test_weight_refuses_parts_that_do_not_fit() -> None:
+    w = bitfuse.quantize(torch.randn(16, 128), "int4", group_size=64, symmetric=False)
+    for changes, error, words in (
+        (dict(qweight=w.qweight.int()), TypeError, "qweight has dtype torch.int32, expected torch.uint8"),
+        (dict(qweight=w.qweight[:8]), ValueError, r"qweight has shape \[8, 64\], expected \[16, 64\]"),
+        (dict(scales=w.scales[:, :1]), ValueError, r"scales has shape \[16, 1\], expected \[16, 2\]"),
+        (dict(zeros=None), TypeError, "zeros is missing"),
+        (dict(scales=w.scales.to("meta")), ValueError, "scales is on meta, expected cpu"),
+    ):
+        with pytest.raises(error, match=words):
+            replace(w, **changes)  # type: ignore[arg-type]
+
+
+def test_values_that_no_quantiser_writes() -> None:
+    w = bitfuse.quantize(torch.randn(16, 128), "int4")
+    w.scales[2, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"scales\[2, 0\] is inf"):
+        w.check_values()
+    w = bitfuse.quantize(torch.randn(16, 128), "fp8")
+    w.qweight[0, 0] = 0x7F
+    with pytest.raises(ValueError, match="qweight holds a code that is NaN in fp8"):
+        w.check_values()
+    w = bitfuse.quantize(torch.randn(16, 128), "int4", symmetric=False)
+    assert w.zeros is not None
+    w.zeros[0, 0] = 16
+    with pytest.raises(ValueError, match="zeros holds 16"):
+        w.check_values()
+
+
+def test_format_refuses() -> None:
+    with pytest.raises(ValueError, match="bits is 9"):
+        Format("x", 9)
+    with pytest.raises(ValueError, match="codebook has 3 values, expected"):
+        Format("x", 2, codebook=(0.0, 1.0, 2.0))
+    with pytest.raises(ValueError, match="with nested scales"):
+        get_format("int4", nested=True)
