@@ -1,8 +1,8 @@
 """Builds bitfuse._cpu always, and bitfuse._cuda when an nvcc is at hand. No torch is needed to build.
 
 Environment:
-    BITFUSE_CUDA        1 demands the CUDA extension (a failure fails the build), 0 leaves it out; unset: when possible
-    BITFUSE_CUDA_ARCHS  such as "80;90a" or "80+PTX;90a+PTX"; unset: the GPU that is present, else 80;90a and PTX
+    BITFUSE_CUDA        1 demands the CUDA extension (a failure fails the build), 0 leaves it out; unset: tries
+    BITFUSE_CUDA_ARCHS  such as "80;90a" or "80+PTX;90a+PTX"; unset: the GPU that is here, else 80;90a and PTX
     BITFUSE_JOBS        compilers at once; unset: one a core
     CUDA_HOME, CXX      where the toolkit is, and the host compiler
 """
@@ -71,9 +71,9 @@ def find_nvcc() -> Path:
     if (wheel_nvcc := Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "nvcc").exists():
         return wheel_nvcc
     raise CudaMissing(
-        "no nvcc found: set CUDA_HOME, put nvcc on PATH, or pip install cuda-pathfinder nvidia-cuda-nvcc==13.0.88 "
-        "nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85 "
-        "and build with --no-build-isolation"
+        "no nvcc found: set CUDA_HOME, put nvcc on PATH, or build with --no-build-isolation after "
+        "pip install cuda-pathfinder nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 "
+        "nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85"
     )
 
 

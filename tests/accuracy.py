@@ -6,8 +6,8 @@ import torch
 
 
 def assert_accurate(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "") -> None:
-    """got and plain approximate exact (float64); got may err twice as much, plus eps: half a unit in the last place of
-    the largest output at got's dtype, for cases where the plain formula happens to be exact."""
+    """got and plain approximate exact (float64); got may err twice as much, plus eps: half a unit in the last
+    place of the largest output at got's dtype, for cases where the plain formula happens to be exact."""
     assert got.dtype == plain.dtype and got.shape == exact.shape, (got.dtype, got.shape, exact.shape)
     if exact.numel() == 0:
         return

@@ -1,4 +1,5 @@
-"""Where a test runs: each backend on the devices that are here; GPU backends on the simulator when there is no GPU."""
+"""Where a test runs: each backend on the devices that are here; GPU backends on the simulator when there is
+no GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _seeds = itertools.count(1)
 
 
 class GuardedOutputs(TorchFunctionMode):
-    """Every torch.empty of a backend is NaN and ends at a guard page: a store too far is a fault, a missed one a NaN."""
+    """Every torch.empty of a backend is NaN and ends at a guard page: a store too far is a fault, a missed
+    one a NaN."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -41,7 +43,8 @@ class Target:
         return f"{self.backend}-{f'sm{self.sm}' if self.sm else self.device}"
 
     def pick(self, cases: Sequence[Any]) -> Sequence[Any]:
-        """All cases, or on the simulator, which takes a millisecond for what a GPU does in none, every second one."""
+        """All cases, or on the simulator, which takes a millisecond for what a GPU does in none, every second
+        one."""
         return cases[1::2] if self.sm else cases
 
     def place(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -56,7 +59,8 @@ class Target:
         return next(b for b in op.backends if b.name == self.backend).supports(*args)
 
     def run(self, op: Op, *args: Any) -> Any:
-        """The op on this target: outputs poisoned and guarded; simulated, races are checked and each run is scheduled anew."""
+        """The op on this target: outputs poisoned and guarded; simulated, races are checked and each run is
+        scheduled anew."""
         with contextlib.ExitStack() as stack:
             if self.sm:
                 stack.enter_context(cusim.device(sm=self.sm, racecheck=True, seed=next(_seeds)))

@@ -1,4 +1,5 @@
-"""The import rules: cli, integrations, checkpoints -> nn -> ops -> cpu, cuda, kernels -> op, formats, packing, weight."""
+"""The import rules: cli, integrations, checkpoints -> nn -> ops -> cpu, cuda, kernels -> op, formats,
+packing, weight."""
 
 from __future__ import annotations
 
@@ -65,6 +66,7 @@ def test_native_code_knows_no_torch() -> None:
 def test_import_is_light() -> None:
     """import bitfuse brings in neither the demo's libraries nor a compiler."""
     heavy = ("transformers", "matplotlib", "typer", "rich.table", "bitsandbytes", "torch._dynamo")
-    code = f"import sys, torch; before = set(sys.modules); import bitfuse; print([m for m in {heavy!r} if m in set(sys.modules) - before])"
+    code = "import sys, torch; before = set(sys.modules); import bitfuse; "
+    code += f"print([m for m in {heavy!r} if m in set(sys.modules) - before])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

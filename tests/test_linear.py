@@ -1,4 +1,5 @@
-"""bitfuse.nn.Linear behaves as a torch layer: saving, loading, moving, copying, compiling, training around it."""
+"""bitfuse.nn.Linear behaves as a torch layer: saving, loading, moving, copying, compiling, training around
+it."""
 
 from __future__ import annotations
 
@@ -153,7 +154,7 @@ def test_a_broken_state_is_refused_and_nothing_is_written() -> None:
         with pytest.raises(ValueError, match=words):
             target.load_state_dict(bad)
         assert all(torch.equal(v, untouched[k]) for k, v in target.state_dict().items())
-    with pytest.raises(ValueError, match="of another format than the layer: name 'nf4'"):
+    with pytest.raises(ValueError, match=r"of another format than the layer: name 'nf4'"):
         Linear(128, 64, format="int4", group_size=64).load_state_dict(
             Linear.from_float(torch.nn.Linear(128, 64), "nf4").state_dict()
         )
@@ -163,7 +164,7 @@ def test_a_broken_state_is_refused_and_nothing_is_written() -> None:
 
 def test_scales_of_another_dtype_load_as_they_are_converted_exactly() -> None:
     """A float32-scale checkpoint does not slip into a float16 layer: its format says so."""
-    with pytest.raises(ValueError, match="scale_dtype 'float32' .layer: 'float16'"):
+    with pytest.raises(ValueError, match=r"scale_dtype 'float32' .layer: 'float16'"):
         make().load_state_dict(make(scale_dtype=torch.float32).state_dict())
 
 

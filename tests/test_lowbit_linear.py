@@ -22,7 +22,8 @@ REFUSED = re.compile("float32|M = ")
 
 
 def columns(options: dict[str, Any], factor: int) -> int:
-    """in_features of the factor-th shape: the smallest, a few groups, or for whole-row scales an odd multiple of 8."""
+    """in_features of the factor-th shape: the smallest, a few groups, or for whole-row scales an odd multiple
+    of 8."""
     group = options.get("group_size") or bitfuse.formats.FORMATS[options["format"]].group_size
     return (8, 88, 264, 1000)[factor] if group == -1 else group * (1, 3, 5, 8)[factor]
 
@@ -142,8 +143,9 @@ def test_any_leading_shape_and_strides() -> None:
     _, w, bias = wide_case()
     wide = torch.randn(6, 4, 256)
     for x in (
-        torch.randn(128), wide[:, :, :128], wide[:, :, ::2], wide.transpose(0, 1)[..., 128:], wide[0, 0, :128],
-        torch.randn(128, 3).t(), torch.randn(1, 128).expand(5, 128), torch.randn(2, 1, 3, 128),
+        torch.randn(128), wide[:, :, :128], wide[:, :, ::2], wide.transpose(0, 1)[..., 128:],
+        wide[0, 0, :128], torch.randn(128, 3).t(), torch.randn(1, 128).expand(5, 128),
+        torch.randn(2, 1, 3, 128),
     ):  # fmt: skip
         torch.testing.assert_close(
             bitfuse.lowbit_linear(x, w, bias),

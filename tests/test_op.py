@@ -100,7 +100,7 @@ def test_asking_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_arguments_are_checked_however_the_op_is_called() -> None:
     for call in (plus_one, torch.ops.bitfuse.plus_one_test, plus_one.explain):
-        with pytest.raises(TypeError, match="x has dtype torch.int64"):
+        with pytest.raises(TypeError, match=r"x has dtype torch.int64"):
             call(torch.zeros(3, dtype=torch.int64))
 
 

@@ -1,4 +1,5 @@
-"""bitfuse: few-bit weights, LoRA and attention as torch ops, each with several kernels and one plain PyTorch reference."""
+"""bitfuse: few-bit weights, LoRA and attention as torch ops, each with several kernels and one plain PyTorch
+reference."""
 
 from __future__ import annotations
 

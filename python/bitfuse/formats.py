@@ -1,8 +1,8 @@
 """What a few-bit code means.
 
-Every format reads the same way: ``w[n, k] = (values[code[n, k]] - zero[n, g]) * scale[n, g]`` with g the group of
-input column k. `values` is a table of 2**bits numbers, so an integer, a codebook (NF4) and a minifloat (FP8) differ
-in that table and in how a scale is chosen, and in nothing else.
+Every format reads the same way: ``w[n, k] = (values[code[n, k]] - zero[n, g]) * scale[n, g]`` with g the
+group of input column k. `values` is a table of 2**bits numbers, so an integer, a codebook (NF4) and a
+minifloat (FP8) differ in that table and in how a scale is chosen, and in nothing else.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# The 16 levels of NF4 (Dettmers et al., QLoRA, 2023), the quantiles of a normal distribution, as bitsandbytes has them.
+# The 16 levels of NF4 (Dettmers et al., QLoRA, 2023), the quantiles of a normal distribution, as bitsandbytes
+# has them.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
 )  # fmt: skip
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,11 +49,14 @@ class Format:
     Args:
         name: the public name, as in ``quantize(weight, "int4")``.
         bits: bits of a code, 1 to 8.
-        group_size: input columns that share a scale; -1 is the whole row. A default: each weight carries its own.
+        group_size: input columns that share a scale; -1 is the whole row. A default: each weight carries its
+            own.
         codebook: the value of each code; None for integers, whose value is the code itself.
         scale_dtype: dtype of `scales`; the default for a new weight.
-        symmetric: integers only. True: the zero point is 2**(bits-1) and not stored. False: `zeros` holds one a group.
-        nested: scales are themselves 8-bit codes with a second-level scale a block of 256 (double quantisation).
+        symmetric: integers only. True: the zero point is 2**(bits-1) and not stored. False: `zeros` holds one
+            a group.
+        nested: scales are themselves 8-bit codes with a second-level scale a block of 256 (double
+            quantisation).
     """
 
     name: str
@@ -132,7 +137,8 @@ def get_format(format: str | Format, **changes: object) -> Format:
 
 @functools.lru_cache(maxsize=8)
 def _dynamic_map() -> tuple[float, ...]:
-    """The signed 8-bit dynamic map (Dettmers, 8-bit Approximations, 2015): 7 decades, finer near each decade's top."""
+    """The signed 8-bit dynamic map (Dettmers, 8-bit Approximations, 2015): 7 decades, finer near each
+    decade's top."""
     positive: list[float] = []
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)

@@ -1,4 +1,5 @@
-"""Op: one operator with several kernels behind it, one reference that says what it means, and who runs a call and why."""
+"""Op: one operator with several kernels behind it, one reference that says what it means, and who runs a call
+and why."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 class Backend:
     """One implementation of an op.
 
-    `supports` takes the op's arguments and returns None, or the reason why it can't serve them. `run` takes the same.
+    `supports` takes the op's arguments and returns None, or the reason why it can't serve them. `run` takes
+    the same.
     """
 
     name: str
@@ -53,13 +55,15 @@ class BackendError(RuntimeError):
 
 @functools.cache
 def simulated_gpu() -> bool:
-    """True when the GPU simulator stands in for the CUDA runtime: GPU backends then take CPU tensors, when asked for."""
+    """True when the GPU simulator stands in for the CUDA runtime: GPU backends then take CPU tensors, when
+    asked for."""
     return hasattr(ctypes.CDLL(None), "cusim_run_ptx")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every call inside by this backend; a call that it can't serve raises `BackendError` with the reason.
+    """Serve every call inside by this backend; a call that it can't serve raises `BackendError` with the
+    reason.
 
     Raises:
         ValueError: no backend of that name.
@@ -119,7 +123,8 @@ class Op:
     """An operator: its torch schema, reference, fake and backends.
 
     Args:
-        schema: as `torch.library` takes it, "name(Tensor x, ...) -> Tensor". The first argument decides the device.
+        schema: as `torch.library` takes it, "name(Tensor x, ...) -> Tensor". The first argument decides the
+            device.
         check: raises TypeError or ValueError for arguments that no backend may see.
         reference: the meaning, in plain torch; serves whatever no backend does.
         fake: shapes and dtypes only, for torch.compile and torch.export.

@@ -1,4 +1,5 @@
-"""Codes <-> bytes in the canonical layout: row-major, low bits first, a row shard is a shard of the matrix."""
+"""Codes <-> bytes in the canonical layout: row-major, low bits first, a row shard is a shard of the
+matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ def packed_width(columns: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes [rows, columns] (uint8, each < 2**bits, columns a multiple of 8) to uint8 [rows, columns*bits/8].
+    """Pack codes [rows, columns] (uint8, each < 2**bits, columns a multiple of 8) to uint8 [rows,
+    columns*bits/8].
 
     Code k of a row takes bits [k*bits, (k+1)*bits) of the row, counted from the low bit of its first byte.
     """

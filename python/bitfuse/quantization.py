@@ -86,20 +86,23 @@ def quantize_(
 ) -> QuantizationReport:
     """Replace every `torch.nn.Linear` inside a model by a `bitfuse.nn.Linear`, in place.
 
-    Every layer is looked at before the first is changed, so an error leaves the model as it was. Memory stays below
-    the model plus one layer. Linear layers that share a weight share its codes afterwards; one that shares its weight
-    with another kind of module (an embedding) keeps it, and the report says so. Hooks, training flags and biases are kept.
+    Every layer is looked at before the first is changed, so an error leaves the model as it was. Memory stays
+    below the model plus one layer. Linear layers that share a weight share its codes afterwards; one that
+    shares its weight with another kind of module (an embedding) keeps it, and the report says so. Hooks,
+    training flags and biases are kept.
 
     Args:
         model: any module that holds linear layers; itself a Linear: use `bitfuse.nn.Linear.from_float`.
         format: a name or a `Format`.
-        skip: layers to leave: full names, glob patterns ("*.lm_head") or one component of the name ("lm_head").
+        skip: layers to leave: full names, glob patterns ("*.lm_head") or one component of the name
+            ("lm_head").
         progress: show a progress bar.
         **options: group_size, symmetric, nested, scale_dtype as in `bitfuse.quantize`.
 
     Raises:
         TypeError: model is not a module, or is a Linear itself.
-        ValueError: an unknown format; a layer whose sizes do not fit it or whose weight holds a NaN or Inf (named).
+        ValueError: an unknown format; a layer whose sizes do not fit it or whose weight holds a NaN or Inf
+            (named).
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")

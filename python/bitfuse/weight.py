@@ -25,17 +25,20 @@ class LowBitWeight:
 
     Attributes:
         qweight: codes, uint8 [out_features, in_features*bits/8], row-major, low bits first.
-        scales: float32, float16 or bfloat16 [out_features, groups]; uint8 codes of the same shape when nested.
+        scales: float32, float16 or bfloat16 [out_features, groups]; uint8 codes of the same shape when
+            nested.
         format: the `Format`, its group_size and options those of this weight.
         shape: (out_features, in_features).
         zeros: zero points, uint8 [out_features, groups]; None when the format is symmetric.
-        g_idx: group of each input column in the original order, int32 [in_features]; None when columns are in order.
-            With it `qweight` holds the columns sorted by group (a stable sort), so that a group is contiguous.
+        g_idx: group of each input column in the original order, int32 [in_features]; None when columns are in
+            order. With it `qweight` holds the columns sorted by group (a stable sort), so that a group is
+            contiguous.
         scale_scales: nested only: scale of each 256 scales, float32 [ceil(out_features*groups / 256)].
         scale_offset: nested only: mean of the scales, float32 [1].
 
     Raises:
-        TypeError, ValueError: a tensor that does not fit the format and the shape, or that is on another device.
+        TypeError, ValueError: a tensor that does not fit the format and the shape, or that is on another
+            device.
     """
 
     qweight: torch.Tensor
@@ -61,7 +64,8 @@ class LowBitWeight:
     def expected(
         format: Format, shape: tuple[int, int]
     ) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
-        """Name, dtypes and shape of each tensor that a weight of this format and shape holds (g_idx apart)."""
+        """Name, dtypes and shape of each tensor that a weight of this format and shape holds (g_idx
+        apart)."""
         n, k = check_shape(shape, format)
         groups = k // (k if format.group_size == -1 else format.group_size)
         yield "qweight", (torch.uint8,), (n, packed_width(k, format.bits))
@@ -80,9 +84,8 @@ class LowBitWeight:
     @property
     def op_args(self) -> tuple[Any, ...]:
         """The weight as the ops take it."""
-        return (
-            self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset, self.format.name, self.group_size
-        )  # fmt: skip
+        tensors = (self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset)
+        return *tensors, self.format.name, self.group_size
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +105,8 @@ class LowBitWeight:
         """The weight on another device; itself when it is there already."""
         if torch.device(device) == self.device:
             return self
-        return replace(self, perm=None, **{k: t.to(device) for k, t in self.tensors().items()})
+        moved: dict[str, Any] = {k: t.to(device) for k, t in self.tensors().items()}
+        return replace(self, perm=None, **moved)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out_features, in_features] as floats: products in float32, then rounded to `dtype`."""
@@ -112,7 +116,8 @@ class LowBitWeight:
         return out
 
     def relative_error(self, weight: torch.Tensor) -> float:
-        """||dequantised - weight|| / ||weight||, Frobenius norms; weight is [out_features, in_features], any float."""
+        """||dequantised - weight|| / ||weight||, Frobenius norms; weight is [out_features, in_features], any
+        float."""
         error = norm = 0.0
         for rows, w in self._dequantized_rows():
             exact = weight[rows].double()
@@ -135,8 +140,8 @@ class LowBitWeight:
         return resolve_scales(self.scales, self.scale_scales, self.scale_offset)
 
     def check_values(self) -> None:
-        """Raise ValueError for a number that no quantiser writes: a scale that is not finite, a NaN code, a g_idx
-        whose groups are not group_size columns each. Reads every tensor (and waits for the device)."""
+        """Raise ValueError for a number that no quantiser writes: a scale that is not finite, a NaN code, a
+        g_idx whose groups are not group_size columns each. Reads every tensor (and waits for the device)."""
         for name in ("scales", "scale_scales", "scale_offset"):
             t = getattr(self, name)
             if t is not None and t.is_floating_point():
@@ -160,7 +165,8 @@ def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:
         raise ValueError(f"shape is {(n, k)}, expected out_features and in_features that are multiples of 8")
     if format.group_size != -1 and k % format.group_size:
         raise ValueError(
-            f"group_size {format.group_size} does not divide in_features {k}: choose one that does, or -1 for the whole row"
+            f"group_size {format.group_size} does not divide in_features {k}: choose one that does, "
+            "or -1 for the whole row"
         )
     return n, k
 
@@ -169,9 +175,8 @@ def check_tensor(
     name: str, t: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
 ) -> None:
     if not isinstance(t, torch.Tensor):
-        raise TypeError(
-            f"{name} is {'missing' if t is None else f'a {type(t).__name__}'}, expected a tensor {list(shape)}"
-        )
+        found = "missing" if t is None else f"a {type(t).__name__}"
+        raise TypeError(f"{name} is {found}, expected a tensor {list(shape)}")
     if t.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {t.dtype}, expected {' or '.join(map(str, dtypes))}")
     if t.shape != shape:
@@ -204,7 +209,8 @@ def check_g_idx(g_idx: torch.Tensor, group_size: int) -> None:
 def resolve_scales(
     scales: torch.Tensor, scale_scales: torch.Tensor | None, scale_offset: torch.Tensor | None
 ) -> torch.Tensor:
-    """Scales as float32; nested ones are ``nested_code[scales] * scale_scales[block of 256] + scale_offset``."""
+    """Scales as float32; nested ones are ``nested_code[scales] * scale_scales[block of 256] +
+    scale_offset``."""
     if scale_scales is None or scale_offset is None:
         return scales.float()
     first = nested_code(scales.device)[scales.flatten().int()]
@@ -235,15 +241,17 @@ def quantize(
 ) -> LowBitWeight:
     """Quantise a matrix to the nearest codes.
 
-    Integers round to nearest. Symmetric ones put the group's extreme value on the lowest code, so that a scale may be
-    negative (the rule of llama.cpp's Q4_0; 12% less error at 4 bits than largest magnitude / 7); asymmetric ones spread
-    the codes over the group's range, widened to hold 0. NF4 codes are bit-exact with bitsandbytes (Dettmers et al., QLoRA,
-    2023); double quantisation is its scheme (offset, blocks of 256, dynamic map), each scale at its nearest code. FP8 scales each group's largest magnitude to 448.
+    Integers round to nearest. Symmetric ones put the group's extreme value on the lowest code, so that a
+    scale may be negative (the rule of llama.cpp's Q4_0; 12% less error at 4 bits than largest magnitude / 7);
+    asymmetric ones spread the codes over the group's range, widened to hold 0. NF4 codes are bit-exact with
+    bitsandbytes (Dettmers et al., QLoRA, 2023); double quantisation is its scheme (offset, blocks of 256,
+    dynamic map), each scale at its nearest code. FP8 scales each group's largest magnitude to 448.
 
     Args:
         weight: [out_features, in_features], float32, float16 or bfloat16, both sizes multiples of 8.
         format: a name ("int8", "int4", "nf4", "fp8") or a `Format`.
-        group_size: input columns that share a scale, a multiple of 8 that divides in_features; -1 is the whole row.
+        group_size: input columns that share a scale, a multiple of 8 that divides in_features; -1 is the
+            whole row.
         symmetric: integers: False stores a zero point a group.
         nested: double quantisation: the scales in 8 bits.
         scale_dtype: dtype of the scales.
@@ -251,7 +259,8 @@ def quantize(
 
     Raises:
         TypeError: a weight that is not a float tensor.
-        ValueError: a NaN or Inf in it, a size or group size that does not fit, an unknown format, scales outside scale_dtype.
+        ValueError: a NaN or Inf in it, a size or group size that does not fit, an unknown format, scales
+            outside scale_dtype.
     """
     format = get_format(
         format, group_size=group_size, symmetric=symmetric, nested=nested, scale_dtype=scale_dtype
@@ -307,12 +316,14 @@ def _quantize_groups(w: torch.Tensor, format: Format) -> tuple[torch.Tensor, tor
     zero = torch.full_like(w[:, :1], format.zero_point)
     if format.codebook is None:
         if format.symmetric:
-            # the extreme value, sign and all, becomes the lowest code, of which there is one more than on the other side
+            # the extreme value, sign and all, becomes the lowest code, of which there is one more than on the
+            # other side
             scale = w.gather(1, w.abs().argmax(1, keepdim=True)) / -format.zero_point
         else:
             low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
             scale = (high - low) / top
-        # codes are found against the scale that is stored; a group of zeros has scale 0 and codes at the zero point
+        # codes are found against the scale that is stored; a group of zeros has scale 0 and codes at the zero
+        # point
         scale = scale.to(format.scale_dtype).float()
         step = torch.where(scale == 0, 1.0, scale)
         if not format.symmetric:
@@ -335,7 +346,8 @@ def _quantize_groups(w: torch.Tensor, format: Format) -> tuple[torch.Tensor, tor
 
 
 def _nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scales in 8 bits, as bitsandbytes nests them: less their mean, blocks of 256, the dynamic map's nearest value."""
+    """Scales in 8 bits, as bitsandbytes nests them: less their mean, blocks of 256, the dynamic map's nearest
+    value."""
     flat = scales.flatten()
     offset = flat.mean().view(1)
     centred = flat - offset

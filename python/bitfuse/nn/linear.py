@@ -20,17 +20,20 @@ _TENSORS = ("qweight", "scales", "zeros", "g_idx", "scale_scales", "scale_offset
 class Linear(torch.nn.Module):
     """y = x W^T + b with a frozen few-bit W; see `bitfuse.lowbit_linear`.
 
-    The constructor makes a layer of zeros for a checkpoint to fill; `from_float` quantises a `torch.nn.Linear`.
+    The constructor makes a layer of zeros for a checkpoint to fill; `from_float` quantises a
+    `torch.nn.Linear`.
 
-    The state dict is plain tensors: `qweight`, `scales`, what else the format needs (`zeros`, `g_idx`, `scale_scales`,
-    `scale_offset`), `bias`, and `_extra_state`, the format as JSON in bytes. Loading checks all of them before it
-    writes any. `half()`, `bfloat16()` and `to(dtype)` change the bias and never the few-bit tensors.
+    The state dict is plain tensors: `qweight`, `scales`, what else the format needs (`zeros`, `g_idx`,
+    `scale_scales`, `scale_offset`), `bias`, and `_extra_state`, the format as JSON in bytes. Loading checks
+    all of them before it writes any. `half()`, `bfloat16()` and `to(dtype)` change the bias and never the
+    few-bit tensors.
 
     Args:
         in_features, out_features: sizes, multiples of 8.
         bias: True adds a bias.
         device, dtype: of the bias, and the device of all.
-        format: a name or a `Format`; `group_size`, `symmetric`, `nested`, `scale_dtype` as in `bitfuse.quantize`.
+        format: a name or a `Format`; `group_size`, `symmetric`, `nested`, `scale_dtype` as in
+            `bitfuse.quantize`.
         act_order: True makes room for a `g_idx`.
 
     Raises:
@@ -113,23 +116,23 @@ class Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # the dict, not attributes: Module.__getattr__ costs more than the checks of the op
         p = self._parameters
-        bias = p["bias"]
+        bias: torch.Tensor | None = p["bias"]
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
-        weight = (
-            p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"], self.format.name, self.group_size
-        )  # fmt: skip
-        return apply_lowbit(x, weight, self._buffers["perm"], bias)
+        tensors = (p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"])
+        return apply_lowbit(x, (*tensors, self.format.name, self.group_size), self._buffers["perm"], bias)
 
     def explain(self, x: torch.Tensor) -> Explanation:
         """Who would serve `forward(x)`, and why the others would not."""
         return explain(lowbit_linear, x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, format={self.format}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, format={self.format}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
-        # half() and the like would round float scales for good: show fn their bytes, which it moves but does not round
+        # half() and the like would round float scales for good: show fn their bytes, which it moves but does
+        # not round
         kept = {name: t.dtype for name, t in self._tensors().items() if t.is_floating_point()}
         for name in kept:
             t = self._parameters[name]
@@ -151,16 +154,17 @@ class Linear(torch.nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Nothing to set: `_load_from_state_dict` has found the format to be this layer's."""
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # type: ignore[override]
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         present = [name for name in _TENSORS if prefix + name in state_dict]
         if present:
             self._check_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if present and self.g_idx is not None:
-            self.perm = torch.argsort(self.g_idx, stable=True)
+            self.perm = torch.argsort(self._tensors()["g_idx"], stable=True)
 
     def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Raise ValueError, with nothing written yet, for a state that is incomplete, corrupted or of another format."""
+        """Raise ValueError, with nothing written yet, for a state that is incomplete, corrupted or of another
+        format."""
         extra = state_dict.get(prefix + "_extra_state")
         if extra is not None:
             try:
@@ -172,15 +176,16 @@ class Linear(torch.nn.Module):
                     f"{k} {found.get(k)!r} (layer: {own.get(k)!r})" for k in own if found.get(k) != own[k]
                 )
                 raise ValueError(f"{prefix}_extra_state is of another format than the layer: {differ}")
-        tensors = {name: state_dict.get(prefix + name) for name in self._tensors()}
+        tensors: dict[str, Any] = {name: state_dict.get(prefix + name) for name in self._tensors()}
         extra_names = [name for name in _TENSORS if prefix + name in state_dict and name not in tensors]
         if extra_names:
             raise ValueError(
                 f"the state has {prefix}{extra_names[0]}, which this layer ({self.format}) has no place for"
             )
         try:
-            own_shape = (self.out_features, self.in_features)
-            LowBitWeight(format=self.format, shape=own_shape, **tensors).check_values()  # type: ignore[arg-type]
+            LowBitWeight(
+                format=self.format, shape=(self.out_features, self.in_features), **tensors
+            ).check_values()
         except (TypeError, ValueError) as why:
             raise ValueError(f"{prefix}{why}") from None
 

@@ -59,7 +59,8 @@ def _check_weight(
     k: int,
     device: torch.device,
 ) -> None:
-    """What native code relies on, with one cheap pass; the words are found again only when something is wrong."""
+    """What native code relies on, with one cheap pass; the words are found again only when something is
+    wrong."""
     fmt = get_format(format)
     n, width = qweight.shape if qweight.dim() == 2 else (-1, -1)
     if width * 8 != k * fmt.bits:
@@ -69,13 +70,13 @@ def _check_weight(
         )
     if group_size <= 0 or k % group_size:
         raise ValueError(f"group_size is {group_size}, expected a divisor of in_features {k}")
-    shape = (n, k // group_size)
+    groups = (n, k // group_size)
     if (
         qweight.dtype is torch.uint8
-        and scales.shape == shape
+        and scales.shape == groups
         and (scales.dtype in FLOATS) == (scale_scales is None)
         and (
-            zeros is None or (zeros.shape == shape and zeros.dtype is torch.uint8 and zeros.device == device)
+            zeros is None or (zeros.shape == groups and zeros.dtype is torch.uint8 and zeros.device == device)
         )
         and qweight.device == device == scales.device
         and scale_scales is None
@@ -193,7 +194,8 @@ lowbit_linear_grad_x = Op(
 
 
 class _LowBitLinear(torch.autograd.Function):
-    """The weight is frozen: gradients flow to x and to bias, and the only tensors kept are the few-bit ones."""
+    """The weight is frozen: gradients flow to x and to bias, and the only tensors kept are the few-bit
+    ones."""
 
     @staticmethod
     def forward(
@@ -242,9 +244,9 @@ def apply_lowbit(
 def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = x W^T + b with W in few bits; the drop-in for `torch.nn.functional.linear`.
 
-    Accumulates in float32. Deterministic: the same numbers from run to run. Under `torch.autocast` x and bias take the
-    autocast dtype, as in `torch.nn.functional.linear`. Gradients flow to x and bias; W is frozen and is never written
-    densely by the fused backends (QLoRA; Dettmers et al., 2023).
+    Accumulates in float32. Deterministic: the same numbers from run to run. Under `torch.autocast` x and bias
+    take the autocast dtype, as in `torch.nn.functional.linear`. Gradients flow to x and bias; W is frozen and
+    is never written densely by the fused backends (QLoRA; Dettmers et al., 2023).
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16, any strides.
