@@ -89,9 +89,9 @@ def test_asking_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(BackendError, match="'cpp' was asked for, but 2 dimensions"),
     ):
         plus_one(torch.zeros(1, 1))
-    monkeypatch.setenv("BITFUSE_BACKEND", "reference")
+    monkeypatch.setattr(bitfuse.op, "_ENVIRONMENT", "reference")
     assert served(torch.zeros(3)) == ["reference"]
-    monkeypatch.setenv("BITFUSE_BACKEND", "fastest")
+    monkeypatch.setattr(bitfuse.op, "_ENVIRONMENT", "fastest")
     with pytest.raises(ValueError, match="BITFUSE_BACKEND is 'fastest', expected one of 'cpp'"):
         plus_one(torch.zeros(3))
     with pytest.raises(ValueError, match="name is 'tritn'"), bitfuse.use_backend("tritn"):
@@ -110,6 +110,7 @@ def test_under_a_compile_and_a_mode() -> None:
 
     x = torch.zeros(3)
     assert torch.equal(torch.compile(twice, fullgraph=True)(x), x + 2)
+    assert plus_one(torch.zeros(3, device="meta")).shape == (3,)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch_mode
 
 log = logging.getLogger("bitfuse")
 _library = torch.library.Library("bitfuse", "DEF")
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("bitfuse_backend", default=None)
+_ENVIRONMENT = os.environ.get(
+    "BITFUSE_BACKEND"
+)  # read once: os.environ costs as much as the checks of a call
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
 
@@ -84,8 +88,8 @@ def _check_backend(name: str, argument: str) -> str:
 def asked_backend() -> str | None:
     """The backend that `use_backend` or BITFUSE_BACKEND asks for."""
     asked = _asked.get()
-    if asked is None and (name := os.environ.get("BITFUSE_BACKEND")):
-        return _check_backend(name, "BITFUSE_BACKEND")
+    if asked is None and _ENVIRONMENT:
+        return _check_backend(_ENVIRONMENT, "BITFUSE_BACKEND")
     return asked
 
 
@@ -141,6 +145,7 @@ class Op:
         self.name = schema.partition("(")[0]
         self.check = check
         self.reference = reference
+        self.fake = fake
         self.backends = (*backends, Backend("reference", ("cpu", "cuda"), lambda *args: None, reference))
         self._order: dict[str, tuple[Backend, ...]] = {}
         self._told: set[str] = set()
@@ -152,15 +157,13 @@ class Op:
         self._torch = getattr(torch.ops.bitfuse, self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._torch(*args)
-        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+        if torch.compiler.is_compiling() or _dispatch_mode() is not None:
             return self._torch(*args)
         return self._run(*args)
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
-        if _asked.get() is not None or "BITFUSE_BACKEND" in os.environ:
+        if _ENVIRONMENT or _asked.get() is not None:
             return self._only(asked_backend(), args).run(*args)
         device = args[0].device.type
         order = self._order.get(device) or self._ordered(device)
@@ -172,9 +175,11 @@ class Op:
         raise AssertionError("the reference serves every call")
 
     def _ordered(self, device: str) -> tuple[Backend, ...]:
-        order = self._order[device] = tuple(
-            b for b in self.backends if device in b.devices or b.name == "reference"
-        )
+        if device == "meta":
+            order: tuple[Backend, ...] = (Backend("fake", ("meta",), lambda *args: None, self.fake),)
+        else:
+            order = tuple(b for b in self.backends if device in b.devices or b.name == "reference")
+        self._order[device] = order
         return order
 
     def _only(self, name: str | None, args: tuple[Any, ...]) -> Backend:

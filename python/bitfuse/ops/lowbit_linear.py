@@ -8,7 +8,7 @@ import torch
 
 from ..cpu import lowbit_linear as cpp
 from ..cuda import lowbit_linear as cuda
-from ..formats import Format, get_format
+from ..formats import FORMATS, Format, get_format
 from ..kernels import lowbit_linear as triton
 from ..op import Backend, Explanation, Op, explains
 from ..weight import LowBitWeight, check_tensor, dequantize_rows, resolve_scales
@@ -27,25 +27,23 @@ def _check(
     format: str,
     group_size: int,
 ) -> None:
-    k = _check_float(x, "x", x.shape[-1] if x.dim() else 0)
-    _check_weight(qweight, scales, zeros, scale_scales, scale_offset, format, group_size, k, x.device)
-    if bias is not None and (
-        bias.dtype is not x.dtype
-        or bias.dim() != 1
-        or bias.shape[0] != qweight.shape[0]
-        or bias.device != x.device
+    dtype, device, sizes = x.dtype, x.device, x.shape
+    if dtype not in FLOATS or not sizes:
+        _check_float(x, "x", sizes[-1] if sizes else 0)
+    _check_weight(qweight, scales, zeros, scale_scales, scale_offset, format, group_size, sizes[-1], device)
+    if bias is not None and not (
+        bias.dtype is dtype and bias.shape == qweight.shape[:1] and bias.device == device
     ):
-        check_tensor("bias", bias, (x.dtype,), (qweight.shape[0],), x.device)
+        check_tensor("bias", bias, (dtype,), (qweight.shape[0],), device)
 
 
-def _check_float(x: torch.Tensor, name: str, columns: int) -> int:
+def _check_float(x: torch.Tensor, name: str, columns: int) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {' or '.join(map(str, FLOATS))}")
     if x.dim() == 0:
         raise ValueError(f"{name} has shape [], expected [..., features]")
     if x.shape[-1] != columns:
         raise ValueError(f"{name} has shape {list(x.shape)}, expected the last dimension to be {columns}")
-    return columns
 
 
 def _check_weight(
@@ -59,39 +57,38 @@ def _check_weight(
     k: int,
     device: torch.device,
 ) -> None:
-    """What native code relies on, with one cheap pass; the words are found again only when something is
-    wrong."""
-    fmt = get_format(format)
-    n, width = qweight.shape if qweight.dim() == 2 else (-1, -1)
-    if width * 8 != k * fmt.bits:
+    """What native code relies on. One cheap pass lets the common case through; the rest is looked at again, in
+    words."""
+    fmt = FORMATS.get(format) or get_format(format)
+    sizes = qweight.shape
+    if (
+        len(sizes) == 2
+        and sizes[1] * 8 == k * fmt.bits
+        and not (sizes[0] & 7 or k & 7)
+        and group_size > 0
+        and scales.shape == (sizes[0], k // group_size)
+        and k % group_size == 0
+        and qweight.dtype is torch.uint8
+        and scales.dtype in FLOATS
+        and scale_scales is None
+        and scale_offset is None
+        and (
+            zeros is None
+            or (zeros.shape == scales.shape and zeros.dtype is torch.uint8 and zeros.device == device)
+        )
+        and qweight.device == device
+        and scales.device == device
+    ):
+        return
+    if len(sizes) != 2 or sizes[1] * 8 != k * fmt.bits:
         raise ValueError(
-            f"x has {k} features and qweight has shape {list(qweight.shape)}, expected in_features = "
-            f"{width * 8 // fmt.bits} at {fmt.bits} bits a code"
+            f"x has {k} features and qweight has shape {list(sizes)}, expected in_features = "
+            f"{sizes[-1] * 8 // fmt.bits if sizes else 0} at {fmt.bits} bits a code"
         )
     if group_size <= 0 or k % group_size:
         raise ValueError(f"group_size is {group_size}, expected a divisor of in_features {k}")
-    groups = (n, k // group_size)
-    if (
-        qweight.dtype is torch.uint8
-        and scales.shape == groups
-        and (scales.dtype in FLOATS) == (scale_scales is None)
-        and (
-            zeros is None or (zeros.shape == groups and zeros.dtype is torch.uint8 and zeros.device == device)
-        )
-        and qweight.device == device == scales.device
-        and scale_scales is None
-        and scale_offset is None
-        and not (n % 8 or k % 8)
-    ):
-        return
-    exact = Format(
-        fmt.name,
-        fmt.bits,
-        group_size,
-        fmt.codebook,
-        symmetric=zeros is None,
-        nested=scale_scales is not None or scale_offset is not None,
-    )
+    nested = scale_scales is not None or scale_offset is not None
+    exact = Format(fmt.name, fmt.bits, group_size, fmt.codebook, symmetric=zeros is None, nested=nested)
     given = {
         "qweight": qweight,
         "scales": scales,
@@ -99,7 +96,7 @@ def _check_weight(
         "scale_scales": scale_scales,
         "scale_offset": scale_offset,
     }
-    for name, dtypes, shape in LowBitWeight.expected(exact, (n, k)):
+    for name, dtypes, shape in LowBitWeight.expected(exact, (sizes[0], k)):
         check_tensor(name, given[name], dtypes, shape, device)
 
 
@@ -230,8 +227,9 @@ def apply_lowbit(
     x: torch.Tensor, weight: tuple[Any, ...], perm: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`lowbit_linear` on the parts of a weight, as `LowBitWeight.op_args` gives them: what layers call."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if perm is not None:
         _check_float(x, "x", perm.shape[0])
