@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "src"
 CACHE = HERE / "build"
 NAME = "libcudart.so.13"
-FLAGS = ("-std=c++20", "-O3", "-g1", "-fPIC", "-fno-math-errno", "-mf16c", "-Wall", "-Wextra")
+FLAGS = ("-std=c++20", "-O3", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-march=native", "-Wall", "-Wextra")
 JOBS = 2
 
 
@@ -97,7 +97,7 @@ def _build(sources: list[Path], out: Path) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(compile_one, sources))
-    script = SOURCE / "cudart.map"
+    script = SOURCE / "runtime.map"
     _run(
         [compiler, "-shared", *objects, "-o", str(out / NAME), f"-Wl,-soname,{NAME}"]
         + [f"-Wl,--version-script={script}", "-ldl", "-pthread"]
