@@ -11,7 +11,7 @@ import torch
 from accuracy import assert_accurate
 from backends import Target, targets
 from bitfuse.ops.lowbit_linear import forward_op, lowbit_linear_grad_x
-from test_weight import EVERY, name_of
+from test_weight import EVERY, LATER, name_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # m, n, k: one of a kind, no multiples of any tile, several tiles; k is a multiple of the group
@@ -75,6 +75,38 @@ def test_grad_x(target: Target, dtype: torch.dtype, options: dict[str, Any]) -> 
         assert torch.equal(got, target.run(lowbit_linear_grad_x, grad, *placed.op_args)), (
             "another run, other numbers"
         )
+
+
+@pytest.mark.parametrize("options", LATER, ids=name_of)
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"), ids=str)
+def test_a_format_that_a_backend_lacks_is_refused_by_name_and_never_served_wrong(
+    target: Target, options: dict[str, Any]
+) -> None:
+    w = bitfuse.quantize(torch.randn(32, 128), **options)
+    dtype = torch.float16 if target.backend == "cuda" else torch.float32
+    x, grad = target.place(torch.randn(2, 128, dtype=dtype), torch.randn(2, 32, dtype=dtype))
+    args = target.place_weight(w).op_args
+    dense = w.dequantize()
+    for op, given, exact, plain in (
+        (
+            forward_op,
+            (x, *args[:5], None, *args[5:]),
+            x.cpu().double() @ dense.double().T,
+            x.cpu() @ dense.to(dtype).T,
+        ),
+        (
+            lowbit_linear_grad_x,
+            (grad, *args),
+            grad.cpu().double() @ dense.double(),
+            grad.cpu() @ dense.to(dtype),
+        ),
+    ):
+        if not any(b.name == target.backend for b in op.backends):
+            continue
+        if reason := target.reason(op, *given):
+            assert options["format"] in reason or "scales" in reason, reason
+        else:
+            assert_accurate(target.run(op, *given).cpu(), exact, plain)
 
 
 def wide_case() -> tuple[torch.Tensor, bitfuse.LowBitWeight, torch.Tensor]:

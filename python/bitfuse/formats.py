@@ -22,6 +22,8 @@ NF4 = (
 )  # fmt: skip
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# what the OCP MX and the NVFP4 formats fix their scales to: powers of two, and e4m3 under a scale of the tensor
+FIXED_SCALE_DTYPES = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
 NESTED_BLOCK = (
     256  # scales that share one second-level scale, counted over the flattened [out_features, groups]
 )
@@ -42,6 +44,12 @@ def _minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
     return tuple(values) + tuple(-v for v in values)
 
 
+E4M3 = _minifloat(4, 3)
+E2M1 = _minifloat(2, 1)
+TERNARY = (-1.0, 0.0, 1.0, float("nan"))  # the fourth code stands for nothing
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+
+
 @dataclass(frozen=True)
 class Format:
     """How a code of `bits` bits becomes a weight, and how a weight becomes a code.
@@ -57,6 +65,9 @@ class Format:
             a group.
         nested: scales are themselves 8-bit codes with a second-level scale a block of 256 (double
             quantisation).
+        tensor_scale: one float32 scale for the whole tensor, on top of the groups' (NVFP4).
+        scale_rule: codebooks: "absmax" puts the group's largest magnitude on the largest value; "absmean" is
+            its mean magnitude (BitNet b1.58).
     """
 
     name: str
@@ -66,6 +77,8 @@ class Format:
     scale_dtype: torch.dtype = torch.float32
     symmetric: bool = True
     nested: bool = False
+    tensor_scale: bool = False
+    scale_rule: str = "absmax"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -80,8 +93,14 @@ class Format:
             raise ValueError(
                 f"symmetric is False, but {self.name} is a codebook: only integer formats have zero points"
             )
-        if self.scale_dtype not in SCALE_DTYPES:
+        if self.scale_dtype not in (*SCALE_DTYPES, *FIXED_SCALE_DTYPES):
             raise ValueError(f"scale_dtype is {self.scale_dtype}, expected one of {SCALE_DTYPES}")
+        if self.scale_rule not in ("absmax", "absmean"):
+            raise ValueError(f"scale_rule is {self.scale_rule!r}, expected 'absmax' or 'absmean'")
+        if self.tensor_scale and (self.nested or self.scale_dtype != torch.float8_e4m3fn):
+            raise ValueError(
+                "tensor_scale is True, which goes with scales in torch.float8_e4m3fn, not nested"
+            )
         if self.nested and self.scale_dtype != torch.float32:
             raise ValueError(f"scale_dtype is {self.scale_dtype}, expected torch.float32 with nested scales")
 
@@ -114,7 +133,16 @@ FORMATS: dict[str, Format] = {
         Format("int8", 8),
         Format("int4", 4, group_size=128, scale_dtype=torch.float16),
         Format("nf4", 4, group_size=64, codebook=NF4),
-        Format("fp8", 8, codebook=_minifloat(4, 3)),
+        Format("fp8", 8, codebook=E4M3),
+        Format("int3", 3, group_size=128, scale_dtype=torch.float16),
+        Format("int2", 2, group_size=64, scale_dtype=torch.float16),
+        Format(
+            "ternary", 2, group_size=128, codebook=TERNARY, scale_dtype=torch.float16, scale_rule="absmean"
+        ),
+        Format("fp4", 4, group_size=64, codebook=E2M1),
+        Format("mxfp8", 8, group_size=32, codebook=E4M3, scale_dtype=torch.float8_e8m0fnu),
+        Format("mxfp4", 4, group_size=32, codebook=E2M1, scale_dtype=torch.float8_e8m0fnu),
+        Format("nvfp4", 4, 16, codebook=E2M1, scale_dtype=torch.float8_e4m3fn, tensor_scale=True),
     )
 }
 

@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from .formats import NESTED_BLOCK, SCALE_DTYPES, Format, get_format, nested_code
+from .formats import (
+    E2M1_MAX,
+    E4M3,
+    E4M3_MAX,
+    FIXED_SCALE_DTYPES,
+    NESTED_BLOCK,
+    SCALE_DTYPES,
+    Format,
+    get_format,
+    nested_code,
+)
 from .packing import pack, packed_width, unpack
 
 CHUNK = (
@@ -26,14 +36,15 @@ class LowBitWeight:
     Attributes:
         qweight: codes, uint8 [out_features, in_features*bits/8], row-major, low bits first.
         scales: float32, float16 or bfloat16 [out_features, groups]; uint8 codes of the same shape when
-            nested.
+            nested; the MX and NVFP4 formats fix the dtype to float8_e8m0fnu and float8_e4m3fn.
         format: the `Format`, its group_size and options those of this weight.
         shape: (out_features, in_features).
         zeros: zero points, uint8 [out_features, groups]; None when the format is symmetric.
         g_idx: group of each input column in the original order, int32 [in_features]; None when columns are in
             order. With it `qweight` holds the columns sorted by group (a stable sort), so that a group is
             contiguous.
-        scale_scales: nested only: scale of each 256 scales, float32 [ceil(out_features*groups / 256)].
+        scale_scales: nested: scale of each 256 scales, float32 [ceil(out_features*groups / 256)]; with a
+            tensor scale: that scale, float32 [1].
         scale_offset: nested only: mean of the scales, float32 [1].
 
     Raises:
@@ -69,12 +80,15 @@ class LowBitWeight:
         n, k = check_shape(shape, format)
         groups = k // (k if format.group_size == -1 else format.group_size)
         yield "qweight", (torch.uint8,), (n, packed_width(k, format.bits))
-        yield "scales", (torch.uint8,) if format.nested else SCALE_DTYPES, (n, groups)
+        dtypes = (format.scale_dtype,) if format.scale_dtype in FIXED_SCALE_DTYPES else SCALE_DTYPES
+        yield "scales", (torch.uint8,) if format.nested else dtypes, (n, groups)
         if not format.symmetric:
             yield "zeros", (torch.uint8,), (n, groups)
         if format.nested:
             yield "scale_scales", (torch.float32,), (-(-n * groups // NESTED_BLOCK),)
             yield "scale_offset", (torch.float32,), (1,)
+        if format.tensor_scale:
+            yield "scale_scales", (torch.float32,), (1,)
 
     @property
     def group_size(self) -> int:
@@ -145,13 +159,13 @@ class LowBitWeight:
         for name in ("scales", "scale_scales", "scale_offset"):
             t = getattr(self, name)
             if t is not None and t.is_floating_point():
-                check_finite(name, t)
+                check_finite(name, t.float())
         if self.zeros is not None and self.zeros.numel() and int(self.zeros.max()) >= 2**self.format.bits:
             raise ValueError(
                 f"zeros holds {int(self.zeros.max())}, expected codes below 2**bits = {2**self.format.bits}"
             )
         bad = [i for i, v in enumerate(self.format.values().tolist()) if v != v]
-        if bad and self.format.bits == 8 and any(bool((self.qweight == code).any()) for code in bad):
+        if bad and any(bool((unpack(self.qweight, self.format.bits) == code).any()) for code in bad):
             raise ValueError(
                 f"qweight holds a code that is NaN in {self.format.name} ({', '.join(map(hex, bad))})"
             )
@@ -211,8 +225,10 @@ def resolve_scales(
 ) -> torch.Tensor:
     """Scales as float32; nested ones are ``nested_code[scales] * scale_scales[block of 256] +
     scale_offset``."""
-    if scale_scales is None or scale_offset is None:
+    if scale_scales is None:
         return scales.float()
+    if scale_offset is None:
+        return scales.float() * scale_scales
     first = nested_code(scales.device)[scales.flatten().int()]
     return (first * scale_scales.repeat_interleave(NESTED_BLOCK)[: first.numel()] + scale_offset).view(
         scales.shape
@@ -284,6 +300,11 @@ def quantize(
         check_g_idx(g_idx, group)
         perm = torch.argsort(g_idx, stable=True)
 
+    tensor_scale = 1.0
+    if format.tensor_scale and n:
+        low, high = torch.aminmax(weight)
+        absmax = max(-float(low), float(high))
+        tensor_scale = absmax / (E2M1_MAX * E4M3_MAX) if math.isfinite(absmax) and absmax else 1.0
     qweight = torch.empty(n, packed_width(k, format.bits), dtype=torch.uint8, device=weight.device)
     scales = torch.empty(n, k // group, dtype=format.scale_dtype, device=weight.device)
     zeros = None if format.symmetric else torch.empty_like(scales, dtype=torch.uint8)
@@ -293,56 +314,70 @@ def quantize(
         w = weight[rows].float()
         check_finite(f"weight (rows from {at})", w)
         w = (w if perm is None else w[:, perm]).view(-1, group)
-        codes, s, z = _quantize_groups(w, format)
+        s, z = _group_scales(w, format, tensor_scale)
+        codes = _codes(w, s.float() * tensor_scale, z, format)
         qweight[rows] = pack(codes.view(-1, k), format.bits)
         scales[rows] = s.view(-1, k // group)
         if zeros is not None:
             zeros[rows] = z.view(-1, k // group)
-    largest = float(scales.abs().amax()) if n else 0.0
-    if not math.isfinite(largest) or (largest < torch.finfo(scales.dtype).tiny and bool((weight != 0).any())):
-        raise ValueError(
-            f"scale_dtype {format.scale_dtype} can't hold the scales of this weight (largest magnitude "
-            f"{float(weight.abs().max()):.3g}): pass scale_dtype=torch.float32"
-        )
+    if format.scale_dtype in SCALE_DTYPES and n:
+        largest = float(scales.abs().amax())
+        if not math.isfinite(largest) or (
+            largest < torch.finfo(scales.dtype).tiny and bool((weight != 0).any())
+        ):
+            raise ValueError(
+                f"scale_dtype {format.scale_dtype} can't hold the scales of this weight (largest magnitude "
+                f"{float(weight.abs().max()):.3g}): pass scale_dtype=torch.float32"
+            )
     scale_scales = scale_offset = None
     if format.nested:
         scales, scale_scales, scale_offset = _nest_scales(scales)
+    elif format.tensor_scale:
+        scale_scales = torch.full((1,), tensor_scale, device=weight.device)
     return LowBitWeight(qweight, scales, format, (n, k), zeros, g_idx, scale_scales, scale_offset)
 
 
-def _quantize_groups(w: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes [groups, group_size], scales [groups, 1] in scale_dtype and zero points of float32 groups."""
-    top = 2**format.bits - 1
+def _group_scales(w: torch.Tensor, format: Format, tensor_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales as they are stored and zero points, each [groups, 1], of float32 groups [groups, group_size]."""
     zero = torch.full_like(w[:, :1], format.zero_point)
-    if format.codebook is None:
-        if format.symmetric:
-            # the extreme value, sign and all, becomes the lowest code, of which there is one more than on the
-            # other side
-            scale = w.gather(1, w.abs().argmax(1, keepdim=True)) / -format.zero_point
-        else:
-            low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
-            scale = (high - low) / top
-        # codes are found against the scale that is stored; a group of zeros has scale 0 and codes at the zero
-        # point
-        scale = scale.to(format.scale_dtype).float()
-        step = torch.where(scale == 0, 1.0, scale)
-        if not format.symmetric:
-            zero = (-low / step).round().clamp(0, top)
-        codes = ((w / step).round() + zero).clamp(0, top)
-        return codes.to(torch.uint8), scale.to(format.scale_dtype), zero.to(torch.uint8)
+    if not format.symmetric:
+        top = 2**format.bits - 1
+        low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / top).to(format.scale_dtype)
+        # the zero point is found against the scale that is stored; a group of zeros has scale 0
+        return scale, (-low / _divisor(scale.float())).round().clamp(0, top)
+    if format.is_integer:
+        # the extreme value, sign and all, becomes the lowest code: there is one more of them on that side
+        return (w.gather(1, w.abs().argmax(1, keepdim=True)) / -format.zero_point).to(
+            format.scale_dtype
+        ), zero
+    if format.scale_rule == "absmean":
+        return w.abs().mean(1, keepdim=True).to(format.scale_dtype), zero
+    absmax = w.abs().amax(1, keepdim=True) / tensor_scale
+    largest = format.values(w.device).nan_to_num(0).abs().max()
+    if format.scale_dtype == torch.float8_e8m0fnu:  # the OCP MX rule: powers of two, the top saturates
+        exponent = absmax.clamp(min=2.0**-126).log2().floor() - largest.log2().floor()
+        return exponent.clamp(-127, 127).exp2().to(format.scale_dtype), zero
+    return (absmax / largest).to(format.scale_dtype), zero
+
+
+def _codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, format: Format) -> torch.Tensor:
+    """The nearest codes, uint8, of float32 groups under float32 scales; ties go to even or to the lower code."""
+    if format.is_integer:
+        return ((w / _divisor(scale)).round() + zero).clamp(0, 2**format.bits - 1).to(torch.uint8)
+    if format.codebook == E4M3:
+        return (w / _divisor(scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     values = format.values(w.device)
-    largest = values.nan_to_num(0).abs().max()
-    absmax = w.abs().amax(1, keepdim=True)
-    scale = (absmax / largest).to(format.scale_dtype).float()
-    if format.name.startswith("fp8"):
-        ratio = (w / torch.where(scale == 0, 1.0, scale)).clamp(-float(largest), float(largest))
-        codes = ratio.to(torch.float8_e4m3fn).view(torch.uint8)
-    else:
-        ratio = w * torch.where(scale == 0, 0.0, 1.0 / scale)
-        order = values.argsort()
-        ascending = values[order]
-        codes = order[torch.bucketize(ratio, (ascending[1:] + ascending[:-1]) / 2)].to(torch.uint8)
-    return codes, scale.to(format.scale_dtype), zero
+    order = values.argsort(stable=True)[
+        : int(torch.isfinite(values).sum())
+    ]  # NaN, a code not in use, sorts last
+    ascending = values[order]
+    ratio = w * torch.where(scale == 0, 0.0, 1.0 / scale)
+    return order[torch.bucketize(ratio, (ascending[1:] + ascending[:-1]) / 2)].to(torch.uint8)
+
+
+def _divisor(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def _nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

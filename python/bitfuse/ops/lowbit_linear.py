@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..cpu import lowbit_linear as cpp
 from ..cuda import lowbit_linear as cuda
-from ..formats import FORMATS, Format, get_format
+from ..formats import FORMATS, get_format
 from ..kernels import lowbit_linear as triton
 from ..op import Backend, Explanation, Op, explains
 from ..weight import LowBitWeight, check_tensor, dequantize_rows, resolve_scales
@@ -88,7 +89,10 @@ def _check_weight(
     if group_size <= 0 or k % group_size:
         raise ValueError(f"group_size is {group_size}, expected a divisor of in_features {k}")
     nested = scale_scales is not None or scale_offset is not None
-    exact = Format(fmt.name, fmt.bits, group_size, fmt.codebook, symmetric=zeros is None, nested=nested)
+    nested = nested and not fmt.tensor_scale
+    exact = replace(fmt, group_size=group_size, symmetric=zeros is None, nested=nested)
+    if nested:
+        exact = replace(exact, scale_dtype=torch.float32)
     given = {
         "qweight": qweight,
         "scales": scales,
