@@ -1,0 +1,50 @@
+// What the binding hands to lowbit_linear, and the one entry a level has for each direction.
+#pragma once
+
+#include <cstdint>
+
+namespace bitfuse {
+
+enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+enum class ScaleKind : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kNested = 3 };
+// kNibble: 4-bit codes that index `values`; kByte: the code itself, less its zero point; kE4m3: FP8 without
+// infinities.
+enum class CodeKind : int { kNibble = 0, kByte = 1, kE4m3 = 2 };
+
+// w[n, k] = (value(code[n, k]) - zero[n, g]) * scale[n, g] with g = k / group_size; all arrays row-major, no
+// padding.
+struct LowBitMatrix {
+  int64_t n, k, group_size;
+  CodeKind code_kind;
+  ScaleKind scale_kind;
+  int zero_point;                           // where `zeros` is null
+  const uint8_t* codes;                     // [n, k * bits / 8], low bits first
+  const void* scales;                       // [n, k / group_size]
+  const uint8_t* zeros;                     // the same shape, or null
+  const float* values;                      // kNibble: 16
+  const float *nested_code, *scale_scales;  // kNested: 256; [ceil(n * groups / 256)]
+  float scale_offset;                       // kNested
+};
+
+// forward: out[rows, n] = x[rows, k] W^T + bias[n]; gradient: out[rows, k] = x[rows, n] W. x, bias and out
+// have one dtype.
+struct LinearCall {
+  LowBitMatrix w;
+  Dtype dtype;
+  int64_t rows, row_stride;  // row_stride counts elements of x; out is dense
+  const void *x, *bias;      // bias may be null
+  void* out;
+};
+
+#define BITFUSE_DECLARE_LEVEL(level)                 \
+  namespace level {                                  \
+  void lowbit_linear(const LinearCall& call);        \
+  void lowbit_linear_grad_x(const LinearCall& call); \
+  }
+BITFUSE_DECLARE_LEVEL(portable)
+BITFUSE_DECLARE_LEVEL(avx2)
+BITFUSE_DECLARE_LEVEL(avx512)
+BITFUSE_DECLARE_LEVEL(avx512bf16)
+#undef BITFUSE_DECLARE_LEVEL
+
+}  // namespace bitfuse

@@ -1,0 +1,404 @@
+// The vector type of one ISA level: kLanes floats or dwords, and the few operations that the kernels need.
+//
+// Every csrc/cpu/*.cpp is compiled once per level; what is here lies in that level's namespace, so no
+// function of a wide level can be picked by the linker for a narrow one. Operations have the same meaning at
+// every level: Vf holds floats, Vi dwords. The portable level uses GCC's vector extension, 4 lanes, which any
+// machine has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(BITFUSE_ISA)
+#error "compile with -DBITFUSE_ISA=portable, avx2, avx512 or avx512bf16"
+#endif
+
+#define BITFUSE_INLINE inline __attribute__((always_inline))
+
+namespace bitfuse::BITFUSE_ISA {
+
+BITFUSE_INLINE float bfloat_to_float(uint16_t h) {
+  uint32_t bits = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+using Vf = __m512;
+using Vi = __m512i;
+
+BITFUSE_INLINE Vf zero() { return _mm512_setzero_ps(); }
+BITFUSE_INLINE Vf set1(float a) { return _mm512_set1_ps(a); }
+BITFUSE_INLINE Vf load(const float* p) { return _mm512_loadu_ps(p); }
+BITFUSE_INLINE void store(float* p, Vf a) { _mm512_storeu_ps(p, a); }
+BITFUSE_INLINE Vf add(Vf a, Vf b) { return _mm512_add_ps(a, b); }
+BITFUSE_INLINE Vf sub(Vf a, Vf b) { return _mm512_sub_ps(a, b); }
+BITFUSE_INLINE Vf mul(Vf a, Vf b) { return _mm512_mul_ps(a, b); }
+BITFUSE_INLINE Vf fma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
+
+BITFUSE_INLINE Vi load_dwords(const void* p) { return _mm512_loadu_si512(p); }
+BITFUSE_INLINE void store_dwords(void* p, Vi a) { _mm512_storeu_si512(p, a); }
+template <int Bits>
+BITFUSE_INLINE Vi shift_right(Vi a) {
+  return Bits == 0 ? a : _mm512_srli_epi32(a, Bits);
+}
+BITFUSE_INLINE Vf as_float(Vi a) { return _mm512_castsi512_ps(a); }
+BITFUSE_INLINE Vi as_dwords(Vf a) { return _mm512_castps_si512(a); }
+// Lane i of the result is lane index[i] of a.
+BITFUSE_INLINE Vf permute(Vf a, Vi index) { return _mm512_permutexvar_ps(index, a); }
+
+// Sixteen floats, looked up by the low 4 bits of each dword; the bits above them are ignored.
+struct Table16 {
+  Vf values;
+  explicit Table16(const float* p) : values(_mm512_loadu_ps(p)) {}
+  BITFUSE_INLINE Vf operator[](Vi code) const { return _mm512_permutexvar_ps(code, values); }
+  BITFUSE_INLINE void subtract(float zero) { values = sub(values, set1(zero)); }
+};
+
+// The code in byte Byte of each dword, as a float less zero. The byte lands in the mantissa of 2^23, whose
+// last place is 1, so c - zero is exact: one and-or and one subtraction instead of and, convert, subtract.
+template <int Byte>
+BITFUSE_INLINE Vf byte_less(Vi a, Vf zero) {
+  constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;  // (a & b) | c
+  Vi bits = _mm512_ternarylogic_epi32(shift_right<8 * Byte>(a), _mm512_set1_epi32(0xff),
+                                      _mm512_set1_epi32(0x4b000000), kAndOr);
+  return sub(as_float(bits), add(zero, set1(8388608.0f)));
+}
+
+// The e4m3fn number in byte Byte of each dword. As an fp16 bit pattern (sign, 4 bits of exponent moved down
+// one, 3 of mantissa) it reads 2^-8 too small; fp16 reaches e4m3's subnormals as normal arithmetic, whatever
+// DAZ says.
+template <int Byte>
+BITFUSE_INLINE Vf byte_e4m3(Vi a) {
+  Vi top = Byte == 0 ? _mm512_slli_epi32(a, 8) : shift_right<8 * (Byte > 0 ? Byte - 1 : 0)>(a);
+  __m256i half = _mm512_cvtepi32_epi16(_mm512_srai_epi16(top, 1));
+  half = _mm256_and_si256(half, _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  __mmask16 nan =
+      _mm256_cmpeq_epi16_mask(_mm256_or_si256(half, _mm256_set1_epi16(static_cast<short>(0x8000))),
+                              _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  half = _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00));
+  return mul(_mm512_cvtph_ps(half), set1(256.0f));
+}
+
+// Dword i of the result holds 4-bit code i of the 8 bytes at p in its low 4 bits.
+BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) {
+  int32_t low, high;
+  std::memcpy(&low, p, 4);
+  std::memcpy(&high, p + 4, 4);
+  Vi both = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+  return _mm512_srlv_epi32(both, _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0));
+}
+// Dword i of the result is byte i at p.
+BITFUSE_INLINE Vi spread_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// low in the first 8 lanes, high in the others.
+BITFUSE_INLINE Vf set_halves(float low, float high) {
+  return _mm512_mask_mov_ps(set1(low), 0xff00, set1(high));
+}
+
+BITFUSE_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+BITFUSE_INLINE Vf load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+BITFUSE_INLINE Vf load_bfloat(const uint16_t* p) {
+  return as_float(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+BITFUSE_INLINE void store_half(uint16_t* p, Vf a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+BITFUSE_INLINE void store_bfloat(uint16_t* p, Vf a) {
+  Vi u = as_dwords(a);
+  Vi odd = _mm512_and_si512(shift_right<16>(u), _mm512_set1_epi32(1));
+  Vi rounded = shift_right<16>(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+
+BITFUSE_INLINE float sum(Vf a) {
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+
+// a[i] lane j <- a[j] lane i.
+BITFUSE_INLINE void transpose(Vi (&a)[16]) {
+  Vi b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
+  }
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+using Vf = __m256;
+using Vi = __m256i;
+
+BITFUSE_INLINE Vf zero() { return _mm256_setzero_ps(); }
+BITFUSE_INLINE Vf set1(float a) { return _mm256_set1_ps(a); }
+BITFUSE_INLINE Vf load(const float* p) { return _mm256_loadu_ps(p); }
+BITFUSE_INLINE void store(float* p, Vf a) { _mm256_storeu_ps(p, a); }
+BITFUSE_INLINE Vf add(Vf a, Vf b) { return _mm256_add_ps(a, b); }
+BITFUSE_INLINE Vf sub(Vf a, Vf b) { return _mm256_sub_ps(a, b); }
+BITFUSE_INLINE Vf mul(Vf a, Vf b) { return _mm256_mul_ps(a, b); }
+BITFUSE_INLINE Vf fma(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
+
+BITFUSE_INLINE Vi load_dwords(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+BITFUSE_INLINE void store_dwords(void* p, Vi a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+template <int Bits>
+BITFUSE_INLINE Vi shift_right(Vi a) {
+  return Bits == 0 ? a : _mm256_srli_epi32(a, Bits);
+}
+BITFUSE_INLINE Vf as_float(Vi a) { return _mm256_castsi256_ps(a); }
+BITFUSE_INLINE Vi as_dwords(Vf a) { return _mm256_castps_si256(a); }
+BITFUSE_INLINE Vf permute(Vf a, Vi index) { return _mm256_permutevar8x32_ps(a, index); }
+
+// vpermps ymm looks up 8 floats by 3 bits; bit 3, moved to the sign, picks between two of them.
+struct Table16 {
+  Vf low, high;
+  explicit Table16(const float* p) : low(_mm256_loadu_ps(p)), high(_mm256_loadu_ps(p + 8)) {}
+  BITFUSE_INLINE Vf operator[](Vi code) const {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code),
+                            as_float(_mm256_slli_epi32(code, 28)));
+  }
+  BITFUSE_INLINE void subtract(float zero) { low = sub(low, set1(zero)), high = sub(high, set1(zero)); }
+};
+
+template <int Byte>
+BITFUSE_INLINE Vf byte_less(Vi a, Vf zero) {
+  Vi code = _mm256_and_si256(shift_right<8 * Byte>(a), _mm256_set1_epi32(0xff));
+  return sub(_mm256_cvtepi32_ps(code), zero);
+}
+
+template <int Byte>
+BITFUSE_INLINE Vf byte_e4m3(Vi a) {
+  Vi top = _mm256_slli_epi32(
+      a, 24 - 8 * Byte);  // the fp16 pattern goes to the high word: sign stays, dropped below
+  Vi half = _mm256_and_si256(_mm256_srai_epi32(top, 1), _mm256_set1_epi32(static_cast<int>(0xbf800000)));
+  Vi nan = _mm256_cmpeq_epi32(_mm256_and_si256(half, _mm256_set1_epi32(0x3f800000)),
+                              _mm256_set1_epi32(0x3f800000));
+  half = _mm256_blendv_epi8(half, _mm256_set1_epi32(0x7e000000), nan);
+  __m128i packed = _mm_packus_epi32(_mm_srli_epi32(_mm256_castsi256_si128(half), 16),
+                                    _mm_srli_epi32(_mm256_extracti128_si256(half, 1), 16));
+  return mul(_mm256_cvtph_ps(packed), set1(256.0f));
+}
+
+BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) {
+  int32_t codes;
+  std::memcpy(&codes, p, 4);
+  return _mm256_srlv_epi32(_mm256_set1_epi32(codes), _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+}
+BITFUSE_INLINE Vi spread_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+BITFUSE_INLINE Vf set_halves(float low, float) { return set1(low); }
+
+BITFUSE_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+BITFUSE_INLINE Vf load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+BITFUSE_INLINE Vf load_bfloat(const uint16_t* p) {
+  return as_float(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+BITFUSE_INLINE void store_half(uint16_t* p, Vf a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+BITFUSE_INLINE void store_bfloat(uint16_t* p, Vf a) {
+  Vi u = as_dwords(a);
+  Vi odd = _mm256_and_si256(shift_right<16>(u), _mm256_set1_epi32(1));
+  Vi rounded = shift_right<16>(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))));
+  rounded =
+      _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), as_dwords(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+}
+
+BITFUSE_INLINE float sum(Vf a) {
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+
+BITFUSE_INLINE void transpose(Vi (&a)[8]) {
+  Vi b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+    b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = b[i];
+}
+
+#else
+
+constexpr int kLanes = 4;
+typedef float Vf __attribute__((vector_size(16)));
+typedef int32_t Vi __attribute__((vector_size(16)));
+typedef uint32_t Vu __attribute__((vector_size(16)));
+
+BITFUSE_INLINE Vf zero() { return Vf{}; }
+BITFUSE_INLINE Vf set1(float a) { return Vf{a, a, a, a}; }
+BITFUSE_INLINE Vf load(const float* p) {
+  Vf a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+BITFUSE_INLINE void store(float* p, Vf a) { std::memcpy(p, &a, sizeof a); }
+BITFUSE_INLINE Vf add(Vf a, Vf b) { return a + b; }
+BITFUSE_INLINE Vf sub(Vf a, Vf b) { return a - b; }
+BITFUSE_INLINE Vf mul(Vf a, Vf b) { return a * b; }
+BITFUSE_INLINE Vf fma(Vf a, Vf b, Vf c) { return a * b + c; }
+
+BITFUSE_INLINE Vi load_dwords(const void* p) {
+  Vi a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+BITFUSE_INLINE void store_dwords(void* p, Vi a) { std::memcpy(p, &a, sizeof a); }
+template <int Bits>
+BITFUSE_INLINE Vi shift_right(Vi a) {
+  return reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) >> Bits);
+}
+BITFUSE_INLINE Vf as_float(Vi a) { return reinterpret_cast<Vf>(a); }
+BITFUSE_INLINE Vi as_dwords(Vf a) { return reinterpret_cast<Vi>(a); }
+BITFUSE_INLINE Vf permute(Vf a, Vi index) { return __builtin_shuffle(a, index); }
+
+struct Table16 {
+  float values[16];
+  explicit Table16(const float* p) { std::memcpy(values, p, sizeof values); }
+  BITFUSE_INLINE Vf operator[](Vi code) const {
+    return Vf{values[code[0] & 15], values[code[1] & 15], values[code[2] & 15], values[code[3] & 15]};
+  }
+  BITFUSE_INLINE void subtract(float zero) {
+    for (float& v : values) v -= zero;
+  }
+};
+
+template <int Byte>
+BITFUSE_INLINE Vf byte_less(Vi a, Vf zero) {
+  return __builtin_convertvector(shift_right<8 * Byte>(a) & 0xff, Vf) - zero;
+}
+
+template <int Byte>
+BITFUSE_INLINE Vf byte_e4m3(Vi a) {
+  Vi code = shift_right<8 * Byte>(a);
+  Vi magnitude = code & 0x7f;
+  Vi sign = (code & 0x80) << 24;
+  Vf normal = as_float((magnitude << 20) + (120 << 23));
+  Vf subnormal = __builtin_convertvector(magnitude, Vf) * 0.001953125f;  // 2^-9
+  Vi bits = magnitude < 8 ? as_dwords(subnormal) : as_dwords(normal);
+  return as_float((magnitude == 0x7f ? Vi{} + 0x7fc00000 : bits) | sign);
+}
+
+BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) { return Vi{p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4}; }
+BITFUSE_INLINE Vi spread_bytes(const uint8_t* p) { return Vi{p[0], p[1], p[2], p[3]}; }
+BITFUSE_INLINE Vf set_halves(float low, float) { return set1(low); }
+
+BITFUSE_INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  float f;
+  if (magnitude < 0x400) {
+    f = float(magnitude) * 5.9604644775390625e-8f;  // 2^-24
+  } else {
+    uint32_t bits = (magnitude << 13) + (magnitude >= 0x7c00 ? (255u - 31) << 23 : (127u - 15) << 23);
+    std::memcpy(&f, &bits, 4);
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+BITFUSE_INLINE uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000) {  // below 2^-14: the last place is 2^-24, that of 0.5
+    float a;
+    std::memcpy(&a, &magnitude, 4);
+    a += 0.5f;
+    std::memcpy(&magnitude, &a, 4);
+    return uint16_t(sign | (magnitude - 0x3f000000));
+  }
+  magnitude += 0xfff + (magnitude >> 13 & 1) - ((127u - 15) << 23);
+  return uint16_t(sign | magnitude >> 13);
+}
+BITFUSE_INLINE Vf load_half(const uint16_t* p) {
+  return Vf{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+}
+BITFUSE_INLINE Vf load_bfloat(const uint16_t* p) { return as_float(Vi{p[0], p[1], p[2], p[3]} << 16); }
+BITFUSE_INLINE void store_half(uint16_t* p, Vf a) {
+  for (int i = 0; i < 4; ++i) p[i] = float_to_half(a[i]);
+}
+BITFUSE_INLINE void store_bfloat(uint16_t* p, Vf a) {
+  Vi u = as_dwords(a);
+  Vi rounded = shift_right<16>(u + (shift_right<16>(u) & 1) + 0x7fff);
+  rounded = a != a ? Vi{} + 0x7fc0 : rounded;
+  for (int i = 0; i < 4; ++i) p[i] = uint16_t(rounded[i]);
+}
+
+BITFUSE_INLINE float sum(Vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+BITFUSE_INLINE void transpose(Vi (&a)[4]) {
+  Vi low01 = __builtin_shuffle(a[0], a[1], Vi{0, 4, 1, 5}),
+     high01 = __builtin_shuffle(a[0], a[1], Vi{2, 6, 3, 7});
+  Vi low23 = __builtin_shuffle(a[2], a[3], Vi{0, 4, 1, 5}),
+     high23 = __builtin_shuffle(a[2], a[3], Vi{2, 6, 3, 7});
+  a[0] = __builtin_shuffle(low01, low23, Vi{0, 1, 4, 5});
+  a[1] = __builtin_shuffle(low01, low23, Vi{2, 3, 6, 7});
+  a[2] = __builtin_shuffle(high01, high23, Vi{0, 1, 4, 5});
+  a[3] = __builtin_shuffle(high01, high23, Vi{2, 3, 6, 7});
+}
+
+#endif
+
+}  // namespace bitfuse::BITFUSE_ISA
