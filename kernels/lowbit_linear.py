@@ -422,45 +422,69 @@ class Config(NamedTuple):
     stages: int
 
 
+MIN_SPLIT = 512  # contracted at least by a program: for less, partial sums cost more than the weights they stand for
+BAND = 8  # row tiles that go through W together
+REDUCE_WIDTH = 512
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(
-    m: int, n: int, k: int, group_size: int, float_bytes: int, multiprocessors: int, grad_x: bool = False
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    float_bytes: int,
+    capability: int,
+    multiprocessors: int,
+    grad_x: bool = False,
 ) -> Config:
     """Tiles for a result [m, n] contracted over k; group_size 0 is one scale a row of W.
 
-    - Up to 32 tokens bytes are the bound: narrow tiles and three or so programs a multiprocessor, so that some 20 KB of W
-      are in flight on each, by splitting the contraction; TileK is as much of a group as fits, to scale products.
-    - From 33 tokens decoding and tensor cores are: TileM = 64, then 128, shares a decoded weight among as many tokens.
-      Eight warps hold 128x128 accumulators in 64 registers each, and two such programs fit a multiprocessor, so that
-      one decodes while the other multiplies. The contraction is split only when tiles are fewer than multiprocessors.
-    - float32 runs on the FMA units: tiles are what registers hold without spilling.
+    - Up to 32 tokens bytes are the bound: enough programs that some 24 KB of W are in flight on each multiprocessor, got
+      by splitting the contraction, and as few instructions a weight as may be: a program decodes 128 rows, so that each
+      x fragment is read for 32 of them a warp, in steps of a whole group where that is 64 or 128, so that products are
+      scaled instead of weights.
+    - Then decoding and tensor cores are: a decoded weight serves TileM = 64, then 128 tokens. At 128 x 128 eight warps
+      hold the accumulators in 64 registers each, so that two programs fit a multiprocessor (128 registers, 74 to 82 KB)
+      and one decodes while the other multiplies. The contraction is split only where tiles are fewer than
+      multiprocessors.
+    - float32 runs on the FMA units: the largest tiles whose operands fit the registers.
     """
-    warps = 4
+    warps, stages = 4, 4
     if float_bytes == 4:
-        tile_m, tile_n, tile_k, stages = 16 if m <= 16 else 32, 32, 32, 2
+        tile_m, tile_n, tile_k, stages = (16, 32, 32, 2) if m <= 16 else (64, 64, 16, 2)
     elif m <= 32:
-        tile_m, tile_n, tile_k, stages = 16 if m <= 16 else 32, 64, 128, 4
-        if not grad_x and group_size and group_size % 128 and not group_size % 64:
+        tile_m, tile_n, tile_k = 16 if m <= 16 else 32, 128, 128
+        if grad_x or (group_size % 128 and not group_size % 64):
             tile_k = 64
+        if -(-n // tile_n) * max(1, k // MIN_SPLIT) * 2 < 3 * multiprocessors:
+            tile_n = 64
+    elif m <= 64:
+        # the longer step needs 98 KB, twice, and accumulators that wgmma leaves room for
+        tile_m, tile_n, tile_k, stages = 64, 128, 128 if bits == 4 and capability in (90, 100) else 64, 3
     else:
-        tile_m, tile_n, tile_k, stages = 64 if m <= 64 else 128, 128, 64, 3
-        warps = 4 if m <= 64 else 8
-    if grad_x and tile_k > 64:
-        tile_k = 64
+        tile_m, tile_n, tile_k, warps, stages = 128, 128, 64, 8, 3
     run = tile_n if grad_x else tile_k
     sub = math.gcd(group_size, run) if group_size else run
-    scale_product = not grad_x and group_size > 0 and sub == run and tile_m <= 32
+    scale_product = not grad_x and group_size > 0 and sub == run and (tile_m <= 32 or float_bytes == 4)
     tiles = -(-m // tile_m) * -(-n // tile_n)
     total = -(-k // tile_k)
-    wanted = 3 * multiprocessors // tiles if m <= 32 else multiprocessors // tiles
-    splits = max(1, min(wanted, total * tile_k // MIN_SPLIT))
+    most = max(1, k // MIN_SPLIT)
+    if m <= 32:
+        splits = _fewest_splits(tiles, min(most, max(1, 4 * multiprocessors // tiles)), multiprocessors)
+    else:
+        splits = max(1, min(most, multiprocessors // tiles))
     steps = -(-total // splits)
     return Config(tile_m, tile_n, tile_k, sub, scale_product, -(-total // steps), steps, warps, stages)
 
 
-MIN_SPLIT = 512  # columns a program contracts at least: fewer, and writing partial sums costs more than reading weights
-BAND = 8
-REDUCE_WIDTH = 512
+def _fewest_splits(tiles: int, most: int, multiprocessors: int) -> int:
+    """The fewest splits that fill the last wave as well as 85% of the best, with three programs to two multiprocessors
+    or as near to that as `most` splits come."""
+    counts = [s for s in range(1, most + 1) if 2 * tiles * s >= 3 * multiprocessors] or [most]
+    filled = [tiles * s / (multiprocessors * -(-tiles * s // multiprocessors)) for s in counts]
+    return next(s for s, f in zip(counts, filled, strict=True) if f >= 0.85 * max(filled))
 
 
 # ----------------------------------------------------------------------------------------------------------------- launch
@@ -626,7 +650,7 @@ def _run(
     code = CODES[format]
     if group_size == k:
         group_size = 0
-    config = choose(m, width, depth, group_size, x.element_size(), _device(device)[1], grad_x)
+    config = choose(m, width, depth, code.bits, group_size, x.element_size(), *_device(device), grad_x)
     tile_m, tile_n, tile_k, sub, scale_product, splits, steps, _, _ = config
     stride = x.stride(0) if m > 1 else depth
     k_align, n_align, stride_align = math.gcd(k, 128), math.gcd(n, 16), math.gcd(stride, 16)
