@@ -167,12 +167,8 @@ def time_interleaved(
             for which in order if done % 2 == 0 else reversed(order):
                 taken[which].append(timed(passes[which]))
             done += 1
-            tick(
-                max(
-                    done / rounds,
-                    min(1.0, (time.perf_counter() - start) / seconds) if done >= at_least else 0.0,
-                )
-            )
+            by_time = (time.perf_counter() - start) / max(seconds, 1e-9)
+            tick(min(1.0, max(done / rounds, min(done / at_least, by_time))))
     finally:
         if collecting:
             gc.enable()

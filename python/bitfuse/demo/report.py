@@ -139,10 +139,10 @@ def print_results(results: Results, console: Console) -> None:
     anchors = len(TRIPLES)
     console.print(
         "cosine, worst: mean and lowest cosine of a sentence's embedding to its fp32 embedding. paraphrase, "
-        f"near miss, unrelated: mean cosine within such pairs; there are {2 * anchors} pairs, a paraphrase and a "
-        f"near miss around each of {anchors} anchors. para. first: anchors nearer to their paraphrase than to "
-        "their near miss (some are hard for the float model too). as in fp32: anchors whose two pairs come in "
-        "fp32's order.",
+        f"near miss, unrelated: mean cosine within such pairs; there are {2 * anchors} pairs, a paraphrase "
+        f"and a near miss around each of {anchors} anchors. para. first: anchors nearer to their paraphrase "
+        "than to their near miss (some are hard for the float model too). as in fp32: anchors whose two "
+        "pairs come in fp32's order.",
         style="dim",
         highlight=False,
     )

@@ -2,8 +2,8 @@
 
 Each `Triple` makes two pairs around one anchor: a paraphrase, which says the same in other words, and a near
 miss, which shares words or the scene and says something else. Some near misses are easy (a river bank), some
-are hard even for the float model (the two batteries): what counts is that a few-bit model orders the two pairs
-as the float one does. The Korean triples are about the same matters where that is natural; they are no
+are hard even for the float model (the two batteries): what counts is that a few-bit model orders the two
+pairs as the float one does. The Korean triples are about the same matters where that is natural; they are no
 translations.
 """
 
