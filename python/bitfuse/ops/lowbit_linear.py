@@ -88,11 +88,11 @@ def _check_weight(
         )
     if group_size <= 0 or k % group_size:
         raise ValueError(f"group_size is {group_size}, expected a divisor of in_features {k}")
-    nested = scale_scales is not None or scale_offset is not None
-    nested = nested and not fmt.tensor_scale
-    exact = replace(fmt, group_size=group_size, symmetric=zeros is None, nested=nested)
-    if nested:
-        exact = replace(exact, scale_dtype=torch.float32)
+    nested = not fmt.tensor_scale and (scale_scales is not None or scale_offset is not None)
+    scale_dtype = torch.float32 if nested else fmt.scale_dtype
+    exact = replace(
+        fmt, group_size=group_size, symmetric=zeros is None, nested=nested, scale_dtype=scale_dtype
+    )
     given = {
         "qweight": qweight,
         "scales": scales,
