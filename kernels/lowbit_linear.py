@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bitfuse.formats import FORMATS, NESTED_BLOCK, nested_code
+from bitfuse.formats import FORMATS, NESTED_BLOCK, Format, nested_code
 from bitfuse.op import simulated_gpu
 
 try:
@@ -46,10 +46,11 @@ class Code:
     """How the tensor-core kernels decode one format.
 
     Args:
-        bits: bits of a code, 4 or 8.
+        bits: bits of a code: 2, 4 or 8.
         center: subtracted from the code by the decoding, so that integers come out small and exact; 0 for a codebook.
-        half: PTX from four bytes ($0.. out, the last operand in) to float16: 4 bit gives one register a byte, its two
-            weights in the order of the row; 8 bit gives two registers of two weights.
+        half: PTX from four bytes ($0.. out, the last operand in) to float16. 8 bit gives two registers of two weights;
+            4 bit one register a byte, its two weights in the order of the row; 2 bit that for the first weights of the
+            four bytes, then that for the last.
         bfloat: the same to bfloat16.
     """
 
@@ -70,7 +71,7 @@ def _asm(registers: str, body: str) -> str:
 
 # Integers: the code is put into the mantissa of a power of two (1024 in float16, 128 in bfloat16), which one fused
 # multiply-add then takes away together with the center. Every value on the way is exact.
-_BYTE = ["0x4040", "0x4141", "0x4242", "0x4343"]  # prmt: byte i to both halves
+_BYTE = ["0x0000", "0x1111", "0x2222", "0x3333"]  # prmt: byte i to both halves
 _PAIR = ["0x4140", "0x4342"]  # prmt: bytes 2i and 2i+1 to the low bytes of the two halves
 _TOP_PAIR = ["0x1404", "0x3424"]  # prmt: the same, to the high bytes
 # the low half takes the low nibble as it stands, the high half the high nibble, worth 16 times as much
@@ -111,6 +112,38 @@ _INT8_BFLOAT = _asm(
 )
 
 
+class _Float(NamedTuple):
+    """What the decoding of integers has to know of a 16-bit float."""
+
+    dtype: torch.dtype
+    fma: str
+    magic: float  # the power of two whose mantissa counts by ones
+
+
+_HALF = _Float(torch.float16, "fma.rn.f16x2", 1024.0)
+_BFLOAT = _Float(torch.bfloat16, "fma.rn.bf16x2", 128.0)
+
+
+def _twice(low: float, high: float, dtype: torch.dtype) -> str:
+    """The register that holds two floats."""
+    bits = torch.tensor([low, high], dtype=dtype).view(torch.int16).tolist()
+    return f"{bits[0] & 0xFFFF | (bits[1] & 0xFFFF) << 16:#010x}"
+
+
+def _int2(to: _Float, center: int) -> str:
+    """2 bit: the first pair of a byte in one register, worth 1 and 4; the second in another, from the byte shifted."""
+    return _asm(
+        "t, h, one, less, magic",
+        f"mov.b32 one, {_twice(1, 0.25, to.dtype)};\nmov.b32 magic, {_twice(to.magic, to.magic, to.dtype)};\n"
+        f"mov.b32 less, {_twice(-to.magic - center, -to.magic / 4 - center, to.dtype)};\nshr.u32 h, $8, 4;\n"
+        + _each(
+            f"prmt.b32 t, $8, h, {{byte}};\nlop3.b32 t, t, 0x000c0003, magic, 0xea;\n{to.fma} ${{i}}, t, one, less;",
+            8,
+            byte=[*_BYTE, "0x4444", "0x5555", "0x6666", "0x7777"],
+        ),
+    )
+
+
 def _fp8(mantissa_bits: int, power: str, multiply: str) -> str:
     """e4m3: sign kept, exponent and mantissa moved to where the wider float has them, then times 2**(its bias - 7)."""
     return _asm(
@@ -127,7 +160,10 @@ def _fp8(mantissa_bits: int, power: str, multiply: str) -> str:
     )
 
 
-def _codebook(values: tuple[float, ...], dtype: torch.dtype) -> str:
+_FP8 = Code(8, 0, _fp8(10, "0x5c005c00", "fma.rn.f16x2"), _fp8(7, "0x7b807b80", "fma.rn.bf16x2"))
+
+
+def _table(values: tuple[float, ...], dtype: torch.dtype) -> str:
     """A codebook of 16 as four words of its values' low bytes and four of their high bytes.
 
     `prmt` picks four of eight bytes by four 3-bit selectors, and four packed codes are just that: once on each half of
@@ -150,15 +186,33 @@ def _codebook(values: tuple[float, ...], dtype: torch.dtype) -> str:
     )
 
 
+def _codebook(format: Format) -> Code:
+    values = format.codebook or ()
+    return Code(4, 0, _table(values, torch.float16), _table(values, torch.bfloat16))
+
+
 CODES = {
     "int4": Code(4, 8, _INT4_HALF, _INT4_BFLOAT),
+    "int2": Code(2, 2, _int2(_HALF, 2), _int2(_BFLOAT, 2)),
+    "ternary": Code(2, 1, _int2(_HALF, 1), _int2(_BFLOAT, 1)),
     "int8": Code(8, 128, _INT8_HALF, _INT8_BFLOAT),
-    "fp8": Code(8, 0, _fp8(10, "0x5c005c00", "fma.rn.f16x2"), _fp8(7, "0x7b807b80", "fma.rn.bf16x2")),
-    "nf4": Code(4, 0, *(_codebook(FORMATS["nf4"].codebook or (), t) for t in (torch.float16, torch.bfloat16))),
+    **dict.fromkeys(("fp8", "mxfp8"), _FP8),
+    "nf4": _codebook(FORMATS["nf4"]),
+    **dict.fromkeys(("fp4", "mxfp4", "nvfp4"), _codebook(FORMATS["fp4"])),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+@jit
+def _low(pairs, Float: tl.constexpr):
+    return (pairs & 0xFFFF).to(tl.uint16).to(Float, bitcast=True)
+
+
+@jit
+def _high(pairs, Float: tl.constexpr):
+    return (pairs >> 16).to(tl.uint16).to(Float, bitcast=True)
 
 
 @jit
@@ -169,6 +223,10 @@ def _decode(codes, codebook, Decode: tl.constexpr, Bits: tl.constexpr, Center: t
     if Float == tl.float32:
         if Bits == 4:
             codes = tl.join(codes & 15, codes >> 4).reshape(R, C)
+        elif Bits == 2:
+            even = tl.join(codes & 3, (codes >> 4) & 3)
+            odd = tl.join((codes >> 2) & 3, codes >> 6)
+            codes = tl.join(even, odd).reshape(R, C)
         if codebook is None:
             values = codes.to(tl.float32) - Center
         else:
@@ -176,19 +234,24 @@ def _decode(codes, codebook, Decode: tl.constexpr, Bits: tl.constexpr, Center: t
     elif Bits == 8:
         words = tl.inline_asm_elementwise(Decode, "=&r,=&r,r", [codes], dtype=tl.uint16, is_pure=True, pack=4)
         values = words.to(Float, bitcast=True)
-    else:
+    elif Bits == 4:
         pairs = tl.inline_asm_elementwise(
             Decode, "=&r,=&r,=&r,=&r,r", [codes], dtype=tl.uint32, is_pure=True, pack=4
         )
-        low = (pairs & 0xFFFF).to(tl.uint16).to(Float, bitcast=True)
-        high = (pairs >> 16).to(tl.uint16).to(Float, bitcast=True)
-        values = tl.join(low, high).reshape(R, C)
+        values = tl.join(_low(pairs, Float), _high(pairs, Float)).reshape(R, C)
+    else:
+        first, last = tl.inline_asm_elementwise(
+            Decode, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=4
+        )
+        even = tl.join(_low(first, Float), _low(last, Float))
+        odd = tl.join(_high(first, Float), _high(last, Float))
+        values = tl.join(even, odd).reshape(R, C)
     return values
 
 
 @jit
 def _group(scales, zeros, scale_scales, scale_offset, code, rows, k, groups, GroupSize: tl.constexpr,
-           Sub: tl.constexpr, Count: tl.constexpr, Center: tl.constexpr, Block: tl.constexpr):  # fmt: skip
+           Sub: tl.constexpr, Count: tl.constexpr, Center: tl.constexpr, Block: tl.constexpr, Scale: tl.constexpr):  # fmt: skip
     """Scale (float32) and zero point less Center (float32) of the Count runs of Sub columns from k on, for each row.
 
     [R] when there is one run, [R, Count] else. Runs beyond the last group repeat it: what they scale is masked.
@@ -201,8 +264,18 @@ def _group(scales, zeros, scale_scales, scale_offset, code, rows, k, groups, Gro
         g = tl.minimum((k + tl.arange(0, Count) * Sub) // GroupSize, groups - 1)
         at = rows[:, None] * groups + g[None, :]
     scale = tl.load(scales + at)
-    if scale_scales is None:
+    if Scale == "e8m0":
+        # 2**(byte - 127); the lowest is a float32 without a leading one, the highest NaN
+        bits = scale.to(tl.uint32) << 23
+        scale = tl.where(bits == 0, 0x400000, tl.where(bits == 0x7F800000, 0x7FC00000, bits)).to(tl.float32, bitcast=True)
+    elif Scale == "e4m3":
+        # sign, exponent and mantissa to float32's places, times 2**(127 - 7)
+        bits = (scale.to(tl.uint32) & 0x80) << 24 | (scale.to(tl.uint32) & 0x7F) << 20
+        scale = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    if scale_offset is None:
         scale = scale.to(tl.float32)
+        if scale_scales is not None:
+            scale *= tl.load(scale_scales)
     else:
         block = tl.load(scale_scales + at // Block)
         scale = tl.load(code + scale.to(tl.int32)) * block + tl.load(scale_offset)
@@ -292,7 +365,7 @@ _INTEGERS = ["M", "N", "K", "stride", "steps"]
 def _forward_kernel(
     x, qweight, scales, zeros, scale_scales, scale_offset, code, codebook, bias, out, M, N, K, stride, steps,
     Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr, GroupSize: tl.constexpr, Block: tl.constexpr,
-    KAlign: tl.constexpr, NAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr,
+    Scale: tl.constexpr, KAlign: tl.constexpr, NAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr,
     TileM: tl.constexpr, TileN: tl.constexpr, TileK: tl.constexpr, Sub: tl.constexpr, ScaleProduct: tl.constexpr,
     Splits: tl.constexpr, Band: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +391,7 @@ def _forward_kernel(
     begin = tl.program_id(1) * steps * TileK
     end = tl.minimum(begin + steps * TileK, K)
     scale, zero = _group(scales, zeros, scale_scales, scale_offset, code, rows, begin, groups, GroupSize, Sub, Count,
-                         Center, Block)  # fmt: skip
+                         Center, Block, Scale)  # fmt: skip
     acc = tl.zeros((TileM, TileN), tl.float32)
     for k in range(begin, end, TileK):
         if Even:
@@ -339,7 +412,7 @@ def _forward_kernel(
                 acc = _multiply_add(x_tile, _spread(w, scale, Count, Float, False).T, acc)
             # asked for a step ahead: too narrow for an asynchronous copy, it would be waited for
             scale, zero = _group(scales, zeros, scale_scales, scale_offset, code, rows, k + TileK, groups, GroupSize,
-                                 Sub, Count, Center, Block)  # fmt: skip
+                                 Sub, Count, Center, Block, Scale)  # fmt: skip
     if GroupSize == 0:
         acc *= scale[None, :]
     _store(acc, out, bias, m, n, M, N, Splits)
@@ -349,7 +422,7 @@ def _forward_kernel(
 def _grad_x_kernel(
     grad, qweight, scales, zeros, scale_scales, scale_offset, code, codebook, out, M, N, K, stride, steps,
     Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr, GroupSize: tl.constexpr, Block: tl.constexpr,
-    KAlign: tl.constexpr, NAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr,
+    Scale: tl.constexpr, KAlign: tl.constexpr, NAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr,
     TileM: tl.constexpr, TileN: tl.constexpr, TileK: tl.constexpr, Sub: tl.constexpr,
     Splits: tl.constexpr, Band: tl.constexpr,
 ):  # fmt: skip
@@ -383,7 +456,7 @@ def _grad_x_kernel(
         else:
             codes = tl.load(qweight + rows[:, None] * width + byte[None, :], mask=(byte < width)[None, :], other=0)
         scale, zero = _group(scales, zeros, scale_scales, scale_offset, code, rows, tile_k * TileN, groups, GroupSize,
-                             Sub, Count, Center, Block)  # fmt: skip
+                             Sub, Count, Center, Block, Scale)  # fmt: skip
         w = _decode(codes, codebook, Decode, Bits, Center, Float)
         if zeros is not None:
             w = _spread(w, zero, Count, Float, True)
@@ -490,34 +563,45 @@ def _fewest_splits(tiles: int, most: int, multiprocessors: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------- launch
 
 
+def _index(device: torch.device) -> int:
+    """A device's number; for the simulator, which can change between calls, less its compute capability."""
+    return device.index if device.index is not None else -triton.runtime.driver.active.get_current_target().arch
+
+
 @functools.lru_cache(maxsize=64)
 def _device(index: int) -> tuple[int, int]:
-    """Compute capability (80 is 8.0) and multiprocessors of a device; -1 is the simulator's."""
-    driver = triton.runtime.driver.active
+    """Compute capability (80 is 8.0) and multiprocessors of a device (see `_index`)."""
     if index < 0:
-        return driver.get_current_target().arch, driver.utils.get_device_properties(0)["multiprocessor_count"]
+        return -index, triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"]
     properties = torch.cuda.get_device_properties(index)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-_refusals: dict[int, str | None] = {}
+_SCALES = {
+    torch.float32: "float",
+    torch.float16: "float",
+    torch.bfloat16: "float",
+    torch.uint8: "nested",
+    torch.float8_e8m0fnu: "e8m0",
+    torch.float8_e4m3fn: "e4m3",
+}
+_refusals: dict[torch.device, str | None] = {}
 
 
 def _refuse_device(device: torch.device) -> str | None:
-    index = -1 if device.index is None else device.index
-    if index not in _refusals:
+    if device not in _refusals:
         if triton is None:
             reason: str | None = "triton is not installed"
         elif device.type != "cuda" and not (device.type == "cpu" and simulated_gpu()):
             reason = f"it runs on cuda, the tensors are on {device.type}"
         elif torch.version.hip is not None:
             reason = "its decoding is PTX, which only NVIDIA GPUs run"
-        elif (capability := _device(index)[0]) < 80:
+        elif (capability := _device(_index(device))[0]) < 80:
             reason = f"it needs compute capability 8.0, {device} has {capability / 10}"
         else:
             reason = None
-        _refusals[index] = reason
-    return _refusals[index]
+        _refusals[device] = reason
+    return _refusals[device]
 
 
 def supports(
@@ -550,6 +634,8 @@ def supports_grad_x(
         return reason
     if format not in CODES:
         return f"format {format!r} is none of {', '.join(CODES)}"
+    if scales.dtype not in _SCALES:
+        return f"scales are {scales.dtype}"
     if group_size % 8:
         return f"group_size {group_size} is not a multiple of 8"
     if not (qweight.is_contiguous() and scales.is_contiguous() and (zeros is None or zeros.is_contiguous())):
@@ -642,7 +728,7 @@ def _run(
     if depth == 0:
         out.zero_()
         return
-    device = -1 if x.device.index is None else x.device.index
+    device = _index(x.device)
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             _run(x, out, n, k, qweight, scales, zeros, scale_scales, scale_offset, bias, format, group_size, grad_x)
@@ -656,6 +742,9 @@ def _run(
     k_align, n_align, stride_align = math.gcd(k, 128), math.gcd(n, 16), math.gcd(stride, 16)
     even = width % tile_n == 0 if grad_x else depth % tile_k == 0
     partial = torch.empty((splits, m, width), dtype=torch.float32, device=x.device) if splits > 1 else None
+    scale_kind = _SCALES[scales.dtype]
+    if scale_kind in ("e8m0", "e4m3"):
+        scales = scales.view(torch.uint8)
     tensors = (
         x,
         qweight,
@@ -663,18 +752,18 @@ def _run(
         zeros,
         scale_scales,
         scale_offset,
-        None if scale_scales is None else nested_code(x.device),
+        None if scale_offset is None else nested_code(x.device),
         FORMATS[format].values(x.device) if x.dtype == torch.float32 and not code.center else None,
         *(() if grad_x else (bias if partial is None else None,)),
         out if partial is None else partial,
     )
     decode = "" if x.dtype == torch.float32 else code.half if x.dtype == torch.float16 else code.bfloat
     constants = (
-        decode, code.bits, code.center, group_size, NESTED_BLOCK, k_align, n_align, stride_align, even,
+        decode, code.bits, code.center, group_size, NESTED_BLOCK, scale_kind, k_align, n_align, stride_align, even,
         tile_m, tile_n, tile_k, sub, *(() if grad_x else (scale_product,)), min(splits, 2), BAND,
     )  # fmt: skip
     key = (
-        grad_x, device, format, x.dtype, scales.dtype, zeros is None, scale_scales is None, bias is None, group_size,
+        grad_x, device, format, x.dtype, scales.dtype, scale_kind, zeros is None, scale_scales is None, scale_offset is None, bias is None, group_size,
         k_align, n_align, stride_align, even, config.tile_m, config.tile_n, config.tile_k, splits > 1,
         *map(_aligned, tensors),
     )  # fmt: skip
