@@ -1,17 +1,170 @@
-"""lowbit_linear: not written yet."""
+"""lowbit_linear on CUDA for few tokens: tensors to addresses. The kernel and what bounds it: csrc/cuda/lowbit_linear.cu."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 
-def supports(*args: Any) -> str | None:
-    return "not built"
+from ..formats import FORMATS, nested_code
+from ..op import simulated_gpu
+
+try:
+    from .. import _cuda
+except ImportError as error:
+    _cuda = None  # type: ignore[assignment]
+    _missing = f"the CUDA extension bitfuse._cuda is not there ({error})"
+
+# the numbers of the enums of csrc/cuda/lowbit_linear.h
+_FLOATS = {torch.float16: 0, torch.bfloat16: 1}
+_SCALES = {
+    torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e8m0fnu: 3, torch.uint8: 4,
+}  # fmt: skip
+_INT4, _CODEBOOK4, _INT8, _FP8 = range(4)
+
+MAX_TOKENS = 64
+SPAN = 32  # columns that a step of the kernel sums before a scale can change
 
 
-def run(*args: Any) -> Any:
-    raise AssertionError
+@functools.cache
+def _code(format: str) -> int | None:
+    """Which decoder of the kernel reads a format; None when there is none."""
+    fmt = FORMATS[format]
+    if fmt.bits == 4:
+        return _INT4 if fmt.is_integer else _CODEBOOK4
+    if fmt.bits == 8:
+        return _INT8 if fmt.is_integer else _FP8 if fmt.codebook == FORMATS["fp8"].codebook else None
+    return None
 
 
-supports_grad_x = supports
-run_grad_x = run
+@functools.cache
+def _device(index: int) -> Any:
+    return _cuda.device_info(index)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(m: int, n: int, k: int, code: int, nested: bool, device: int) -> Any:
+    return _cuda.plan_lowbit_linear(m, n, k, code, nested, _device(device))
+
+
+@functools.cache
+def _levels(format: str, device: torch.device) -> torch.Tensor:
+    return FORMATS[format].values(device)
+
+
+@functools.cache
+def _nested_levels(device: torch.device) -> torch.Tensor:
+    return nested_code(device)
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _zeroed_counters(count: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Counters of the blocks that have finished a tile, zero; the kernel leaves them zero.
+
+    Kept for each device and stream, within which one kernel follows the other. A kernel in a CUDA graph gets its own,
+    which the graph clears: when it is replayed, and beside what, is not known here.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device.index or 0, stream)
+    kept = _counters.get(key)
+    if kept is None or kept.numel() < count:
+        kept = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return kept
+
+
+def _rows_apart(t: torch.Tensor) -> bool:
+    """True when a row's elements are neighbours and rows do not overlap, so that one stride addresses it."""
+    return t.is_contiguous() or (t.stride(1) == 1 and t.stride(0) >= t.shape[1])
+
+
+def supports(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    scale_scales: torch.Tensor | None,
+    scale_offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    format: str,
+    group_size: int,
+) -> str | None:
+    """None when `run` can serve the call, else the reason."""
+    if _cuda is None:
+        return _missing
+    if _code(format) is None:
+        return f"it has no kernel for format {format}"
+    if x.dtype not in _FLOATS:
+        return f"x is {str(x.dtype)[6:]}: its tensor cores take float16 and bfloat16"
+    k = x.shape[-1]
+    if x.numel() > MAX_TOKENS * k:
+        return f"M = {x.numel() // k} is above {MAX_TOKENS}: the Triton kernel serves it"
+    if group_size % SPAN and group_size != k:
+        return f"group_size {group_size} is not a multiple of {SPAN} (nor in_features)"
+    if scales.dtype not in _SCALES or (scale_scales is None) != (scale_offset is None):
+        return f"it has no kernel for scales in {str(scales.dtype)[6:]}"
+    if not qweight.is_contiguous() and not (_rows_apart(qweight) and qweight.stride(0) % 4 == 0):
+        return f"qweight has strides {qweight.stride()}, not rows of bytes a multiple of 4 apart"
+    if qweight.data_ptr() % 4:
+        return "qweight starts at an address that is not a multiple of 4"
+    if not (scales.is_contiguous() or (scale_offset is None and _rows_apart(scales))):
+        return f"scales have strides {scales.stride()}, not contiguous rows"
+    if not (zeros is None or _rows_apart(zeros)):
+        return f"zeros have strides {zeros.stride()}, not contiguous rows"
+    if x.is_cuda:
+        if _device(x.device.index).capability < 80:
+            return f"compute capability {_device(x.device.index).capability / 10} is below 8.0"
+    elif not simulated_gpu():
+        return "the tensors are not on a GPU"
+    return None
+
+
+def run(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    scale_scales: torch.Tensor | None,
+    scale_offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    format: str,
+    group_size: int,
+) -> torch.Tensor:
+    """y = x W^T + b. The arguments have passed the op's check and `supports`."""
+    device, n, k = x.device, qweight.shape[0], x.shape[-1]
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+    m = x.numel() // k
+    if m == 0 or n == 0:
+        return y
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.reshape(m, k)
+        if x.stride(1) != 1 or x.data_ptr() % 16 or (m > 1 and (x.stride(0) < k or x.stride(0) % 8)):
+            x = x.clone(memory_format=torch.contiguous_format)
+    if bias is not None:
+        bias = bias.contiguous()
+
+    index = device.index or 0
+    stream = torch._C._cuda_getCurrentRawStream(index) if x.is_cuda else 0
+    nested = scale_offset is not None
+    code = _code(format)
+    assert code is not None
+    plan = _plan(m, n, k, code, nested, index)
+    partial = counters = None
+    if plan.splits > 1:
+        partial = torch.empty((plan.splits, m, n), dtype=torch.float32, device=device)
+        counters = _zeroed_counters(plan.tiles, device, stream)
+    _cuda.lowbit_linear(
+        x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
+        scale_scales.data_ptr() if scale_scales is not None else 0,
+        scale_offset.data_ptr() if scale_offset is not None else 0,
+        _nested_levels(device).data_ptr() if nested else 0,
+        _levels(format, device).data_ptr() if code == _CODEBOOK4 else 0,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        0 if partial is None else partial.data_ptr(), 0 if counters is None else counters.data_ptr(),
+        x.stride(0) if x.dim() == 2 else k, qweight.stride(0), scales.stride(0), 0 if zeros is None else zeros.stride(0),
+        m, n, k, group_size, FORMATS[format].zero_point, _SCALES[scales.dtype], _FLOATS[x.dtype], code, plan, index, stream,
+    )  # fmt: skip
+    return y

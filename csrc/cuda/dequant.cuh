@@ -1,0 +1,229 @@
+// From codes to pairs of 16-bit floats in registers.
+//
+// A format is a struct of
+//   Bits                       of a code
+//   TableBytes                 of shared memory that `fill_table` writes once a block
+//   HasNan                     true when dequant8 flags codes that are NaN instead of giving a NaN
+//   Zero, zero(z)              what a zero point becomes once a group
+//   dequant8(words, zero, flags, pairs)   8 consecutive codes of a row, low bits first, to 4 pairs in the
+//   row's order;
+//                              value minus zero point, without the scale
+// Integers and minifloats come out exactly; the levels of a codebook are rounded to T (see Codebook4).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace bitfuse {
+
+template <typename T>
+constexpr bool IsHalf = std::is_same_v<T, __half>;
+
+// (word & Mask) | Bits in one instruction.
+template <uint32_t Mask, uint32_t Bits>
+__device__ __forceinline__ uint32_t and_or(uint32_t word) {
+  constexpr uint32_t Truth = (0xf0 & 0xcc) | 0xaa;
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(out) : "r"(word), "n"(Mask), "n"(Bits), "n"(Truth));
+  return out;
+}
+
+// a * b + c on two numbers of T, rounded once.
+template <typename T>
+__device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out;
+  if constexpr (IsHalf<T>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  }
+  return out;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  if constexpr (IsHalf<T>) {
+    __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&pair);
+  } else {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&pair);
+  }
+}
+
+struct NoTable {
+  static constexpr int TableBytes = 0;
+  static constexpr bool HasNan = false;
+};
+
+// 4-bit integers. The code becomes the low bits of the mantissa of a power of two whose unit is 1.
+template <typename T>
+struct Int4 : NoTable {
+  static constexpr int Bits = 4;
+  using Zero = uint32_t;
+
+  __device__ explicit Int4(const unsigned char*, int) {}
+
+  // float16 has room for the high nibble where it stands, as 1024 + 16 code, which the multiplication by 1/16
+  // brings down to 64 + code; bfloat16 has not, its high nibble is shifted down first.
+  __device__ static Zero zero(uint32_t z) {
+    return IsHalf<T> ? pack2<T>(-1024.0f - z, -64.0f - z) : pack2<T>(-128.0f - z, -128.0f - z);
+  }
+
+  __device__ static void dequant8(const uint32_t (&words)[1], Zero zero, uint32_t&, uint32_t (&pairs)[4]) {
+    const uint32_t word = words[0];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (IsHalf<T>) {
+        const uint32_t byte = __byte_perm(word, 0, 0x1111 * i);
+        pairs[i] = fma2<T>(and_or<0x00f0000f, 0x64006400>(byte), 0x2c003c00, zero);
+      } else {
+        const uint32_t byte = __byte_perm(word, word >> 4, 0x4400 + 0x1111 * i);
+        pairs[i] = fma2<T>(and_or<0x000f000f, 0x43004300>(byte), 0x3f803f80, zero);
+      }
+    }
+  }
+};
+
+// 4-bit codes of any 16 levels, by a table of all 256 bytes, one copy a lane, so that no two lanes meet in a
+// bank.
+//
+// The nearest T would err the same way at every weight of a level, which adds up over k where x has a mean:
+// at K = 4096 and positive x, seven times the error of rounding each product of level and scale (bfloat16,
+// NF4). So a level is rounded up in as many of its 64 contexts (the other code of its byte, the lane's place
+// in its quad) as brings the mean to the level itself.
+template <typename T>
+struct Codebook4 {
+  static constexpr int Bits = 4;
+  static constexpr int TableBytes = 256 * 32 * 4;
+  static constexpr bool HasNan = false;
+  struct Zero {};
+
+  const unsigned char* lane_table;
+
+  __device__ explicit Codebook4(const unsigned char* table, int lane) : lane_table(table + 4 * lane) {}
+
+  __device__ static Zero zero(uint32_t) { return {}; }
+
+  __device__ static T round_in_context(float level, int other, int place) {
+    T down, up;
+    if constexpr (IsHalf<T>) {
+      down = __float2half_rd(level), up = __float2half_ru(level);
+    } else {
+      down = __float2bfloat16_rd(level), up = __float2bfloat16_ru(level);
+    }
+    const float low = static_cast<float>(down), high = static_cast<float>(up);
+    // 7 is odd: neighbouring codes, which go together, get thresholds that are far apart
+    const float threshold = (16 * place + 7 * other % 16 + 0.5f) / 64;
+    return level - low > threshold * (high - low) ? up : down;
+  }
+
+  // Entry (byte, lane) holds the levels of the low and the high nibble. The caller synchronises.
+  __device__ static void fill_table(unsigned char* table, const float* levels, int thread, int threads) {
+    for (int i = thread; i < 256 * 4; i += threads) {
+      const int byte = i >> 2, place = i & 3, low = byte & 15, high = byte >> 4;
+      const T pair[2] = {round_in_context(levels[low], high, place),
+                         round_in_context(levels[high], low, 3 - place)};
+      for (int quad = 0; quad < 8; ++quad) {
+        const int lane = 4 * ((quad + byte) & 7) + place;
+        reinterpret_cast<uint32_t*>(table)[32 * byte + lane] = *reinterpret_cast<const uint32_t*>(pair);
+      }
+    }
+  }
+
+  __device__ void dequant8(const uint32_t (&words)[1], Zero, uint32_t&, uint32_t (&pairs)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t offset = (i == 0 ? words[0] << 7 : words[0] >> (8 * i - 7)) & 0x7f80;
+      pairs[i] = *reinterpret_cast<const uint32_t*>(lane_table + offset);
+    }
+  }
+};
+
+// 8-bit integers.
+template <typename T>
+struct Int8 : NoTable {
+  static constexpr int Bits = 8;
+  using Zero = std::conditional_t<IsHalf<T>, uint32_t, float>;
+
+  __device__ explicit Int8(const unsigned char*, int) {}
+
+  // bfloat16 has too short a mantissa for 1 + 8 bits: there the code goes through float32, as 2^23 + code.
+  __device__ static Zero zero(uint32_t z) {
+    if constexpr (IsHalf<T>) {
+      return pack2<T>(-1024.0f - z, -1024.0f - z);
+    } else {
+      return -8388608.0f - z;
+    }
+  }
+
+  __device__ static void dequant8(const uint32_t (&words)[2], Zero zero, uint32_t&, uint32_t (&pairs)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = words[i / 2], first = 2 * (i % 2);
+      if constexpr (IsHalf<T>) {
+        pairs[i] = fma2<T>(__byte_perm(word, 0x64646464, 0x4140 + 0x0202 * (i % 2)), 0x3c003c00, zero);
+      } else {
+        const float low = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7540 + first));
+        const float high = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7541 + first));
+        pairs[i] = pack2<T>(low + zero, high + zero);
+      }
+    }
+  }
+};
+
+// FP8 e4m3fn. Its exponent and mantissa, put at the bottom of T's exponent and the top of its mantissa, are
+// the value times a power of two, subnormal codes included. The code 0x7f (NaN) comes out as 480 that way and
+// is flagged.
+template <typename T>
+struct Fp8 : NoTable {
+  static constexpr int Bits = 8;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  static constexpr bool Converts = IsHalf<T>;  // by an instruction, NaN and all
+#else
+  static constexpr bool Converts = false;
+#endif
+  static constexpr bool HasNan = !Converts;
+  struct Zero {};
+
+  __device__ explicit Fp8(const unsigned char*, int) {}
+
+  __device__ static Zero zero(uint32_t) { return {}; }
+
+  __device__ static uint32_t convert_pair(uint32_t word, bool upper) {
+    uint32_t out;
+    const uint16_t codes = static_cast<uint16_t>(upper ? word >> 16 : word);
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(codes));
+    return out;
+  }
+
+  // flags collects, in bit 7 of each byte, the codes whose magnitude is 0x7f.
+  __device__ static void dequant8(const uint32_t (&words)[2], Zero, uint32_t& flags, uint32_t (&pairs)[4]) {
+    if constexpr (HasNan) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) flags |= (words[i] & 0x7f7f7f7f) + 0x01010101;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = words[i / 2];
+      if constexpr (Converts) {
+        pairs[i] = convert_pair(word, i % 2);
+      } else {
+        // each code in the high byte of its half
+        const uint32_t spread = __byte_perm(word, 0, 0x1404 + 0x2020 * (i % 2));
+        if constexpr (IsHalf<T>) {
+          const uint32_t bits = (spread & 0x80008000) | ((spread >> 1) & 0x3f803f80);
+          pairs[i] = fma2<T>(bits, 0x5c005c00, 0x80008000);  // times 2^8; -0 keeps a zero's sign
+        } else {
+          const uint32_t bits = (spread & 0x80008000) | ((spread >> 4) & 0x07f007f0);
+          pairs[i] = fma2<T>(bits, 0x7b807b80, 0x80008000);  // times 2^120
+        }
+      }
+    }
+  }
+};
+
+}  // namespace bitfuse

@@ -1,0 +1,586 @@
+// lowbit_linear for few tokens: y[m, n] = sum_k x[m, k] w[n, k] + bias[n], w decoded in registers.
+//
+// Bound: up to some 16 tokens the bytes of codes and scales; by 64 the tensor cores' mma.sync rate, which is
+// near the bytes then. So codes go from the canonical layout to shared memory with three of four stages
+// always on their way, and on to registers with as few instructions as there are.
+//
+// Layout. W is the A operand of mma.m16n8k16 (16 outputs a step), x the B operand (8 tokens), and since k is
+// summed over, any order of k serves if both operands follow it: the canonical layout is taken as it stands.
+//   warp    32 outputs (two tiles of 16), a chunk of 64 bytes of each row at a time: 128 codes of 4 bits, 64
+//   of 8 stage   one chunk: 32 rows of 4 units of 16 bytes, 2 KiB. Each lane copies its own units, rows
+//   lane/4 + 8i, unit
+//           lane%4: 64 bytes in a row. Unit u of row r lies at 4r + (u ^ swizzle(r)), so that writing and
+//           reading meet no bank twice.
+//   span    32 consecutive k, two steps of k16. Lane (g = lane/4, t = lane%4) holds codes 8t..8t+7 of its
+//   four rows g,
+//           g+8, g+16, g+24, in pairs in the row's order, and x[8t..8t+7] of token g: one 16-byte load of x
+//           as it is.
+//   panel   x[all tokens, a power of two of chunks], swizzled, shared by the warps that stand side by side in
+//   n
+// A span never straddles a group (groups are a multiple of 32, or the row), so a group's scale meets float32
+// sums: codes minus zero points are multiplied exactly, and no weight is rounded.
+//
+// Order. The weights' pipeline is each warp's own and needs no block barrier; the one there is comes with a
+// new panel of x. Warps that split k, and then blocks, are added in a fixed order, whoever is last: the same
+// bits every time.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/async_copy.cuh"
+#include "cuda/dequant.cuh"
+#include "cuda/lowbit_linear.h"
+#include "cuda/mma.cuh"
+
+namespace bitfuse {
+namespace {
+
+constexpr int Warps = 8;
+constexpr int Threads = 32 * Warps;
+constexpr int Stages = 4;
+constexpr int RowTiles = 2;  // of 16 outputs, a warp
+constexpr int LaneRows = 2 * RowTiles;
+constexpr int WarpRows = 16 * RowTiles;
+constexpr int ChunkBytes = 64;
+constexpr int StageBytes = WarpRows * ChunkBytes;
+constexpr int RingBytes = Warps * Stages * StageBytes;
+constexpr int SpanK = 32;
+constexpr int NestedLevels = 256;
+constexpr int NestedBlock = 256;        // scales under one second-level scale
+constexpr int SumPitch = WarpRows + 4;  // floats between tokens: tokens 2t.. and rows g fall into 32 banks
+
+template <int Bits>
+constexpr int ChunkK = ChunkBytes * 8 / Bits;
+constexpr int sum_bytes(int token_tiles) { return Warps * 8 * token_tiles * SumPitch * 4; }
+
+// A block's work and what it derives from the plan; the same for every block but for the ranges.
+struct Kernel {
+  LowbitLinearArgs a;
+  int log_warps_n, log_panel, panel_buffers, splits, flush, nested_offset, ring_offset;
+};
+
+// Places of the 4 units of rows 0..7 (then again): with 4-byte reads of one unit, or 8-byte reads of two
+// neighbours, eight, or four, rows spread over all banks.
+__device__ __forceinline__ int swizzle(int row) { return (row & 2) | ((row >> 2) & 1); }
+
+struct Scales {
+  uint32_t scale[LaneRows];  // as stored
+  float second[LaneRows];
+  uint32_t zero[LaneRows];
+};
+
+// Queues the loads of one group's scales and zero points of a lane's rows.
+__device__ __forceinline__ void load_scales(const LowbitLinearArgs& a, const int (&row)[LaneRows], int group,
+                                            Scales& s) {
+  if (a.scale_type == ScaleType::Float32) {
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      s.scale[r] = __ldg(static_cast<const unsigned*>(a.scales) + row[r] * a.scales_stride + group);
+    }
+  } else if (a.scale_type == ScaleType::Nested) {
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      const unsigned index = row[r] * a.scales_stride + group;
+      s.scale[r] = __ldg(static_cast<const unsigned char*>(a.scales) + index);
+      s.second[r] = __ldg(a.scale_scales + index / NestedBlock);
+    }
+  } else if (a.scale_type == ScaleType::E8M0) {
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      s.scale[r] = __ldg(static_cast<const unsigned char*>(a.scales) + row[r] * a.scales_stride + group);
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      s.scale[r] = __ldg(static_cast<const unsigned short*>(a.scales) + row[r] * a.scales_stride + group);
+    }
+  }
+  if (a.zeros != nullptr) {
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) s.zero[r] = __ldg(a.zeros + row[r] * a.zeros_stride + group);
+  }
+}
+
+__device__ __forceinline__ float scale_value(ScaleType type, uint32_t bits, float second, float offset,
+                                             const float* nested) {
+  switch (type) {
+    case ScaleType::Float32:
+      return __uint_as_float(bits);
+    case ScaleType::Float16:
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    case ScaleType::BFloat16:
+      return __uint_as_float(bits << 16);
+    case ScaleType::E8M0:  // 2^(bits - 127), a subnormal float32 at 0 and NaN at 255
+      return __uint_as_float(bits == 0 ? 0x00400000u : bits == 255 ? 0x7fffffffu : bits << 23);
+    default:
+      return nested[bits] * second + offset;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_pair(const LowbitLinearArgs& a, int token, int n, float2 sum) {
+  if (a.bias != nullptr) {
+    const T* bias = static_cast<const T*>(a.bias) + n;
+    sum.x += static_cast<float>(bias[0]);
+    sum.y += static_cast<float>(bias[1]);
+  }
+  T* y = static_cast<T*>(a.y) + static_cast<int64_t>(token) * a.n + n;
+  *reinterpret_cast<uint32_t*>(y) = pack2<T>(sum.x, sum.y);
+}
+
+template <typename T, template <typename> class Format, int TokenTiles>
+__global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
+    lowbit_linear_kernel(const __grid_constant__ Kernel kernel) {
+  using F = Format<T>;
+  constexpr int ChunkK = bitfuse::ChunkK<F::Bits>, Spans = ChunkK / SpanK, Words = F::Bits / 4;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const LowbitLinearArgs& a = kernel.a;
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int warps_n = 1 << kernel.log_warps_n, warps_k = Warps >> kernel.log_warps_n;
+  const int warp_k = warp >> kernel.log_warps_n;
+  const int tile_row = blockIdx.x * (WarpRows << kernel.log_warps_n);
+  const int warp_row = tile_row + (warp & (warps_n - 1)) * WarpRows;
+
+  const int chunks = (a.k + ChunkK - 1) / ChunkK;
+  const int chunk_begin = static_cast<int64_t>(chunks) * blockIdx.y / kernel.splits;
+  const int chunk_end = static_cast<int64_t>(chunks) * (blockIdx.y + 1) / kernel.splits;
+  const int steps = (chunk_end - chunk_begin + warps_k - 1) / warps_k;
+  const int panel_steps = 1 << kernel.log_panel, panel_k = ChunkK * warps_k << kernel.log_panel;
+
+  unsigned char* const ring = shared + kernel.ring_offset;
+  unsigned char* const panels = ring + RingBytes;
+  float* const nested = reinterpret_cast<float*>(shared + kernel.nested_offset);
+  const int panel_bytes = a.m * panel_k * static_cast<int>(sizeof(T));
+
+  // copying codes: this lane's unit of rows lane/4 + 8i
+  const int row_bytes = a.k * F::Bits / 8;
+  const bool aligned = (reinterpret_cast<uintptr_t>(a.qweight) | a.qweight_stride | row_bytes) % 16 == 0;
+  const unsigned char* const codes = a.qweight + (warp_row + g) * a.qweight_stride + 16 * t;
+  const uint32_t copy_to = shared_address(ring) + warp * Stages * StageBytes + 16 * (lane ^ swizzle(g));
+  const uint64_t policy = evict_first_policy();
+  auto copy_chunk = [&](int step) {
+    const int chunk = chunk_begin + warp_k + step * warps_k;
+    const int at = chunk * ChunkBytes;
+    const uint32_t to = copy_to + step % Stages * StageBytes;
+    if (chunk < chunk_end) {
+#pragma unroll
+      for (int i = 0; i < LaneRows; ++i) {
+        const bool in_rows = warp_row + g + 8 * i < a.n;
+        const unsigned char* const from = codes + 8 * i * a.qweight_stride + at;
+        if (aligned) {
+          const bool valid = in_rows && at + 16 * t < row_bytes;
+          cp_async_16_stream(to + 8 * i * ChunkBytes, valid ? from : a.qweight, valid, policy);
+        } else {
+#pragma unroll
+          for (int word = 0; word < 16; word += 4) {
+            const bool valid = in_rows && at + 16 * t + word < row_bytes;
+            cp_async_4(to + 8 * i * ChunkBytes + word, valid ? from + word : a.qweight, valid);
+          }
+        }
+      }
+    }
+    cp_async_commit();
+  };
+
+  // copying x: units of 8 numbers; odd tokens have the halves of each 128 bytes swapped, so that the 16-byte
+  // reads of two tokens' 64 bytes meet no bank twice
+  const int log_units = __ffs(panel_k / 8) - 1;
+  auto copy_panel = [&](int panel, int buffer) {
+    const int from_k = chunk_begin * ChunkK + panel * panel_k;
+    const int to_k = min(a.k, chunk_end * ChunkK);
+    const uint32_t to = shared_address(panels) + buffer * panel_bytes;
+    if (from_k >= to_k) return;
+    for (int i = threadIdx.x; i < a.m << log_units; i += Threads) {
+      const int token = i >> log_units, k = from_k + 8 * (i & ((1 << log_units) - 1));
+      const bool valid = k < to_k;
+      cp_async_16(to + 16 * (i ^ ((token & 1) << 2)),
+                  static_cast<const T*>(a.x) + (valid ? token * a.x_stride + k : 0), valid);
+    }
+  };
+
+  // this lane's scales: its four rows, and of a chunk's spans the one of its number
+  int row[LaneRows];
+#pragma unroll
+  for (int r = 0; r < LaneRows; ++r) row[r] = min(warp_row + g + 8 * r, a.n - 1);
+  int group = ((chunk_begin + warp_k) * ChunkK + t % Spans * SpanK) / a.group_size;
+  int in_group = ((chunk_begin + warp_k) * ChunkK + t % Spans * SpanK) % a.group_size;
+  const int groups_a_step = warps_k * ChunkK / a.group_size, rest_a_step = warps_k * ChunkK % a.group_size;
+  Scales scales;
+  auto next_scales = [&] {
+    load_scales(a, row, min(group, a.groups - 1), scales);
+    group += groups_a_step;
+    in_group += rest_a_step;
+    if (in_group >= a.group_size) in_group -= a.group_size, ++group;
+  };
+
+  // fill the pipeline, then do what else is to be done once
+  const int panels_ahead = kernel.panel_buffers - 1;
+  copy_panel(0, 0);
+#pragma unroll
+  for (int step = 0; step < Stages - 1; ++step) {
+    if (step > 0 && step < panels_ahead) copy_panel(step, step);
+    copy_chunk(step);
+  }
+  next_scales();
+  const float nested_offset = a.scale_type == ScaleType::Nested ? __ldg(a.scale_offset) : 0.0f;
+  if (a.scale_type == ScaleType::Nested) nested[threadIdx.x] = __ldg(a.nested_levels + threadIdx.x);
+  if constexpr (F::TableBytes > 0) F::fill_table(shared, a.levels, threadIdx.x, Threads);
+
+  const F format(shared, lane);
+  typename F::Zero zero[LaneRows];
+  uint32_t flags[LaneRows];
+#pragma unroll
+  for (int r = 0; r < LaneRows; ++r) zero[r] = F::zero(a.zero_point), flags[r] = 0;
+  float total[RowTiles][TokenTiles][4] = {}, part[RowTiles][TokenTiles][4] = {};
+
+  const unsigned char* const lane_ring = ring + warp * Stages * StageBytes + g * ChunkBytes;
+  int lane_x[TokenTiles];  // offsets in `shared`
+#pragma unroll
+  for (int i = 0; i < TokenTiles; ++i) {
+    // tokens that there are not read the last one's x; their sums are not stored
+    const int token = min(8 * i + g, a.m - 1);
+    lane_x[i] = kernel.ring_offset + RingBytes + token * panel_k * static_cast<int>(sizeof(T)) +
+                16 * (t ^ ((token & 1) << 2));
+  }
+
+  int buffer = -1;  // of the panel that is read
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<Stages - 2>();
+    if ((step & (panel_steps - 1)) == 0) {
+      __syncthreads();
+      // the panel read before makes room for the one that is panels_ahead on
+      if (panels_ahead > 0) {
+        copy_panel((step >> kernel.log_panel) + panels_ahead, buffer < 0 ? panels_ahead : buffer);
+      }
+      buffer = buffer == panels_ahead ? 0 : buffer + 1;
+    } else {
+      __syncwarp();
+    }
+    copy_chunk(step + Stages - 1);
+    if (chunk_begin + warp_k + step * warps_k >= chunk_end) continue;
+
+    uint32_t words[Spans][LaneRows][Words];
+    const unsigned char* const stage = lane_ring + step % Stages * StageBytes;
+#pragma unroll
+    for (int span = 0; span < Spans; ++span) {
+#pragma unroll
+      for (int r = 0; r < LaneRows; ++r) {
+        if constexpr (Words == 1) {
+          const int at = 8 * r * ChunkBytes + 16 * (span ^ swizzle(g)) + 4 * t;
+          words[span][r][0] = *reinterpret_cast<const uint32_t*>(stage + at);
+        } else {
+          const int at = 8 * r * ChunkBytes + 16 * ((2 * span + t / 2) ^ swizzle(g)) + 8 * (t % 2);
+          const uint2 two = *reinterpret_cast<const uint2*>(stage + at);
+          words[span][r][0] = two.x, words[span][r][1] = two.y;
+        }
+      }
+    }
+
+    float scale[LaneRows];
+    uint32_t zero_code[LaneRows];
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      scale[r] = scale_value(a.scale_type, scales.scale[r], scales.second[r], nested_offset, nested);
+      zero_code[r] = scales.zero[r];
+    }
+    next_scales();
+
+    const int x_at = buffer * panel_bytes +
+                     ((step & (panel_steps - 1)) * warps_k + warp_k) * ChunkK * static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int span = 0; span < Spans; ++span) {
+      if (a.zeros != nullptr) {
+#pragma unroll
+        for (int r = 0; r < LaneRows; ++r)
+          zero[r] = F::zero(__shfl_sync(~0u, zero_code[r], (lane & ~3) + span));
+      }
+      uint32_t w[2][RowTiles][4];
+#pragma unroll
+      for (int i = 0; i < RowTiles; ++i) {
+        uint32_t upper[4], lower[4];
+        format.dequant8(words[span][2 * i], zero[2 * i], flags[2 * i], upper);
+        format.dequant8(words[span][2 * i + 1], zero[2 * i + 1], flags[2 * i + 1], lower);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          w[half][i][0] = upper[2 * half], w[half][i][1] = lower[2 * half];
+          w[half][i][2] = upper[2 * half + 1], w[half][i][3] = lower[2 * half + 1];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < TokenTiles; ++j) {
+        // the offset of a span within its 128 bytes is one bit, which the swizzle flips
+        const int from = (lane_x[j] + x_at + span / 2 * 128) ^ (span % 2 * 64);
+        const uint4 b = *reinterpret_cast<const uint4*>(shared + from);
+#pragma unroll
+        for (int i = 0; i < RowTiles; ++i) {
+          mma_m16n8k16<T>(part[i][j], w[0][i], b.x, b.y);
+          mma_m16n8k16<T>(part[i][j], w[1][i], b.z, b.w);
+        }
+      }
+      if (span == Spans - 1 || (kernel.flush >> span & 1)) {
+#pragma unroll
+        for (int i = 0; i < RowTiles; ++i) {
+          const float upper = __shfl_sync(~0u, scale[2 * i], (lane & ~3) + span);
+          const float lower = __shfl_sync(~0u, scale[2 * i + 1], (lane & ~3) + span);
+#pragma unroll
+          for (int j = 0; j < TokenTiles; ++j) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              total[i][j][c] += (c < 2 ? upper : lower) * part[i][j][c];
+              part[i][j][c] = 0;
+            }
+          }
+        }
+      }
+    }
+  }
+
+  if constexpr (F::HasNan) {
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      flags[r] |= __shfl_xor_sync(~0u, flags[r], 1);
+      flags[r] |= __shfl_xor_sync(~0u, flags[r], 2);
+      if ((flags[r] & 0x80808080) != 0) {
+#pragma unroll
+        for (int j = 0; j < TokenTiles; ++j) {
+          total[r / 2][j][r % 2 * 2] = total[r / 2][j][r % 2 * 2 + 1] = __int_as_float(0x7fffffff);
+        }
+      }
+    }
+  }
+
+  // sums [warp][token][row] in place of the ring and the panels
+  float* const sums = reinterpret_cast<float*>(ring);
+  constexpr int WarpSums = 8 * TokenTiles * SumPitch;
+  cp_async_wait<0>();
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < RowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < TokenTiles; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        sums[warp * WarpSums + (8 * j + 2 * t + c % 2) * SumPitch + 16 * i + 8 * (c / 2) + g] =
+            total[i][j][c];
+      }
+    }
+  }
+  __syncthreads();
+
+  const int log_pairs = 4 + kernel.log_warps_n;  // of neighbouring outputs in the tile
+  for (int i = threadIdx.x; i < a.m << log_pairs; i += Threads) {
+    const int token = i >> log_pairs, at = 2 * (i & ((1 << log_pairs) - 1)), n = tile_row + at;
+    if (n >= a.n) continue;
+    const float* from = sums + at / WarpRows * WarpSums + token * SumPitch + at % WarpRows;
+    float2 sum = {0.0f, 0.0f};
+    for (int k = 0; k < warps_k; ++k, from += warps_n * WarpSums) {
+      const float2 one = *reinterpret_cast<const float2*>(from);
+      sum.x += one.x, sum.y += one.y;
+    }
+    if (kernel.splits == 1) {
+      store_pair<T>(a, token, n, sum);
+    } else {
+      const int64_t line = static_cast<int64_t>(blockIdx.y) * a.m + token;
+      *reinterpret_cast<float2*>(a.partial + line * a.n + n) = sum;
+    }
+  }
+  if (kernel.splits == 1) return;
+
+  // the last block of a tile to come here adds them all
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned final = kernel.splits - 1;
+    last = atomicInc(a.counters + blockIdx.x, final) == final;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  for (int i = threadIdx.x; i < a.m << log_pairs; i += Threads) {
+    const int token = i >> log_pairs, n = tile_row + 2 * (i & ((1 << log_pairs) - 1));
+    if (n >= a.n) continue;
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll 4
+    for (int split = 0; split < kernel.splits; ++split) {
+      const int64_t line = static_cast<int64_t>(split) * a.m + token;
+      const float2 one = __ldcg(reinterpret_cast<const float2*>(a.partial + line * a.n + n));
+      sum.x += one.x, sum.y += one.y;
+    }
+    store_pair<T>(a, token, n, sum);
+  }
+}
+
+using KernelFunction = void (*)(Kernel);
+
+template <typename T, template <typename> class Format>
+constexpr std::array<KernelFunction, 4> by_tokens() {
+  return {lowbit_linear_kernel<T, Format, 1>, lowbit_linear_kernel<T, Format, 2>,
+          lowbit_linear_kernel<T, Format, 4>, lowbit_linear_kernel<T, Format, 8>};
+}
+
+constexpr std::array<std::array<std::array<KernelFunction, 4>, 4>, 2> Kernels = {
+    {{by_tokens<__half, Int4>(), by_tokens<__half, Codebook4>(), by_tokens<__half, Int8>(),
+      by_tokens<__half, Fp8>()},
+     {by_tokens<__nv_bfloat16, Int4>(), by_tokens<__nv_bfloat16, Codebook4>(),
+      by_tokens<__nv_bfloat16, Int8>(), by_tokens<__nv_bfloat16, Fp8>()}}};
+
+constexpr int log2_of(int power) {
+  int log = 0;
+  while (1 << log < power) ++log;
+  return log;
+}
+
+int bits_of(Code code) { return code == Code::Int4 || code == Code::Codebook4 ? 4 : 8; }
+int chunk_of(Code code) { return ChunkBytes * 8 / bits_of(code); }
+int table_bytes(Code code) { return code == Code::Codebook4 ? Codebook4<__half>::TableBytes : 0; }
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current for a scope.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    changed_ = before_ != device;
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Panels of x for a block that takes `steps` chunks a warp: all of x if it fits, else as much as fits. A
+// panel is asked for panel_buffers - 1 panels ahead, which must be Stages - 1 steps or more, or the weights
+// would wait for it.
+bool fit_panels(LowbitLinearPlan& plan, int m, int steps, int chunk, int fixed_bytes, int limit) {
+  const int warps_k = Warps >> plan.log_warps_n;
+  const int sums = sum_bytes(plan.token_tiles);
+  auto fits = [&](int log_panel, int buffers) {
+    const int64_t panel = static_cast<int64_t>(m) * chunk * warps_k * 2 << log_panel;
+    const int64_t bytes = fixed_bytes + std::max<int64_t>(RingBytes + panel * buffers, sums);
+    if (bytes > limit) return false;
+    plan.log_panel = log_panel, plan.panel_buffers = buffers, plan.shared_bytes = static_cast<int>(bytes);
+    return true;
+  };
+  const int whole = log2_of(steps);
+  if (fits(whole, 1)) return true;
+  for (int log = whole - 1; log >= 0; --log) {
+    if (fits(log, 1 + divide_up(Stages - 1, 1 << log))) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+#define BITFUSE_TEXT_OF(...) #__VA_ARGS__
+#define BITFUSE_TEXT(...) BITFUSE_TEXT_OF(__VA_ARGS__)
+const char* architectures() { return BITFUSE_TEXT(__CUDA_ARCH_LIST__); }
+
+DeviceInfo device_info(int device) {
+  auto get = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor)};
+}
+
+// The cut that a simple model of time likes best, in clocks; bytes are a multiprocessor's share a clock, of
+// an H100: memory gives 14, L2 some 24, and the kernel itself, by its instructions and mma.sync, digests what
+// `digest` says.
+// - Blocks of many outputs read x less often; blocks of few are more, so all multiprocessors have the same to
+// do.
+// - Splitting k makes more blocks, at the price of partial sums through L2 and of waiting for the last block.
+// - A block's warps that split k should have equal numbers of chunks.
+LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested, const DeviceInfo& device) {
+  constexpr double Memory = 14, L2 = 24, Start = 1500, Fixup = 2500;
+  LowbitLinearPlan best{};
+  best.token_tiles = m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8;
+  const double digest = m <= 8 ? 28 : m <= 16 ? 25 : m <= 32 ? 18 : 10;
+  const int chunk = chunk_of(code), chunks = divide_up(k, chunk);
+  const int fixed_bytes = table_bytes(code) + (nested ? NestedLevels * 4 : 0);
+  const double weight_bytes = static_cast<double>(n) * chunks * ChunkBytes;
+  double best_time = std::numeric_limits<double>::infinity();
+  for (int log_warps_n = 0; log_warps_n <= log2_of(Warps); ++log_warps_n) {
+    const int rows = WarpRows << log_warps_n, warps_k = Warps >> log_warps_n;
+    const int tiles = divide_up(n, rows);
+    const int most =
+        std::min({std::max(1, chunks / warps_k), divide_up(4 * device.multiprocessors, tiles), 64});
+    for (int splits = 1; splits <= most; ++splits) {
+      LowbitLinearPlan plan = best;
+      plan.log_warps_n = log_warps_n, plan.splits = splits, plan.tiles = tiles;
+      const int steps = divide_up(divide_up(chunks, splits), warps_k);
+      // two blocks on a multiprocessor hide each other's start and end, where registers allow two
+      const int half = device.shared_per_multiprocessor / 2 - 1024;
+      const bool two = plan.token_tiles <= 2 && fit_panels(plan, m, steps, chunk, fixed_bytes, half);
+      if (!two && !fit_panels(plan, m, steps, chunk, fixed_bytes, device.shared_per_block)) continue;
+      const double sms = device.multiprocessors;
+      const int blocks = tiles * splits, busiest = divide_up(blocks, device.multiprocessors);
+      const double block_bytes = static_cast<double>(rows) * steps * warps_k * ChunkBytes;
+      const double x_bytes = 2.0 * m * k * tiles, partial_bytes = splits > 1 ? 8.0 * splits * m * n : 0;
+      double time = std::max({weight_bytes / (Memory * sms), busiest * block_bytes / digest,
+                              (weight_bytes + x_bytes + partial_bytes) / (L2 * sms)});
+      time += Start * (two ? divide_up(busiest, 2) : busiest) + (splits > 1 ? Fixup : 0);
+      if (time < best_time) best_time = time, best = plan;
+    }
+  }
+  if (!std::isfinite(best_time))
+    throw std::runtime_error("lowbit_linear: no cut fits the device's shared memory");
+  return best;
+}
+
+void lowbit_linear(const LowbitLinearArgs& args, const LowbitLinearPlan& plan, Float type, Code code,
+                   int device, std::uintptr_t stream) {
+  const DeviceScope scope(device);
+  const KernelFunction function =
+      Kernels[static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)];
+  // more than 48 KiB of shared memory is allowed once a kernel and device
+  static std::atomic<uint64_t> allowed[2][4][4];
+  auto& devices = allowed[static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)];
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if ((devices.load(std::memory_order_acquire) & bit) == 0) {
+    int most = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "cudaDeviceGetAttribute");
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+          "lowbit_linear_kernel: " + std::to_string(most) + " bytes of shared memory");
+    devices.fetch_or(bit, std::memory_order_release);
+  }
+
+  const int chunk = chunk_of(code);
+  Kernel kernel{args, plan.log_warps_n, plan.log_panel, plan.panel_buffers, plan.splits, 0, 0, 0};
+  kernel.nested_offset = table_bytes(code);
+  kernel.ring_offset = kernel.nested_offset + (args.scale_type == ScaleType::Nested ? NestedLevels * 4 : 0);
+  // after which spans of a chunk a group may end, other than at the chunk's end
+  const int run = args.group_size >= args.k ? chunk : args.group_size & -args.group_size;
+  for (int span = 0; span < chunk / SpanK; ++span) {
+    if ((span + 1) * SpanK % std::min(run, chunk) == 0) kernel.flush |= 1 << span;
+  }
+  const dim3 grid(plan.tiles, plan.splits);
+  function<<<grid, Threads, plan.shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(kernel);
+  check(cudaGetLastError(), "lowbit_linear_kernel<<<(" + std::to_string(grid.x) + ", " +
+                                std::to_string(grid.y) + "), " + std::to_string(Threads) + ", " +
+                                std::to_string(plan.shared_bytes) + ">>> with " +
+                                std::to_string(plan.token_tiles) + " token tiles");
+}
+
+}  // namespace bitfuse
