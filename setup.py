@@ -26,9 +26,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-# maybe-uninitialized: GCC 12 says it of its own AVX-512 headers
+# uninitialized: GCC 12 says it of its own AVX-512 headers
 CXXFLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
-CXXFLAGS += ["-Wall", "-Wno-maybe-uninitialized"]
+CXXFLAGS += ["-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_LEVELS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
