@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-
 from bitfuse.formats import FORMATS, NESTED_BLOCK, Format, nested_code
 from bitfuse.op import simulated_gpu
 
@@ -62,7 +61,9 @@ class Code:
 
 def _each(lines: str, count: int, **fields: list[str]) -> str:
     """`lines` once for each output register i, with {i} and the i-th of each field put in."""
-    return "\n".join(lines.format(i=i, **{name: values[i] for name, values in fields.items()}) for i in range(count))
+    return "\n".join(
+        lines.format(i=i, **{name: values[i] for name, values in fields.items()}) for i in range(count)
+    )
 
 
 def _asm(registers: str, body: str) -> str:
@@ -171,7 +172,10 @@ def _table(values: tuple[float, ...], dtype: torch.dtype) -> str:
     """
     bits = [word & 0xFFFF for word in torch.tensor(values, dtype=dtype).view(torch.int16).tolist()]
     low, high = (
-        [f"{sum((bits[4 * quarter + i] >> shift & 0xFF) << 8 * i for i in range(4)):#010x}" for quarter in range(4)]
+        [
+            f"{sum((bits[4 * quarter + i] >> shift & 0xFF) << 8 * i for i in range(4)):#010x}"
+            for quarter in range(4)
+        ]
         for shift in (0, 8)
     )
     pick = "mov.b32 a, {0};\nmov.b32 b, {1};\nprmt.b32 {4}, a, b, low;\n"
@@ -216,7 +220,9 @@ def _high(pairs, Float: tl.constexpr):
 
 
 @jit
-def _decode(codes, codebook, Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr, Float: tl.constexpr):
+def _decode(
+    codes, codebook, Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr, Float: tl.constexpr
+):
     """Bytes [R, C * Bits / 8] to values [R, C] of dtype Float, less Center."""
     R: tl.constexpr = codes.shape[0]
     C: tl.constexpr = codes.shape[1] * 8 // Bits
@@ -241,7 +247,12 @@ def _decode(codes, codebook, Decode: tl.constexpr, Bits: tl.constexpr, Center: t
         values = tl.join(_low(pairs, Float), _high(pairs, Float)).reshape(R, C)
     else:
         first, last = tl.inline_asm_elementwise(
-            Decode, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=4
+            Decode,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+            [codes],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=4,
         )
         even = tl.join(_low(first, Float), _low(last, Float))
         odd = tl.join(_high(first, Float), _high(last, Float))
@@ -267,7 +278,9 @@ def _group(scales, zeros, scale_scales, scale_offset, code, rows, k, groups, Gro
     if Scale == "e8m0":
         # 2**(byte - 127); the lowest is a float32 without a leading one, the highest NaN
         bits = scale.to(tl.uint32) << 23
-        scale = tl.where(bits == 0, 0x400000, tl.where(bits == 0x7F800000, 0x7FC00000, bits)).to(tl.float32, bitcast=True)
+        scale = tl.where(bits == 0, 0x400000, tl.where(bits == 0x7F800000, 0x7FC00000, bits)).to(
+            tl.float32, bitcast=True
+        )
     elif Scale == "e4m3":
         # sign, exponent and mantissa to float32's places, times 2**(127 - 7)
         bits = (scale.to(tl.uint32) & 0x80) << 24 | (scale.to(tl.uint32) & 0x7F) << 20
@@ -375,7 +388,7 @@ def _forward_kernel(
     """
     K *= KAlign
     N *= NAlign
-    stride *= StrideAlign
+    stride = stride.to(tl.int64) * StrideAlign
     Float: tl.constexpr = x.dtype.element_ty
     Count: tl.constexpr = TileK // Sub
     Bytes: tl.constexpr = TileK * Bits // 8
@@ -383,7 +396,9 @@ def _forward_kernel(
     tile_m, tile_n = _tile(tl.cdiv(M, TileM), tl.cdiv(N, TileN), Band)
     m = tile_m * TileM + tl.arange(0, TileM)
     n = tile_n * TileN + tl.arange(0, TileN)
-    rows = tl.minimum(n, N - 1).to(tl.int64)  # rows past the end repeat the last: their results are not stored
+    rows = tl.minimum(n, N - 1).to(
+        tl.int64
+    )  # rows past the end repeat the last: their results are not stored
     column = tl.arange(0, TileK)
     byte = tl.arange(0, Bytes)
     x_at = x + m.to(tl.int64)[:, None] * stride + column[None, :]
@@ -433,7 +448,7 @@ def _grad_x_kernel(
     """
     K *= KAlign
     N *= NAlign
-    stride *= StrideAlign
+    stride = stride.to(tl.int64) * StrideAlign
     Float: tl.constexpr = grad.dtype.element_ty
     Count: tl.constexpr = TileN // Sub
     Bytes: tl.constexpr = TileN * Bits // 8
@@ -454,7 +469,9 @@ def _grad_x_kernel(
         if Even:
             codes = tl.load(qweight + rows[:, None] * width + byte[None, :])
         else:
-            codes = tl.load(qweight + rows[:, None] * width + byte[None, :], mask=(byte < width)[None, :], other=0)
+            codes = tl.load(
+                qweight + rows[:, None] * width + byte[None, :], mask=(byte < width)[None, :], other=0
+            )
         scale, zero = _group(scales, zeros, scale_scales, scale_offset, code, rows, tile_k * TileN, groups, GroupSize,
                              Sub, Count, Center, Block, Scale)  # fmt: skip
         w = _decode(codes, codebook, Decode, Bits, Center, Float)
@@ -465,17 +482,19 @@ def _grad_x_kernel(
     _store(acc, out, None, m, k, M, K, Splits)
 
 
-@jit(do_not_specialize=["size", "N", "splits"])
-def _reduce_kernel(partial, bias, out, size, N, splits, Width: tl.constexpr):
-    """out = bias + the sum of partial [splits, size] over its first dimension, in order; one element a lane and step."""
-    at = tl.program_id(0).to(tl.int64) * Width + tl.arange(0, Width)
-    mask = at < size
+@jit(do_not_specialize=["M", "N", "splits"])
+def _reduce_kernel(partial, bias, out, M, N, splits, NAlign: tl.constexpr, Width: tl.constexpr):
+    """out = bias + the sum of partial [splits, M, N] over its first dimension, in order; a program has a stretch of a row."""
+    N *= NAlign
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * Width + tl.arange(0, Width)
+    mask = n < N
     acc = tl.zeros((Width,), tl.float32)
     for split in range(splits):
-        acc += tl.load(partial + split * size.to(tl.int64) + at, mask=mask, other=0.0)
+        acc += tl.load(partial + (split * M + row) * N + n, mask=mask, other=0.0)
     if bias is not None:
-        acc += tl.load(bias + at % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+        acc += tl.load(bias + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * N + n, acc.to(out.dtype.element_ty), mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------- policy
@@ -493,9 +512,12 @@ class Config(NamedTuple):
     steps: int
     warps: int
     stages: int
+    registers: int | None
 
 
-MIN_SPLIT = 512  # contracted at least by a program: for less, partial sums cost more than the weights they stand for
+MIN_SPLIT = (
+    512  # contracted at least by a program: for less, partial sums cost more than the weights they stand for
+)
 BAND = 8  # row tiles that go through W together
 REDUCE_WIDTH = 512
 
@@ -549,7 +571,9 @@ def choose(
     else:
         splits = max(1, min(most, multiprocessors // tiles))
     steps = -(-total // splits)
-    return Config(tile_m, tile_n, tile_k, sub, scale_product, -(-total // steps), steps, warps, stages)
+    registers = 128 if tile_m == 128 and capability in (90, 100) else None
+    splits = -(-total // steps)
+    return Config(tile_m, tile_n, tile_k, sub, scale_product, splits, steps, warps, stages, registers)
 
 
 def _fewest_splits(tiles: int, most: int, multiprocessors: int) -> int:
@@ -565,7 +589,9 @@ def _fewest_splits(tiles: int, most: int, multiprocessors: int) -> int:
 
 def _index(device: torch.device) -> int:
     """A device's number; for the simulator, which can change between calls, less its compute capability."""
-    return device.index if device.index is not None else -triton.runtime.driver.active.get_current_target().arch
+    return (
+        device.index if device.index is not None else -triton.runtime.driver.active.get_current_target().arch
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -585,23 +611,22 @@ _SCALES = {
     torch.float8_e8m0fnu: "e8m0",
     torch.float8_e4m3fn: "e4m3",
 }
-_refusals: dict[torch.device, str | None] = {}
+_served: set[torch.device] = set()
 
 
 def _refuse_device(device: torch.device) -> str | None:
-    if device not in _refusals:
-        if triton is None:
-            reason: str | None = "triton is not installed"
-        elif device.type != "cuda" and not (device.type == "cpu" and simulated_gpu()):
-            reason = f"it runs on cuda, the tensors are on {device.type}"
-        elif torch.version.hip is not None:
-            reason = "its decoding is PTX, which only NVIDIA GPUs run"
-        elif (capability := _device(_index(device))[0]) < 80:
-            reason = f"it needs compute capability 8.0, {device} has {capability / 10}"
-        else:
-            reason = None
-        _refusals[device] = reason
-    return _refusals[device]
+    if device in _served:
+        return None
+    if triton is None:
+        return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and simulated_gpu()):
+        return f"it runs on cuda, the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return "its decoding is PTX, which only NVIDIA GPUs run"
+    if (capability := _device(_index(device))[0]) < 80:
+        return f"it needs compute capability 8.0, {device} has {capability / 10}"
+    _served.add(device)
+    return None
 
 
 def supports(
@@ -638,6 +663,8 @@ def supports_grad_x(
         return f"scales are {scales.dtype}"
     if group_size % 8:
         return f"group_size {group_size} is not a multiple of 8"
+    if grad.numel() >= 2**31 and grad.numel() // grad.shape[-1] >= 2**31:
+        return f"{grad.numel() // grad.shape[-1]} rows are more than 2**31 - 1"
     if not (qweight.is_contiguous() and scales.is_contiguous() and (zeros is None or zeros.is_contiguous())):
         return "qweight, scales or zeros is not contiguous"
     return None
@@ -659,7 +686,21 @@ def run(
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    _run(_rows(x), out, n, k, qweight, scales, zeros, scale_scales, scale_offset, bias, format, group_size, False)
+    _run(
+        _rows(x),
+        out,
+        n,
+        k,
+        qweight,
+        scales,
+        zeros,
+        scale_scales,
+        scale_offset,
+        bias,
+        format,
+        group_size,
+        False,
+    )
     return out
 
 
@@ -676,7 +717,21 @@ def run_grad_x(
     """grad W, of grad's dtype and leading shape."""
     n, k = qweight.shape[0], qweight.shape[1] * 8 // CODES[format].bits
     out = torch.empty((*grad.shape[:-1], k), dtype=grad.dtype, device=grad.device)
-    _run(_rows(grad), out, n, k, qweight, scales, zeros, scale_scales, scale_offset, None, format, group_size, True)
+    _run(
+        _rows(grad),
+        out,
+        n,
+        k,
+        qweight,
+        scales,
+        zeros,
+        scale_scales,
+        scale_offset,
+        None,
+        format,
+        group_size,
+        True,
+    )
     return out
 
 
@@ -694,14 +749,22 @@ def _aligned(t: torch.Tensor | None) -> bool:
 _handles: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], key: tuple[Any, ...], args: tuple[Any, ...], config: Config) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], key: tuple[Any, ...], args: tuple[Any, ...], config: Config
+) -> None:
     """Launch by the compiled kernel that `key` names: Triton's own lookup costs several times the launch.
 
     `key` holds what Triton would specialise on: dtypes, which pointers are aligned or None, and the constants in args.
     """
     handle = _handles.get(key)
     if handle is None:
-        _handles[key] = kernel[grid](*args, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+        _handles[key] = kernel[grid](
+            *args,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            maxnreg=config.registers,
+            enable_fp_fusion=True,
+        )
     else:
         handle[grid](*args)
 
@@ -731,13 +794,27 @@ def _run(
     device = _index(x.device)
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _run(x, out, n, k, qweight, scales, zeros, scale_scales, scale_offset, bias, format, group_size, grad_x)
+            _run(
+                x,
+                out,
+                n,
+                k,
+                qweight,
+                scales,
+                zeros,
+                scale_scales,
+                scale_offset,
+                bias,
+                format,
+                group_size,
+                grad_x,
+            )
         return
     code = CODES[format]
     if group_size == k:
         group_size = 0
     config = choose(m, width, depth, code.bits, group_size, x.element_size(), *_device(device), grad_x)
-    tile_m, tile_n, tile_k, sub, scale_product, splits, steps, _, _ = config
+    tile_m, tile_n, tile_k, sub, scale_product, splits, steps, *_ = config
     stride = x.stride(0) if m > 1 else depth
     k_align, n_align, stride_align = math.gcd(k, 128), math.gcd(n, 16), math.gcd(stride, 16)
     even = width % tile_n == 0 if grad_x else depth % tile_k == 0
@@ -769,16 +846,13 @@ def _run(
     )  # fmt: skip
     sizes = (m, n // n_align, k // k_align, stride // stride_align, steps)
     grid = (-(-m // tile_m) * -(-width // tile_n), splits, 1)
-    _launch(
-        _grad_x_kernel if grad_x else _forward_kernel, grid, key, (*tensors, *sizes, *constants), config
-    )
+    _launch(_grad_x_kernel if grad_x else _forward_kernel, grid, key, (*tensors, *sizes, *constants), config)
     if partial is not None:
-        size = m * width
-        key = ("reduce", device, out.dtype, bias is None, _aligned(out), _aligned(bias), size >= 2**31)
+        align = k_align if grad_x else n_align
         _launch(
             _reduce_kernel,
-            (-(-size // REDUCE_WIDTH), 1, 1),
-            key,
-            (partial, bias, out, size, width, splits, REDUCE_WIDTH),
+            (-(-width // REDUCE_WIDTH), m, 1),
+            ("reduce", device, out.dtype, bias is None, align, _aligned(out), _aligned(bias)),
+            (partial, bias, out, m, width // align, splits, align, REDUCE_WIDTH),
             config,
         )
