@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,32 @@ def test_model_that_does_not_load(tmp_path: Path) -> None:
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(
         "bitfuse demo: transformers can't load"
     )
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_without_linear_layers(tiny: Path, tmp_path: Path) -> None:
+    """GPT-2's layers are of a class of its own."""
+    import transformers
+
+    words = shutil.copytree(tiny, tmp_path / "gpt2", ignore=shutil.ignore_patterns("model*", "config.json"))
+    config = transformers.GPT2Config(
+        vocab_size=400, n_embd=64, n_layer=1, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    transformers.GPT2Model(config).save_pretrained(words)
+    with pytest.raises(demo.DemoError, match=r"GPT2Model has no torch\.nn\.Linear"):
+        run(tmp_path, words, "int8")
+
+
+def test_model_that_reads_no_text(tiny: Path, tmp_path: Path) -> None:
+    import transformers
+
+    words = shutil.copytree(tiny, tmp_path / "vit", ignore=shutil.ignore_patterns("model*", "config.json"))
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, image_size=32
+    )
+    transformers.ViTModel(config).save_pretrained(words)
+    with pytest.raises(demo.DemoError, match="ViTModel does not embed text"):
+        run(tmp_path, words, "int8")
     assert not (tmp_path / "out").exists()
 
 

@@ -249,7 +249,9 @@ def as_text(facts: dict[str, Any]) -> str:
             continue
         by_outcome: dict[str, list[str]] = {}
         for name, outcome in b["formats"].items():
-            by_outcome.setdefault(outcome, []).append(name)
+            # why a backend does not serve a format is in the JSON; here it would bury a "wrong"
+            said = "not served" if outcome.startswith("not served") else outcome
+            by_outcome.setdefault(said, []).append(name)
         said = "; ".join(f"{', '.join(names)} {outcome}" for outcome, names in by_outcome.items())
         lines.append((b["name"], f"alive on {b['device']}: {said}"))
     return "\n".join(f"{name:<10} {text}" for name, text in lines)

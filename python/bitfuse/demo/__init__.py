@@ -57,7 +57,7 @@ class Options:
         seconds: time for timing; at least 5 rounds are done whatever it says.
     """
 
-    formats: tuple[str, ...] = tuple(FORMATS)
+    formats: tuple[str, ...] = ("int8", "int4", "nf4", "fp8")
     device: str = "cpu"
     model: Path | None = None
     out: Path = Path("demo")

@@ -183,4 +183,11 @@ def load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, Embedder]
         MAX_TOKENS, tokenizer.model_max_length, getattr(config, "max_position_embeddings", MAX_TOKENS)
     )
     name = "all-MiniLM-L6-v2" if folder.parent.name == PACKAGED_MODEL else folder.resolve().name
-    return model.to(device, torch.float32).eval(), Embedder(name, tokenizer, pooling, max_tokens, device)
+    model = model.to(device, torch.float32).eval()
+    embedder = Embedder(name, tokenizer, pooling, max_tokens, device)
+    try:
+        embedder.embed(model, embedder.tokens(["A short sentence."]))
+    except Exception as error:  # a model of images or sound raises whatever it likes
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DemoError(f"{folder}: a {type(model).__name__} does not embed text: {first}") from error
+    return model, embedder

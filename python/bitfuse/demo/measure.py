@@ -66,13 +66,14 @@ def few_bit_variant(base: torch.nn.Module, format: str, dtype: torch.dtype) -> V
     """A copy with few-bit linear layers. The codes come from the float32 weights, whatever dtype runs."""
     fmt = parse_format(format)
     names = linear_names(base)
-    skip = []
+    skip, reason = [], "there are none"
     for name in names:
         linear = base.get_submodule(name)
         try:
             check_shape((int(linear.out_features), int(linear.in_features)), fmt)  # type: ignore[arg-type]
-        except ValueError:
+        except ValueError as error:
             skip.append(name)
+            reason = str(error)
     model = copy.deepcopy(base)
     try:
         report = bitfuse.quantize_(model, fmt, skip=skip, progress=False)
@@ -80,7 +81,9 @@ def few_bit_variant(base: torch.nn.Module, format: str, dtype: torch.dtype) -> V
         raise DemoError(f"{format}: {str(error).splitlines()[0]}") from error
     few_bit = tuple(n for n, module in model.named_modules() if isinstance(module, bitfuse.nn.Linear))
     if not few_bit:
-        raise DemoError(f"{format}: none of the model's {len(names)} torch.nn.Linear layers can be quantised")
+        raise DemoError(
+            f"{format}: none of the model's {len(names)} linear layers can be quantised: {reason}"
+        )
     return Variant(format, format, dtype, model.to(dtype), names, few_bit, report.worst_relative_error)
 
 

@@ -19,6 +19,7 @@ from .measure import Quality, Timing
 from .sentences import LANGUAGES, TRIPLES
 
 MEGA = 1e6  # bytes of an MB, as file sizes are counted
+UNSTEADY = 1.5  # p80 over p20: more than this is another program's doing
 WIDTH = 112  # columns that the tables take
 
 
@@ -146,11 +147,11 @@ def print_results(results: Results, console: Console) -> None:
         style="dim",
         highlight=False,
     )
-    _print_refusals(results, console)
+    _print_warnings(results, console)
 
 
-def _print_refusals(results: Results, console: Console) -> None:
-    """Loud when plain PyTorch had to serve: such a row says nothing about the kernels' speed."""
+def _print_warnings(results: Results, console: Console) -> None:
+    """Loud when plain PyTorch served or the times are unsteady: they then say nothing of the kernels."""
     for row in results.rows:
         if 0 < row.few_bit_layers < row.layers:
             few = f"{row.few_bit_layers} of {row.layers} linear layers"
@@ -167,6 +168,8 @@ def _print_refusals(results: Results, console: Console) -> None:
             style="yellow",
             highlight=False,
         )
+    if any(t.p80 > UNSTEADY * t.p20 for row in results.rows for t in (row.batch_ms, row.sentence_ms)):
+        console.print("\nThe times are unsteady: something else was running. Measure again.", style="yellow")
 
 
 def _table(title: str, *left: str) -> Table:
