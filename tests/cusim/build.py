@@ -6,12 +6,13 @@ Imports neither torch nor triton: the library has to be in the process before to
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import fcntl
 import functools
-import glob
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,10 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "src"
 CACHE = HERE / "build"
 NAME = "libcudart.so.13"
-FLAGS = ("-std=c++20", "-O3", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-march=native", "-Wall", "-Wextra")
+FLAGS = (
+    *("-std=c++20", "-O3", "-g1", "-fPIC", "-march=native", "-Wall", "-Wextra"),
+    *("-ffp-contract=off", "-fno-math-errno"),  # a * b + c rounds twice, as the two instructions do
+)
 JOBS = 2
 
 
@@ -37,19 +41,19 @@ def cuda_include() -> Path:
     if nvcc := shutil.which("nvcc"):
         roots.append(Path(nvcc).resolve().parents[1])
     roots.append(Path("/usr/local/cuda"))
-    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path}
-    roots += [Path(folder) / "nvidia" / wheel for folder in sorted(packages) for wheel in ("cu13", "cuda_runtime")]
+    packages = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path])
+    roots += [Path(folder) / "nvidia" / name for folder in packages for name in ("cu13", "cuda_runtime")]
     for root in roots:
-        if (root / "include" / "cuda_runtime_api.h").exists() and (root / "include" / "cuda.h").exists():
+        if all((root / "include" / name).exists() for name in ("cuda.h", "cuda_runtime_api.h", "crt")):
             return root / "include"
     raise BuildError(
-        "the CUDA headers are not here: set CUDA_HOME, or `pip install nvidia-cuda-runtime nvidia-cuda-crt`; "
-        f"looked in {', '.join(map(str, roots))}"
+        "the CUDA headers are not here: set CUDA_HOME to a toolkit, or "
+        "`pip install nvidia-cuda-runtime nvidia-cuda-crt`"
     )
 
 
 def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), "g++", "g++-12", "g++-11")):
+    for name in filter(None, (os.environ.get("CXX"), "g++", "g++-14", "g++-13", "g++-12", "g++-11")):
         if found := shutil.which(name):
             return found
     raise BuildError("no C++ compiler: set CXX or install g++ 11 or later")
@@ -61,54 +65,61 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
+def _processor() -> str:
+    """What -march=native depends on, so that a checkout shared by two machines keeps a build for each."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
+def _key(sources: list[Path]) -> str:
+    key = hashlib.sha256("\0".join((*FLAGS, platform.machine(), _processor())).encode())
+    for source in sources:
+        key.update(source.name.encode() + b"\0" + source.read_bytes())
+    return key.hexdigest()[:16]
+
+
 @functools.cache
 def library() -> Path:
     """The path of the compiled simulator, compiled now if its sources are new."""
-    sources = sorted(SOURCE.iterdir())
-    key = hashlib.sha256("\0".join(FLAGS).encode())
-    for source in sources:
-        key.update(source.name.encode() + b"\0" + source.read_bytes())
-    folder = CACHE / key.hexdigest()[:16]
-    built = folder / NAME
+    sources = sorted(SOURCE.glob("*.[chm]*"))
+    built = CACHE / _key(sources) / NAME
     if built.exists():
         return built
     CACHE.mkdir(exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several test workers one builds and the others wait for it
-        if built.exists():
-            return built
-        with tempfile.TemporaryDirectory(dir=CACHE) as aside:
-            _build([s for s in sources if s.suffix == ".cpp"], Path(aside))
-            folder.mkdir(exist_ok=True)
-            os.replace(Path(aside) / NAME, built)
-        for old in glob.glob(str(CACHE / "*" / NAME)):
-            if Path(old) != built:
-                shutil.rmtree(Path(old).parent, ignore_errors=True)
+        if not built.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as aside:
+                made = _build([s for s in sources if s.suffix == ".cpp"], Path(aside))
+                built.parent.mkdir(exist_ok=True)
+                made.replace(built)
     return built
 
 
-def _build(sources: list[Path], out: Path) -> None:
-    compiler, include = _compiler(), cuda_include()
+def _build(sources: list[Path], out: Path) -> Path:
+    compiler, include = _compiler(), str(cuda_include())
 
     def compile_one(source: Path) -> str:
-        target = str(out / f"{source.stem}.o")
-        _run([compiler, *FLAGS, "-isystem", str(include), "-c", str(source), "-o", target])
-        return target
+        made = str(out / f"{source.stem}.o")
+        _run([compiler, *FLAGS, "-isystem", include, "-c", str(source), "-o", made])
+        return made
 
     with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(compile_one, sources))
-    script = SOURCE / "runtime.map"
-    _run(
-        [compiler, "-shared", *objects, "-o", str(out / NAME), f"-Wl,-soname,{NAME}"]
-        + [f"-Wl,--version-script={script}", "-ldl", "-pthread"]
-    )
+    made = out / NAME
+    script = f"-Wl,-soname,{NAME},--version-script={SOURCE / 'runtime.map'}"
+    _run([compiler, "-shared", *objects, "-o", str(made), script, "-ldl", "-pthread"])
+    return made
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
     """Put the simulator into this process. Call it before torch is imported.
 
-    The dynamic linker knows a library by its soname, so an extension that asks for libcudart.so.13 gets this one.
+    The dynamic linker knows a library by its soname: an extension that asks for libcudart.so.13 gets this.
     """
     return ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
 

@@ -1,26 +1,30 @@
-"""A Triton driver whose device is cusim: `install()` and `kernel[grid](...)` takes CPU tensors.
+"""A Triton driver whose device is the simulator: `install()`, and `kernel[grid](...)` takes CPU tensors.
 
-Triton compiles as it does for a GPU of compute capability CUSIM_SM (default 90) and the PTX
-that comes out is run on the CPU, so that bf16 dots, tensor-core layouts, software pipelining
-and barriers are those of the real kernel, not of Triton's interpreter.
+Triton compiles as it does for a GPU of the simulated compute capability and the PTX that comes out is run
+on the CPU, so that bf16 dots, tensor-core layouts, software pipelining and barriers are those of the real
+kernel, not of its interpreter. Written for Triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import pathlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase, expand_signature, wrap_handle_tensordesc_impl
+from triton.backends.driver import DriverBase
 
 from .build import load
+from .device import SimulationError, compute_capability, multiprocessors, run_ptx, shared_memory
 
-_ctype = {
+__all__ = ["CusimDriver", "SimulationError", "install"]
+
+_scalar = {
     "i1": ctypes.c_int8,
     "u1": ctypes.c_uint8,
     "i8": ctypes.c_int8,
@@ -35,169 +39,141 @@ _ctype = {
     "f32": ctypes.c_float,
     "fp64": ctypes.c_double,
 }
+_half = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class SimulationError(RuntimeError):
-    """A fault that the simulator found: a race, an access out of bounds, a deadlock, an unknown instruction."""
-
-
-def _library() -> ctypes.CDLL:
-    lib = load()
-    lib.cusim_run_ptx.restype = ctypes.c_void_p
-    return lib
-
-
-def _pack(value, kind: str):
+def _c_value(value: Any, kind: str) -> Any:
     """The C value of one kernel argument."""
-    if kind == "nvTmaDesc":
-        return value
     if kind.startswith("*"):
-        if value is None:
-            return ctypes.c_uint64(0)
-        return ctypes.c_uint64(value if isinstance(value, int) else value.data_ptr())
-    if kind in ("fp16", "bf16"):
-        bits = torch.tensor(float(value), dtype=torch.float16 if kind == "fp16" else torch.bfloat16).view(
-            torch.int16
-        )
-        return ctypes.c_uint16(int(bits) & 0xFFFF)
-    return _ctype[kind](value)
+        return ctypes.c_uint64(0 if value is None else value if isinstance(value, int) else value.data_ptr())
+    if kind in _half:
+        return ctypes.c_uint16(int(torch.tensor(float(value), dtype=_half[kind]).view(torch.int16)) & 0xFFFF)
+    return _scalar[kind](value)
 
 
-class _Launcher:
-    def __init__(self, src, metadata):
-        meta = getattr(metadata, "tensordesc_meta", None)
-        self.kinds = expand_signature(src.signature.values(), meta, "nvTmaDesc")
-        self.threads = metadata.num_warps * 32
-        self.shared = metadata.shared
-        self.scratch = (metadata.global_scratch_size, metadata.global_scratch_align)
-        self.launch = wrap_handle_tensordesc_impl(self._launch, src.signature, meta, _tensor_descriptor)
-
-    def __call__(self, x, y, z, stream, function, kernel_metadata, launch_metadata, enter, leave, *args):
-        if x * y * z:
-            self.launch((x, y, z), function, args)
-
-    def _launch(self, grid, function, args):
-        flat_kinds, flat_args = [], []
-
-        def visit(kind, arg):
-            if isinstance(kind, tuple):
-                for k, a in zip(kind, arg):
-                    visit(k, a)
-            elif kind != "constexpr":
-                flat_kinds.append(kind)
-                flat_args.append(arg)
-
-        for kind, arg in zip(self.kinds, args):
-            visit(kind, arg)
-        values = [_pack(a, k) for a, k in zip(flat_args, flat_kinds)]
-        scratch = None
-        if self.scratch[0]:
-            scratch = torch.empty(
-                grid[0] * grid[1] * grid[2] * self.scratch[0] + self.scratch[1], dtype=torch.uint8
-            )
-        values += [ctypes.c_uint64(scratch.data_ptr() if scratch is not None else 0), ctypes.c_uint64(0)]
-        pointers = (ctypes.c_void_p * len(values))(
-            *[ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values]
-        )
-        name, ptx = function
-        lib = _library()
-        message = lib.cusim_run_ptx(
-            ptx,
-            name,
-            (ctypes.c_uint * 3)(*grid),
-            (ctypes.c_uint * 3)(self.threads, 1, 1),
-            ctypes.c_size_t(self.shared),
-            pointers,
-        )
-        if message:
-            text = ctypes.string_at(message).decode()
-            lib.cusim_free(ctypes.c_void_p(message))
-            raise SimulationError(text)
-
-
-def _tensor_descriptor(arg, meta, _):
-    """What Triton passes for a host-side TensorDescriptor: the map, then shape and strides."""
-    if meta is None:
-        return [
-            arg.base,
-            *arg.shape,
-            *arg.strides,
-            arg.padding == "nan",
-            arg.round_f32_to_tf32,
-            *arg.shape,
-            *arg.strides,
-        ]
-    rank = len(arg.shape)
-    type_of = {8: 10, 9: 8, 10: 9}  # Triton's device-side numbering to CUtensorMapDataType
-    kind = type_of.get(meta["elem_type"], meta["elem_type"])
-    box = list(meta["block_size"])
-    size = meta["elem_size"]
-    lib = _library()
+def _tensor_map(descriptor: Any, meta: dict[str, Any]) -> Any:
+    """The CUtensorMap of a host-side TensorDescriptor."""
+    rank = len(descriptor.shape)
+    of_host = {8: 10, 9: 8, 10: 9}  # Triton numbers the types as the device does, the encoder as the driver
+    kind = of_host.get(meta["elem_type"], meta["elem_type"])
+    shape = list(descriptor.shape)
+    if meta.get("fp4_padded"):
+        shape[-1] *= 2
     entry = ctypes.c_void_p()
-    lib.cudaGetDriverEntryPoint(b"cuTensorMapEncodeTiled", ctypes.byref(entry), ctypes.c_ulonglong(0), None)
+    load().cudaGetDriverEntryPoint(
+        b"cuTensorMapEncodeTiled", ctypes.byref(entry), ctypes.c_ulonglong(0), None
+    )
+    address, count = ctypes.c_void_p, ctypes.c_int
+    assert entry.value is not None
     encode = ctypes.CFUNCTYPE(
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_int,
-        ctypes.c_uint32,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
+        count, address, count, ctypes.c_uint32, *[address] * 5, count, count, count, count
     )(entry.value)
     out = (ctypes.c_uint64 * 16)()
-    dims = (ctypes.c_uint64 * rank)(*reversed(arg.shape))
-    strides = (ctypes.c_uint64 * max(rank - 1, 1))(*[s * size for s in reversed(arg.strides[:-1])])
-    boxes = (ctypes.c_uint32 * rank)(*reversed(box))
+    dims = (ctypes.c_uint64 * rank)(*reversed(shape))
+    strides = (ctypes.c_uint64 * rank)(*[s * meta["elem_size"] for s in reversed(descriptor.strides[:-1])])
+    box = (ctypes.c_uint32 * rank)(*reversed(meta["block_size"]))
     steps = (ctypes.c_uint32 * rank)(*[1] * rank)
+    lists = [ctypes.addressof(a) for a in (dims, strides, box, steps)]
+    fill = int(descriptor.padding == "nan")
     status = encode(
-        ctypes.addressof(out),
-        kind,
-        rank,
-        arg.base.data_ptr(),
-        ctypes.addressof(dims),
-        ctypes.addressof(strides),
-        ctypes.addressof(boxes),
-        ctypes.addressof(steps),
-        0,
-        meta["swizzle"],
-        2,
-        1 if arg.padding == "nan" else 0,
+        ctypes.addressof(out), kind, rank, descriptor.base.data_ptr(), *lists, 0, meta["swizzle"], 2, fill
     )
     if status:
         raise SimulationError(
-            f"tensor descriptor rejected (CUresult {status}): shape {arg.shape}, strides {arg.strides}, box {box}"
+            f"tensor descriptor rejected (CUresult {status}): shape {descriptor.shape}, "
+            f"strides {descriptor.strides}, block {meta['block_size']}"
         )
-    return [out, *arg.shape, *arg.strides]
+    return out
+
+
+def _descriptor_values(descriptor: Any, meta: dict[str, Any] | None) -> Iterator[Any]:
+    """What Triton passes for a host-side TensorDescriptor, and shape and strides once more."""
+    if meta is not None:
+        yield _tensor_map(descriptor, meta)
+    else:
+        yield ctypes.c_uint64(descriptor.base.data_ptr())
+        yield from map(ctypes.c_int64, (*descriptor.shape, *descriptor.strides))
+        yield ctypes.c_int8(descriptor.padding == "nan")
+        if hasattr(descriptor, "round_f32_to_tf32"):  # not in Triton 3.6
+            yield ctypes.c_int8(descriptor.round_f32_to_tf32)
+    yield from map(ctypes.c_int32, descriptor.shape)
+    yield from map(ctypes.c_int64, descriptor.strides)
+
+
+class _Launcher:
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.signature = list(src.signature.values())
+        self.descriptors = list(getattr(metadata, "tensordesc_meta", None) or [])
+        self.threads = metadata.num_warps * 32
+        self.shared = metadata.shared
+        self.scratch = (metadata.global_scratch_size, metadata.global_scratch_align)
+
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        function: tuple[bytes, bytes],
+        kernel_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Callable[[Any], None] | None,
+        exit_hook: Callable[[Any], None] | None,
+        *args: Any,
+    ) -> None:
+        if not x * y * z:
+            return
+        metas = iter(self.descriptors)
+        values = [
+            v for kind, arg in zip(self.signature, args, strict=True) for v in self._flat(kind, arg, metas)
+        ]
+        size, align = self.scratch
+        scratch = torch.empty(x * y * z * size + align if size else 0, dtype=torch.uint8)
+        values += [
+            ctypes.c_uint64(-(-scratch.data_ptr() // align) * align if size else 0),
+            ctypes.c_uint64(0),
+        ]
+        name, ptx = function
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        run_ptx(ptx, name, (x, y, z), (self.threads,), values, self.shared)
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+    def _flat(self, kind: Any, arg: Any, metas: Iterator[dict[str, Any]]) -> Iterator[Any]:
+        if isinstance(kind, tuple):
+            for k, a in zip(kind, arg, strict=True):
+                yield from self._flat(k, a, metas)
+        elif kind.startswith("tensordesc"):
+            yield from _descriptor_values(arg, next(metas, None))
+        elif kind == "nvTmaDesc":
+            yield arg
+        elif kind != "constexpr":
+            yield _c_value(arg, kind)
 
 
 class _Utils:
-    def __init__(self):
-        self.metadata_group = None
-        knobs.runtime.kernel_load_start_hook = self._remember
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+        knobs.runtime.kernel_load_start_hook.add(self._remember)
 
-    def _remember(self, module, function, name, metadata_group, hash):
-        self.metadata_group = metadata_group
+    def _remember(
+        self, module: Any, function: Any, name: str, metadata_group: dict[str, str], hash: str
+    ) -> None:
+        self.files = metadata_group
 
-    def load_binary(self, name, kernel, shared, device):
-        path = next(p for n, p in self.metadata_group.items() if n.endswith(".ptx"))
+    def load_binary(self, name: str, kernel: bytes, shared: int, index: int) -> tuple[Any, ...]:
+        path = next(p for n, p in self.files.items() if n.endswith(".ptx"))
         ptx = pathlib.Path(path).read_bytes()
         return 1, (name.encode(), ptx), 0, 0, 1024  # module, function, registers, spills, most threads
 
-    def unload_module(self, module):
+    def unload_module(self, module: Any) -> None:
         pass
 
-    def get_device_properties(self, device):
-        sm = int(os.environ.get("CUSIM_SM", "90"))
-        shared = 232448 if sm >= 90 else 166912 if sm == 80 else 101376
+    def get_device_properties(self, index: int) -> dict[str, int]:
         return {
-            "max_shared_mem": shared,
-            "multiprocessor_count": int(os.environ.get("CUSIM_SMS", "4")),
+            "max_shared_mem": shared_memory(),
+            "multiprocessor_count": multiprocessors(),
             "max_num_regs": 65536,
             "warpSize": 32,
             "sm_clock_rate": 1980000,
@@ -207,41 +183,46 @@ class _Utils:
 
 
 class CusimDriver(DriverBase):
-    def __init__(self):
+    def __init__(self) -> None:
         self.utils = _Utils()
         self.launcher_cls = _Launcher
-        self.get_current_device = lambda: 0
-        self.set_current_device = lambda device: None
-        self.get_current_stream = lambda device=None: 0
-        self.get_device_capability = lambda device=0: divmod(int(os.environ.get("CUSIM_SM", "90")), 10)
+        # Triton keeps what it compiled by device: one index for each capability lets a process use several
+        self.get_current_device = compute_capability
+        self.set_current_device = lambda index: None
+        self.get_current_stream = lambda index=None: 0
+        self.get_device_capability = lambda index=0: divmod(compute_capability(), 10)
 
     @classmethod
-    def is_active(cls):
+    def is_active(cls) -> bool:
         return True
 
-    def get_current_target(self):
-        return GPUTarget("cuda", int(os.environ.get("CUSIM_SM", "90")), 32)
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", compute_capability(), 32)
 
-    def get_active_torch_device(self):
+    def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def get_device_interface(self):
+    def get_device_interface(self) -> Any:
         return SimpleNamespace(current_device=lambda: 0, synchronize=lambda: None)
 
-    def map_python_to_cpp_type(self, ty):
+    def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 
-    def get_benchmarker(self):
-        # a simulated kernel has no time: every configuration ties and the first is kept
-        return lambda call, quantiles=(0.5,), **kwargs: (call(), [1.0] * len(quantiles))[1]
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        def tie(call: Callable[[], None], quantiles: tuple[float, ...] = (0.5,), **_: Any) -> list[float]:
+            call()  # a simulated kernel has no time: every configuration ties and the first is kept
+            return [1.0] * len(quantiles)
 
-    def get_empty_cache_for_benchmark(self):
+        return tie
+
+    def get_empty_cache_for_benchmark(self) -> torch.Tensor:
         return torch.empty(0)
 
-    def clear_cache(self, cache):
+    def clear_cache(self, cache: torch.Tensor) -> None:
         pass
 
 
 def install() -> None:
-    """Make cusim Triton's device in this process."""
-    triton.runtime.driver.set_active(CusimDriver())
+    """Make the simulator Triton's device in this process."""
+    if not isinstance(triton.runtime.driver._active, CusimDriver):
+        triton.runtime.driver.set_active(CusimDriver())

@@ -94,7 +94,9 @@ void arrive_after_copies(Warp& w, const Instr& i, uint32_t m) {  // aux: noinc
     uint32_t groups = ++w.committed[l];
     Warp* owner = &w;
     b.copies.push_back([=](Warp& waiter, int lane) {
-      finish_copies(*owner, l, groups);
+      uint32_t limit[kLanes] = {};
+      limit[l] = groups;
+      finish_copies(*owner, limit);
       MBarrier& bar = mbarrier_at(waiter, lane, at);
       merge(bar.clock, owner->clock);
       if (--bar.pending < 0) fault(waiter, lane, "more arrivals at an mbarrier than it expects");

@@ -6,14 +6,14 @@
 namespace cusim {
 
 // ---- cp.async: the copy happens at the wait, so reading too early reads the old bytes ----
-void finish_copies(Warp& w, int lane, uint32_t groups) {
+void finish_copies(Warp& w, const uint32_t* limit) {
   size_t kept = 0;
   for (const CopyAsync& c : w.copies) {
-    if (c.lane != lane || c.group >= groups) {
+    if (c.group >= limit[c.lane]) {
       w.copies[kept++] = c;
       continue;
     }
-    char* p = shared_at(w, lane, c.dst, c.bytes, Access::Arrive);
+    char* p = shared_at(w, c.lane, c.dst, c.bytes, Access::Arrive);
     memcpy(p, (const void*)c.src, c.src_bytes);
     memset(p + c.src_bytes, 0, c.bytes - c.src_bytes);
   }
@@ -262,12 +262,10 @@ void cp_commit(Warp& w, const Instr&, uint32_t m) {
 void cp_wait(Warp& w, const Instr& i, uint32_t m) {
   if (w.copies.empty()) return;
   uint32_t keep = i.ops.empty() ? 0 : uint32_t(w.row(i.ops[0])[0]);
-  for (int l : lanes_of(m)) {
-    if (i.aux)
-      finish_copies(w, l, ~0u);  // wait_all: those not committed too
-    else if (w.committed[l] > keep)
-      finish_copies(w, l, w.committed[l] - keep);
-  }
+  uint32_t limit[kLanes] = {};
+  for (int l : lanes_of(m))  // wait_all waits for those not committed too
+    limit[l] = i.aux ? ~0u : w.committed[l] > keep ? w.committed[l] - keep : 0;
+  finish_copies(w, limit);
 }
 void decode_cp(Instr& i, const Opcode& o) {
   i.destinations = 0;

@@ -39,12 +39,13 @@ void ldmatrix(Warp& w, const Instr& i, uint32_t m) {
   for (int l = 0; l < 8 * n; ++l) memcpy(t.at[l / 8][l % 8], shared_at(w, l, at[l], 16, Access::Read), 16);
   for (int k = 0; k < n; ++k) {
     Lanes d = dst(w, i.ops[k]);
-    for (int l : lanes_of(m)) {
-      int r = l / 4, c = l % 4 * 2;
-      uint32_t low = i.aux2 ? t.at[k][c][r] : t.at[k][r][c],
-               high = i.aux2 ? t.at[k][c + 1][r] : t.at[k][r][c + 1];
-      d[l] = high << 16 | low;
-    }
+    uint32_t pairs[kLanes];  // row by row, as the lanes take them
+    if (i.aux2)
+      for (int l = 0; l < kLanes; ++l)
+        pairs[l] = uint32_t(t.at[k][l % 4 * 2 + 1][l / 4]) << 16 | t.at[k][l % 4 * 2][l / 4];
+    else
+      memcpy(pairs, t.at[k], sizeof pairs);
+    each_lane(m, [&](int l) { d[l] = pairs[l]; });
   }
 }
 void stmatrix(Warp& w, const Instr& i, uint32_t) {

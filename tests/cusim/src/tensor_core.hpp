@@ -73,15 +73,17 @@ inline void fragment(const uint64_t* row, T* out) {
   }
 }
 
-// c[M][8] += a[M][K] * b[K][8], k in order, so that every column of a row is summed as the others are
+// c[M][8] += a[M][K] * b[K][8], k in order; the columns side by side in a vector of the host
 template <class T>
 inline void multiply_add(T (*c)[8], const T* a, int a_stride, const T (*b)[8], int rows, int depth) {
-  for (int r = 0; r < rows; ++r) {
-    T sum[8];
+  typedef T Row __attribute__((vector_size(8 * sizeof(T))));
+  constexpr int kRows = 8;  // at a time, so that their sums do not wait for one another
+  for (int r = 0; r < rows; r += kRows) {
+    Row sum[kRows], right;
     memcpy(sum, c[r], sizeof sum);
     for (int k = 0; k < depth; ++k) {
-      T x = a[r * a_stride + k];
-      for (int n = 0; n < 8; ++n) sum[n] += x * b[k][n];
+      memcpy(&right, b[k], sizeof right);
+      for (int q = 0; q < kRows; ++q) sum[q] += a[(r + q) * a_stride + k] * right;
     }
     memcpy(c[r], sum, sizeof sum);
   }
@@ -93,7 +95,7 @@ template <Acc A, class T>
 inline void load_accumulator(const uint64_t* const* regs, int rows, T (*c)[8]) {
   for (int g = 0; g < rows / 4; ++g)
     for (int l = 0; l < kLanes; ++l) {
-      T& to = c[l / 4 + 8 * (g >> 1)][l % 4 * 2 + (g & 1)];
+      T& to = (&c[8 * (g >> 1)][g & 1])[l * 2];  // rows of eight follow one another
       if constexpr (A == Acc::F16)
         to = half_to_float(uint16_t(regs[g / 2][l] >> (16 * (g & 1))));
       else if constexpr (A == Acc::F32)
@@ -108,7 +110,7 @@ template <Acc A, class T>
 inline void store_accumulator(uint64_t* const* regs, int rows, const T (*c)[8], bool saturate) {
   for (int g = 0; g < rows / 4; ++g)
     for (int l = 0; l < kLanes; ++l) {
-      T v = c[l / 4 + 8 * (g >> 1)][l % 4 * 2 + (g & 1)];
+      T v = (&c[8 * (g >> 1)][g & 1])[l * 2];
       if constexpr (A == Acc::F16) {
         uint64_t half = float_to_half(v);
         regs[g / 2][l] = g & 1 ? (regs[g / 2][l] & 0xffff) | half << 16 : half;
