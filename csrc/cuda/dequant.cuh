@@ -57,36 +57,49 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 struct NoTable {
   static constexpr int TableBytes = 0;
   static constexpr bool HasNan = false;
+  static constexpr bool PairsApart = false;
 };
 
-// 4-bit integers. The code becomes the low bits of the mantissa of a power of two whose unit is 1.
+// 4-bit integers. The code becomes the low bits of the mantissa of a power of two whose unit is 1. Two codes
+// whose places in their word are 16 bits apart make a pair without a byte being moved, so x takes that order:
+// see order_like_pairs.
 template <typename T>
 struct Int4 : NoTable {
   static constexpr int Bits = 4;
-  using Zero = uint32_t;
+  static constexpr bool PairsApart = true;
+  // float16 has room for the codes at bits 4 to 7, as 1024 + 16 code, which a multiplication by 1/16 brings
+  // down to 64 + code; bfloat16 has not, there every pair is shifted down first.
+  struct Zero {
+    uint32_t low, high;
+  };
 
   __device__ explicit Int4(const unsigned char*, int) {}
 
-  // float16 has room for the high nibble where it stands, as 1024 + 16 code, which the multiplication by 1/16
-  // brings down to 64 + code; bfloat16 has not, its high nibble is shifted down first.
   __device__ static Zero zero(uint32_t z) {
-    return IsHalf<T> ? pack2<T>(-1024.0f - z, -64.0f - z) : pack2<T>(-128.0f - z, -128.0f - z);
+    const float unit = IsHalf<T> ? 1024.0f : 128.0f;
+    return {pack2<T>(-unit - z, -unit - z), IsHalf<T> ? pack2<T>(-64.0f - z, -64.0f - z) : 0};
   }
 
+  // Pair i holds codes i and i + 4.
   __device__ static void dequant8(const uint32_t (&words)[1], Zero zero, uint32_t&, uint32_t (&pairs)[4]) {
-    const uint32_t word = words[0];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (IsHalf<T>) {
-        const uint32_t byte = __byte_perm(word, 0, 0x1111 * i);
-        pairs[i] = fma2<T>(and_or<0x00f0000f, 0x64006400>(byte), 0x2c003c00, zero);
+        const uint32_t word = words[0] >> (i / 2 * 8);
+        pairs[i] = i % 2 == 0 ? fma2<T>(and_or<0x000f000f, 0x64006400>(word), 0x3c003c00, zero.low)
+                              : fma2<T>(and_or<0x00f000f0, 0x64006400>(word), 0x2c002c00, zero.high);
       } else {
-        const uint32_t byte = __byte_perm(word, word >> 4, 0x4400 + 0x1111 * i);
-        pairs[i] = fma2<T>(and_or<0x000f000f, 0x43004300>(byte), 0x3f803f80, zero);
+        pairs[i] = fma2<T>(and_or<0x000f000f, 0x43004300>(words[0] >> 4 * i), 0x3f803f80, zero.low);
       }
     }
   }
 };
+
+// Eight numbers in the order of Int4's pairs: 0 4 1 5 2 6 3 7.
+__device__ __forceinline__ uint4 order_like_pairs(uint4 x) {
+  return {__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632), __byte_perm(x.y, x.w, 0x5410),
+          __byte_perm(x.y, x.w, 0x7632)};
+}
 
 // 4-bit codes of any 16 levels, by a table of all 256 bytes, one copy a lane, so that no two lanes meet in a
 // bank.
@@ -100,11 +113,13 @@ struct Codebook4 {
   static constexpr int Bits = 4;
   static constexpr int TableBytes = 256 * 32 * 4;
   static constexpr bool HasNan = false;
+  static constexpr bool PairsApart = false;
   struct Zero {};
 
-  const unsigned char* lane_table;
+  const unsigned char* table;
+  uint32_t lane_offset;
 
-  __device__ explicit Codebook4(const unsigned char* table, int lane) : lane_table(table + 4 * lane) {}
+  __device__ explicit Codebook4(const unsigned char* table, int lane) : table(table), lane_offset(4 * lane) {}
 
   __device__ static Zero zero(uint32_t) { return {}; }
 
@@ -137,8 +152,8 @@ struct Codebook4 {
   __device__ void dequant8(const uint32_t (&words)[1], Zero, uint32_t&, uint32_t (&pairs)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t offset = (i == 0 ? words[0] << 7 : words[0] >> (8 * i - 7)) & 0x7f80;
-      pairs[i] = *reinterpret_cast<const uint32_t*>(lane_table + offset);
+      const uint32_t byte_at = i == 0 ? words[0] << 7 : words[0] >> (8 * i - 7);
+      pairs[i] = *reinterpret_cast<const uint32_t*>(table + ((byte_at & 0x7f80) | lane_offset));
     }
   }
 };

@@ -55,6 +55,10 @@ constexpr int NestedLevels = 256;
 constexpr int NestedBlock = 256;        // scales under one second-level scale
 constexpr int SumPitch = WarpRows + 4;  // floats between tokens: tokens 2t.. and rows g fall into 32 banks
 
+// Tokens that a panel has room for: a lane reads x of every token in its tiles.
+__host__ __device__ constexpr int panel_tokens(int m, int token_tiles) {
+  return token_tiles == 1 ? m : 8 * token_tiles;
+}
 template <int Bits>
 constexpr int ChunkK = ChunkBytes * 8 / Bits;
 constexpr int sum_bytes(int token_tiles) { return Warps * 8 * token_tiles * SumPitch * 4; }
@@ -69,57 +73,69 @@ struct Kernel {
 // neighbours, eight, or four, rows spread over all banks.
 __device__ __forceinline__ int swizzle(int row) { return (row & 2) | ((row >> 2) & 1); }
 
+// The scales and zero points of a lane's rows in one group, as they are stored: loads that nothing waits for
+// yet.
 struct Scales {
-  uint32_t scale[LaneRows];  // as stored
-  float second[LaneRows];
+  uint32_t scale[LaneRows];
   uint32_t zero[LaneRows];
+  int index;  // of the first row's scale
 };
 
-// Queues the loads of one group's scales and zero points of a lane's rows.
-__device__ __forceinline__ void load_scales(const LowbitLinearArgs& a, const int (&row)[LaneRows], int group,
-                                            Scales& s) {
-  if (a.scale_type == ScaleType::Float32) {
+// Rows of a lane are 8 apart; `rows[r]` is how many rows the r-th is from the first, less where there are not
+// so many.
+__device__ __forceinline__ void load_scales(const LowbitLinearArgs& a, int row, const int (&rows)[LaneRows],
+                                            int group, Scales& s) {
+  s.index = row * a.scales_stride + group;
+  if (a.scale_type == ScaleType::Float16 || a.scale_type == ScaleType::BFloat16) {
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
-      s.scale[r] = __ldg(static_cast<const unsigned*>(a.scales) + row[r] * a.scales_stride + group);
+      s.scale[r] =
+          __ldg(static_cast<const unsigned short*>(a.scales) + (s.index + rows[r] * a.scales_stride));
     }
-  } else if (a.scale_type == ScaleType::Nested) {
+  } else if (a.scale_type == ScaleType::Float32) {
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
-      const unsigned index = row[r] * a.scales_stride + group;
-      s.scale[r] = __ldg(static_cast<const unsigned char*>(a.scales) + index);
-      s.second[r] = __ldg(a.scale_scales + index / NestedBlock);
-    }
-  } else if (a.scale_type == ScaleType::E8M0) {
-#pragma unroll
-    for (int r = 0; r < LaneRows; ++r) {
-      s.scale[r] = __ldg(static_cast<const unsigned char*>(a.scales) + row[r] * a.scales_stride + group);
+      s.scale[r] = __ldg(static_cast<const unsigned*>(a.scales) + (s.index + rows[r] * a.scales_stride));
     }
   } else {
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
-      s.scale[r] = __ldg(static_cast<const unsigned short*>(a.scales) + row[r] * a.scales_stride + group);
+      s.scale[r] = __ldg(static_cast<const unsigned char*>(a.scales) + (s.index + rows[r] * a.scales_stride));
     }
   }
   if (a.zeros != nullptr) {
 #pragma unroll
-    for (int r = 0; r < LaneRows; ++r) s.zero[r] = __ldg(a.zeros + row[r] * a.zeros_stride + group);
+    for (int r = 0; r < LaneRows; ++r)
+      s.zero[r] = __ldg(a.zeros + ((row + rows[r]) * a.zeros_stride + group));
   }
 }
 
-__device__ __forceinline__ float scale_value(ScaleType type, uint32_t bits, float second, float offset,
-                                             const float* nested) {
-  switch (type) {
-    case ScaleType::Float32:
-      return __uint_as_float(bits);
-    case ScaleType::Float16:
-      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-    case ScaleType::BFloat16:
-      return __uint_as_float(bits << 16);
-    case ScaleType::E8M0:  // 2^(bits - 127), a subnormal float32 at 0 and NaN at 255
-      return __uint_as_float(bits == 0 ? 0x00400000u : bits == 255 ? 0x7fffffffu : bits << 23);
-    default:
-      return nested[bits] * second + offset;
+__device__ __forceinline__ void scale_values(const LowbitLinearArgs& a, const int (&rows)[LaneRows],
+                                             const Scales& s, const float* nested,
+                                             float (&values)[LaneRows]) {
+  if (a.scale_type == ScaleType::Float16) {
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r)
+      values[r] = __half2float(__ushort_as_half(static_cast<unsigned short>(s.scale[r])));
+  } else if (a.scale_type == ScaleType::Nested) {
+    // one second-level scale serves 256 neighbours: it is in L1
+    const float offset = __ldg(a.scale_offset);
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      const float second = __ldg(a.scale_scales + (s.index + rows[r] * a.scales_stride) / NestedBlock);
+      values[r] = nested[s.scale[r]] * second + offset;
+    }
+  } else if (a.scale_type == ScaleType::E8M0) {
+    // 2^(bits - 127): a subnormal float32 at 0, NaN at 255
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      const uint32_t bits = s.scale[r];
+      values[r] = __uint_as_float(bits == 0 ? 0x00400000u : bits == 255 ? 0x7fffffffu : bits << 23);
+    }
+  } else {
+    const int shift = a.scale_type == ScaleType::BFloat16 ? 16 : 0;
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) values[r] = __uint_as_float(s.scale[r] << shift);
   }
 }
 
@@ -142,7 +158,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   const LowbitLinearArgs& a = kernel.a;
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, t = lane % 4;
   const int warps_n = 1 << kernel.log_warps_n, warps_k = Warps >> kernel.log_warps_n;
   const int warp_k = warp >> kernel.log_warps_n;
   const int tile_row = blockIdx.x * (WarpRows << kernel.log_warps_n);
@@ -157,31 +173,36 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   unsigned char* const ring = shared + kernel.ring_offset;
   unsigned char* const panels = ring + RingBytes;
   float* const nested = reinterpret_cast<float*>(shared + kernel.nested_offset);
-  const int panel_bytes = a.m * panel_k * static_cast<int>(sizeof(T));
+  const int panel_pitch = panel_k * static_cast<int>(sizeof(T));
+  const int panel_bytes = panel_tokens(a.m, TokenTiles) * panel_pitch;
 
-  // copying codes: this lane's unit of rows lane/4 + 8i
+  // copying codes: this lane's unit of rows lane/4 + 8i; n is a multiple of 8, so a warp has all of such
+  // eight or none, and those that it has not are neither copied nor stored
   const int row_bytes = a.k * F::Bits / 8;
+  const int row_eights = min(LaneRows, (a.n - warp_row) / 8);
   const bool aligned = (reinterpret_cast<uintptr_t>(a.qweight) | a.qweight_stride | row_bytes) % 16 == 0;
-  const unsigned char* const codes = a.qweight + (warp_row + g) * a.qweight_stride + 16 * t;
+  const int64_t eight_rows = 8 * a.qweight_stride;
+  const unsigned char* const codes = a.qweight + (warp_row + g) * a.qweight_stride;
   const uint32_t copy_to = shared_address(ring) + warp * Stages * StageBytes + 16 * (lane ^ swizzle(g));
   const uint64_t policy = evict_first_policy();
   auto copy_chunk = [&](int step) {
     const int chunk = chunk_begin + warp_k + step * warps_k;
-    const int at = chunk * ChunkBytes;
+    const int at = chunk * ChunkBytes + 16 * t;
     const uint32_t to = copy_to + step % Stages * StageBytes;
+    const unsigned char* const from = codes + at;
     if (chunk < chunk_end) {
+      if (aligned) {
 #pragma unroll
-      for (int i = 0; i < LaneRows; ++i) {
-        const bool in_rows = warp_row + g + 8 * i < a.n;
-        const unsigned char* const from = codes + 8 * i * a.qweight_stride + at;
-        if (aligned) {
-          const bool valid = in_rows && at + 16 * t < row_bytes;
-          cp_async_16_stream(to + 8 * i * ChunkBytes, valid ? from : a.qweight, valid, policy);
-        } else {
+        for (int i = 0; i < LaneRows; ++i) {
+          if (i < row_eights) {
+            cp_async_16_stream(to + 8 * i * ChunkBytes, from + i * eight_rows, at < row_bytes, policy);
+          }
+        }
+      } else {
+        for (int i = 0; i < row_eights; ++i) {
 #pragma unroll
           for (int word = 0; word < 16; word += 4) {
-            const bool valid = in_rows && at + 16 * t + word < row_bytes;
-            cp_async_4(to + 8 * i * ChunkBytes + word, valid ? from + word : a.qweight, valid);
+            cp_async_4(to + 8 * i * ChunkBytes + word, from + i * eight_rows + word, at + word < row_bytes);
           }
         }
       }
@@ -192,29 +213,37 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   // copying x: units of 8 numbers; odd tokens have the halves of each 128 bytes swapped, so that the 16-byte
   // reads of two tokens' 64 bytes meet no bank twice
   const int log_units = __ffs(panel_k / 8) - 1;
+  const int units = a.m << log_units;
+  auto unit_at = [&](int unit, int token) { return 16 * (unit ^ ((token & 1) << 2)); };
   auto copy_panel = [&](int panel, int buffer) {
     const int from_k = chunk_begin * ChunkK + panel * panel_k;
     const int to_k = min(a.k, chunk_end * ChunkK);
     const uint32_t to = shared_address(panels) + buffer * panel_bytes;
     if (from_k >= to_k) return;
-    for (int i = threadIdx.x; i < a.m << log_units; i += Threads) {
+    for (int i = threadIdx.x; i < units; i += Threads) {
       const int token = i >> log_units, k = from_k + 8 * (i & ((1 << log_units) - 1));
-      const bool valid = k < to_k;
-      cp_async_16(to + 16 * (i ^ ((token & 1) << 2)),
-                  static_cast<const T*>(a.x) + (valid ? token * a.x_stride + k : 0), valid);
+      cp_async_16(to + unit_at(i, token), static_cast<const T*>(a.x) + token * a.x_stride + k, k < to_k);
+    }
+  };
+  // puts this thread's units of a panel, which have arrived, in the order of the format's pairs
+  auto order_panel = [&](int buffer) {
+    for (int i = threadIdx.x; i < units; i += Threads) {
+      uint4* const unit =
+          reinterpret_cast<uint4*>(panels + buffer * panel_bytes + unit_at(i, i >> log_units));
+      *unit = order_like_pairs(*unit);
     }
   };
 
-  // this lane's scales: its four rows, and of a chunk's spans the one of its number
-  int row[LaneRows];
+  // this lane's scales: of its four rows, and of a chunk's spans the one of its number
+  int rows[LaneRows];
 #pragma unroll
-  for (int r = 0; r < LaneRows; ++r) row[r] = min(warp_row + g + 8 * r, a.n - 1);
+  for (int r = 0; r < LaneRows; ++r) rows[r] = 8 * min(r, row_eights - 1);
   int group = ((chunk_begin + warp_k) * ChunkK + t % Spans * SpanK) / a.group_size;
   int in_group = ((chunk_begin + warp_k) * ChunkK + t % Spans * SpanK) % a.group_size;
   const int groups_a_step = warps_k * ChunkK / a.group_size, rest_a_step = warps_k * ChunkK % a.group_size;
   Scales scales;
   auto next_scales = [&] {
-    load_scales(a, row, min(group, a.groups - 1), scales);
+    load_scales(a, warp_row + g, rows, min(group, a.groups - 1), scales);
     group += groups_a_step;
     in_group += rest_a_step;
     if (in_group >= a.group_size) in_group -= a.group_size, ++group;
@@ -229,7 +258,6 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
     copy_chunk(step);
   }
   next_scales();
-  const float nested_offset = a.scale_type == ScaleType::Nested ? __ldg(a.scale_offset) : 0.0f;
   if (a.scale_type == ScaleType::Nested) nested[threadIdx.x] = __ldg(a.nested_levels + threadIdx.x);
   if constexpr (F::TableBytes > 0) F::fill_table(shared, a.levels, threadIdx.x, Threads);
 
@@ -241,25 +269,20 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   float total[RowTiles][TokenTiles][4] = {}, part[RowTiles][TokenTiles][4] = {};
 
   const unsigned char* const lane_ring = ring + warp * Stages * StageBytes + g * ChunkBytes;
-  int lane_x[TokenTiles];  // offsets in `shared`
-#pragma unroll
-  for (int i = 0; i < TokenTiles; ++i) {
-    // tokens that there are not read the last one's x; their sums are not stored
-    const int token = min(8 * i + g, a.m - 1);
-    lane_x[i] = kernel.ring_offset + RingBytes + token * panel_k * static_cast<int>(sizeof(T)) +
-                16 * (t ^ ((token & 1) << 2));
-  }
+  // Where this lane's x is in `shared`. Tokens that there are not read what is there: another token's x, or
+  // what a tile of eight leaves unused; their sums are not stored.
+  const int token = TokenTiles == 1 ? min(g, a.m - 1) : g;
+  const int lane_x = kernel.ring_offset + RingBytes + token * panel_pitch + 16 * (t ^ ((token & 1) << 2));
 
   int buffer = -1;  // of the panel that is read
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<Stages - 2>();
     if ((step & (panel_steps - 1)) == 0) {
-      __syncthreads();
-      // the panel read before makes room for the one that is panels_ahead on
-      if (panels_ahead > 0) {
-        copy_panel((step >> kernel.log_panel) + panels_ahead, buffer < 0 ? panels_ahead : buffer);
-      }
+      const int read_before = buffer < 0 ? panels_ahead : buffer;
       buffer = buffer == panels_ahead ? 0 : buffer + 1;
+      if constexpr (F::PairsApart) order_panel(buffer);
+      __syncthreads();
+      if (panels_ahead > 0) copy_panel((step >> kernel.log_panel) + panels_ahead, read_before);
     } else {
       __syncwarp();
     }
@@ -285,11 +308,9 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
 
     float scale[LaneRows];
     uint32_t zero_code[LaneRows];
+    scale_values(a, rows, scales, nested, scale);
 #pragma unroll
-    for (int r = 0; r < LaneRows; ++r) {
-      scale[r] = scale_value(a.scale_type, scales.scale[r], scales.second[r], nested_offset, nested);
-      zero_code[r] = scales.zero[r];
-    }
+    for (int r = 0; r < LaneRows; ++r) zero_code[r] = scales.zero[r];
     next_scales();
 
     const int x_at = buffer * panel_bytes +
@@ -313,11 +334,11 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
           w[half][i][2] = upper[2 * half + 1], w[half][i][3] = lower[2 * half + 1];
         }
       }
+      // the place of a span within 128 bytes is one bit, which the swizzle may have flipped
+      const int x_span = (lane_x + x_at + span / 2 * 128) ^ (span % 2 * 64);
 #pragma unroll
       for (int j = 0; j < TokenTiles; ++j) {
-        // the offset of a span within its 128 bytes is one bit, which the swizzle flips
-        const int from = (lane_x[j] + x_at + span / 2 * 128) ^ (span % 2 * 64);
-        const uint4 b = *reinterpret_cast<const uint4*>(shared + from);
+        const uint4 b = *reinterpret_cast<const uint4*>(shared + x_span + 8 * j * panel_pitch);
 #pragma unroll
         for (int i = 0; i < RowTiles; ++i) {
           mma_m16n8k16<T>(part[i][j], w[0][i], b.x, b.y);
@@ -473,7 +494,8 @@ bool fit_panels(LowbitLinearPlan& plan, int m, int steps, int chunk, int fixed_b
   const int warps_k = Warps >> plan.log_warps_n;
   const int sums = sum_bytes(plan.token_tiles);
   auto fits = [&](int log_panel, int buffers) {
-    const int64_t panel = static_cast<int64_t>(m) * chunk * warps_k * 2 << log_panel;
+    const int64_t panel = static_cast<int64_t>(panel_tokens(m, plan.token_tiles)) * chunk * warps_k * 2
+                          << log_panel;
     const int64_t bytes = fixed_bytes + std::max<int64_t>(RingBytes + panel * buffers, sums);
     if (bytes > limit) return false;
     plan.log_panel = log_panel, plan.panel_buffers = buffers, plan.shared_bytes = static_cast<int>(bytes);
