@@ -16,7 +16,9 @@ T apply_integer(T a, T b) {
   if constexpr (op == Bin::Sub) return T(U(a) - U(b));
   if constexpr (op == Bin::Mul) return T(uint64_t(U(a)) * uint64_t(U(b)));
   if constexpr (op == Bin::MulHi) {
-    using Wide = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
+    // no wider than it must be: g++ 12 makes an unsigned product of 16 x 16 bits out of one in 128
+    using Signed = std::conditional_t<sizeof(T) == 8, __int128, int64_t>;
+    using Wide = std::conditional_t<std::is_signed_v<T>, Signed, std::make_unsigned_t<Signed>>;
     return T((Wide(a) * Wide(b)) >> (8 * sizeof(T)));
   }
   if constexpr (op == Bin::Div) {
