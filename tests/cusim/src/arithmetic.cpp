@@ -18,7 +18,8 @@ T apply_integer(T a, T b) {
   if constexpr (op == Bin::MulHi) {
     // no wider than it must be: g++ 12 makes an unsigned product of 16 x 16 bits out of one in 128
     using Signed = std::conditional_t<sizeof(T) == 8, __int128, int64_t>;
-    using Wide = std::conditional_t<std::is_signed_v<T>, Signed, std::make_unsigned_t<Signed>>;
+    using Unsigned = std::conditional_t<sizeof(T) == 8, unsigned __int128, uint64_t>;
+    using Wide = std::conditional_t<std::is_signed_v<T>, Signed, Unsigned>;
     return T((Wide(a) * Wide(b)) >> (8 * sizeof(T)));
   }
   if constexpr (op == Bin::Div) {
