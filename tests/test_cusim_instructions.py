@@ -858,8 +858,8 @@ def test_tensor_copies(swizzle: int) -> None:
     body = f"""add.u32 %r1, %smem, 4096; setp.eq.u32 %p1, %t, 0; mov.u32 %r2, {x0}; mov.u32 %r3, {y0};
     @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0; @!%p1 bra $skip;
     mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], {8 * width};
-    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%smem], [%load, {{%r2, %r3}}],
-    [%r1];
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%smem],
+    [%load, {{%r2, %r3}}], [%r1];
     $skip: {wait("%r1", "0", "w")}
     cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%store, {{%r2, %r3}}], [%smem];
     $copy: setp.ge.u32 %p2, %t, {8 * width // 4}; @%p2 ret;

@@ -16,9 +16,12 @@ T apply_integer(T a, T b) {
   if constexpr (op == Bin::Sub) return T(U(a) - U(b));
   if constexpr (op == Bin::Mul) return T(uint64_t(U(a)) * uint64_t(U(b)));
   if constexpr (op == Bin::MulHi) {
-    // no wider than it must be: g++ 12 makes an unsigned product of 16 x 16 bits out of one in 128
-    using Signed = std::conditional_t<sizeof(T) == 8, __int128, int64_t>;
-    using Unsigned = std::conditional_t<sizeof(T) == 8, unsigned __int128, uint64_t>;
+    // no wider than it must be: of a product of 16 x 16 bits in 64, g++ 12 keeps the upper half of the
+    // unsigned one when it vectorises
+    using Signed =
+        std::conditional_t<sizeof(T) == 8, __int128, std::conditional_t<sizeof(T) == 4, int64_t, int>>;
+    using Unsigned = std::conditional_t<sizeof(T) == 8, unsigned __int128,
+                                        std::conditional_t<sizeof(T) == 4, uint64_t, unsigned>>;
     using Wide = std::conditional_t<std::is_signed_v<T>, Signed, Unsigned>;
     return T((Wide(a) * Wide(b)) >> (8 * sizeof(T)));
   }
