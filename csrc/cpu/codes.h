@@ -160,4 +160,44 @@ inline bool values_are_bfloat16(const LowBitMatrix& w) {
 
 #endif
 
+// How x meets a decoded vector: one step takes one code of each dword (two, as pairs), and a dword has kSteps
+// of them.
+template <class CodeType>
+struct FloatSteps {
+  using Code = CodeType;
+  using Element = float;  // of x, kSteps to a dword of codes
+  using Vector = Vf;
+  static constexpr int kSteps = Code::kPerDword;
+  Code code;
+  explicit FloatSteps(const LowBitMatrix& w) : code(w) {}
+  template <int J>
+  BITFUSE_INLINE Vf weight(Vi dwords, Vf zero) const {
+    return code.template value<J>(dwords, zero);
+  }
+  static BITFUSE_INLINE Vf load_x(const float* x) { return load(x); }
+  static BITFUSE_INLINE Vf broadcast(const float* x) { return set1(*x); }
+  static BITFUSE_INLINE Vf accumulate(Vf sum, Vf weight, Vf x) { return fma(weight, x, sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <class CodeType>
+struct PairSteps {
+  using Code = CodeType;
+  using Element = uint32_t;
+  using Vector = Vi;
+  static constexpr int kSteps = Code::kPerDword / 2;
+  ExactPairs<Code> code;
+  explicit PairSteps(const LowBitMatrix& w) : code(w) {}
+  template <int J>
+  BITFUSE_INLINE Vi weight(Vi dwords, Vf zero) const {
+    return code.template pair<J>(dwords, zero);
+  }
+  static BITFUSE_INLINE Vi load_x(const uint32_t* x) { return load_dwords(x); }
+  static BITFUSE_INLINE Vi broadcast(const uint32_t* x) { return _mm512_set1_epi32(static_cast<int>(*x)); }
+  static BITFUSE_INLINE Vf accumulate(Vf sum, Vi weight, Vi x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
+  }
+};
+#endif
+
 }  // namespace bitfuse::BITFUSE_ISA

@@ -6,7 +6,9 @@
 namespace bitfuse {
 
 enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
-enum class ScaleKind : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kNested = 3 };
+// kNested: table[code] * scale_scales[index / kNestedBlock] + offset; kTable: table[code] * factor.
+enum class ScaleKind : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kNested = 3, kTable = 4 };
+constexpr int kNestedBlock = 256;
 // kNibble: 4-bit codes that index `values`; kByte: the code itself, less its zero point; kE4m3: FP8 without
 // infinities.
 enum class CodeKind : int { kNibble = 0, kByte = 1, kE4m3 = 2 };
@@ -17,13 +19,15 @@ struct LowBitMatrix {
   int64_t n, k, group_size;
   CodeKind code_kind;
   ScaleKind scale_kind;
-  int zero_point;                           // where `zeros` is null
-  const uint8_t* codes;                     // [n, k * bits / 8], low bits first
-  const void* scales;                       // [n, k / group_size]
-  const uint8_t* zeros;                     // the same shape, or null
-  const float* values;                      // kNibble: 16
-  const float *nested_code, *scale_scales;  // kNested: 256; [ceil(n * groups / 256)]
-  float scale_offset;                       // kNested
+  int zero_point;             // where `zeros` is null
+  const uint8_t* codes;       // [n, k * bits / 8], low bits first
+  const void* scales;         // [n, k / group_size]
+  const uint8_t* zeros;       // the same shape, or null
+  const float* values;        // kNibble: 16
+  const float* scale_table;   // kNested, kTable: 256
+  const float* scale_scales;  // kNested: [ceil(n * groups / kNestedBlock)]
+  float scale_offset;         // kNested
+  float scale_factor;         // kTable
 };
 
 // forward: out[rows, n] = x[rows, k] W^T + bias[n]; gradient: out[rows, k] = x[rows, n] W. x, bias and out

@@ -217,5 +217,15 @@ BITFUSE_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 
 BITFUSE_INLINE const void* element(const void* p, Dtype dtype, int64_t index) {
   return static_cast<const char*>(p) + index * size_of(dtype);
 }
+BITFUSE_INLINE void* element(void* p, Dtype dtype, int64_t index) {
+  return static_cast<char*>(p) + index * size_of(dtype);
+}
+
+// The first `bytes` bytes at p, then zeros: a load that ends where the row ends.
+BITFUSE_INLINE Vi load_some(const uint8_t* p, int64_t bytes) {
+  alignas(64) uint8_t buffer[4 * kLanes] = {};
+  std::memcpy(buffer, p, size_t(bytes));
+  return load_dwords(buffer);
+}
 
 }  // namespace bitfuse::BITFUSE_ISA

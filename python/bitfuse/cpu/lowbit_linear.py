@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ..formats import FORMATS, nested_code
+from ..formats import E4M3, FORMATS, nested_code
 
 try:
     from .. import _cpu
@@ -15,7 +15,8 @@ except ImportError as error:
     _missing = f"the C++ extension bitfuse._cpu is not there ({error})"
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_SCALES = {**_DTYPES, torch.uint8: 3}
+# ScaleKind: scales in 8 bits are looked up in a table of 256
+_SCALES = {**_DTYPES, torch.uint8: 3, torch.float8_e8m0fnu: 4, torch.float8_e4m3fn: 4}
 _NIBBLE, _BYTE, _E4M3 = range(3)  # CodeKind of csrc/cpu/lowbit_linear.h
 
 
@@ -27,12 +28,15 @@ def _code(format: str) -> tuple[int, int, int] | None:
         return _NIBBLE, _kept(fmt.values()), fmt.zero_point
     if fmt.bits == 8 and fmt.is_integer:
         return _BYTE, 0, fmt.zero_point
-    return (_E4M3, 0, 0) if format == "fp8" else None
+    return (_E4M3, 0, 0) if fmt.codebook is E4M3 else None
 
 
 @functools.cache
-def _nested() -> int:
-    return _kept(nested_code())
+def _scale_table(dtype: torch.dtype) -> int:
+    """Address of the 256 values of a scale in 8 bits."""
+    if dtype is torch.uint8:
+        return _kept(nested_code())
+    return _kept(torch.arange(256, dtype=torch.uint8).view(dtype).float())
 
 
 _tables: list[torch.Tensor] = []
@@ -119,14 +123,14 @@ def run(
     qweight, scales = _dense(qweight), _dense(scales)
     zeros = None if zeros is None else _dense(zeros)
     bias = None if bias is None else _dense(bias)
-    nested = scale_scales is not None
-    scale_scales = _dense(scale_scales) if nested else None  # type: ignore[arg-type]
+    scale_scales = None if scale_scales is None else _dense(scale_scales)
+    scale_kind = _SCALES[scales.dtype]
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     _cpu.lowbit_linear(
         x.data_ptr(), _DTYPES[x.dtype], rows, stride,
-        qweight.data_ptr(), scales.data_ptr(), _SCALES[scales.dtype], 0 if zeros is None else zeros.data_ptr(),
-        _nested() if nested else 0, scale_scales.data_ptr() if nested else 0,  # type: ignore[union-attr]
-        scale_offset.data_ptr() if nested else 0,  # type: ignore[union-attr]
+        qweight.data_ptr(), scales.data_ptr(), scale_kind, 0 if zeros is None else zeros.data_ptr(),
+        0 if scale_kind < 3 else _scale_table(scales.dtype), 0 if scale_scales is None else scale_scales.data_ptr(),
+        0 if scale_offset is None else scale_offset.data_ptr(),
         values, code_kind, zero_point, n, k, group_size, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -150,14 +154,14 @@ def run_grad_x(
     grad, rows, stride = _rows(grad)
     qweight, scales = _dense(qweight), _dense(scales)
     zeros = None if zeros is None else _dense(zeros)
-    nested = scale_scales is not None
-    scale_scales = _dense(scale_scales) if nested else None  # type: ignore[arg-type]
+    scale_scales = None if scale_scales is None else _dense(scale_scales)
+    scale_kind = _SCALES[scales.dtype]
     out = torch.empty((*grad.shape[:-1], k), dtype=grad.dtype)
     _cpu.lowbit_linear_grad_x(
         grad.data_ptr(), _DTYPES[grad.dtype], rows, stride,
-        qweight.data_ptr(), scales.data_ptr(), _SCALES[scales.dtype], 0 if zeros is None else zeros.data_ptr(),
-        _nested() if nested else 0, scale_scales.data_ptr() if nested else 0,  # type: ignore[union-attr]
-        scale_offset.data_ptr() if nested else 0,  # type: ignore[union-attr]
+        qweight.data_ptr(), scales.data_ptr(), scale_kind, 0 if zeros is None else zeros.data_ptr(),
+        0 if scale_kind < 3 else _scale_table(scales.dtype), 0 if scale_scales is None else scale_scales.data_ptr(),
+        0 if scale_offset is None else scale_offset.data_ptr(),
         values, code_kind, zero_point, n, k, group_size, out.data_ptr(),
     )  # fmt: skip
     return out

@@ -1,0 +1,195 @@
+// x W^T for so few rows of x that reading W bounds it: W is decoded straight into multiply-adds.
+//
+// A vector load takes 4 * kLanes bytes of one row of W as dwords, lane i holding kPerDword codes from
+// kPerDword * i on; step J decodes code J of every lane and multiplies with x, put in that order once a call.
+// So no code moves between lanes. The sums of such a block are scaled lane by lane into the row's total;
+// lanes are added once a row. Four rows of W run at once, so that a vector of x serves four and multiply-adds
+// do not wait for each other, and the next four are prefetched. Per 64 bytes of int4, 128 weights: 8
+// permutes, 7 shifts and 8 multiply-adds in float32; 4, 3 and 4 with bfloat16 x.
+#pragma once
+
+#include "codes.h"
+#include "scales.h"
+
+namespace bitfuse::BITFUSE_ISA {
+
+constexpr int kFewRows = 4;
+constexpr int kQuad = 4;  // rows of W at once; n is a multiple of 8
+
+// Where the scales of a block's lanes lie among a row's: lane i takes scale first[block] + lane[block][i].
+// Uniform: a block lies in one group, all its lanes take scale first[block].
+struct LaneGroups {
+  bool uniform;
+  int32_t* first;  // [blocks]
+  int32_t* lane;   // [blocks][kLanes]
+
+  void fill(const LowBitMatrix& w, int per_dword, int64_t blocks) {
+    const int64_t width = int64_t(per_dword) * kLanes;
+    uniform = w.group_size % width == 0 || w.group_size == w.k;
+    for (int64_t b = 0; b < blocks; ++b) {
+      first[b] = int32_t(b * width / w.group_size);
+      for (int i = 0; i < kLanes && !uniform; ++i)
+        lane[b * kLanes + i] = int32_t(least(b * width + i * per_dword, w.k - 1) / w.group_size) - first[b];
+    }
+  }
+  template <bool Uniform>
+  BITFUSE_INLINE Vf pick(const float* row, int64_t block) const {
+    if (Uniform) return set1(row[first[block]]);
+    return permute(load(row + first[block]), load_dwords(lane + block * kLanes));
+  }
+};
+
+// One row of x as [block][kSteps][kLanes] elements, zeros past k. `natural` is room for one row in float32.
+template <class Code>
+void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural, float* to) {
+  constexpr int P = Code::kPerDword;
+  to_float(element(call.x, call.dtype, row * call.row_stride), call.dtype, natural, call.w.k);
+  for (int64_t i = call.w.k; i < blocks * P * kLanes; ++i) natural[i] = 0;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int j = 0; j < P; ++j)
+      for (int i = 0; i < kLanes; ++i) to[(b * P + j) * kLanes + i] = natural[(b * kLanes + i) * P + j];
+}
+
+#if defined(__AVX512BF16__)
+// The same for pairs; x is bfloat16. `natural` holds the row with its zeros, then is read with a stride of P.
+template <class Code>
+void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural, uint32_t* to) {
+  constexpr int P = Code::kPerDword, Steps = P / 2;
+  auto* words = reinterpret_cast<uint16_t*>(natural);
+  std::memset(words, 0, size_t(blocks * P * kLanes) * 2);
+  std::memcpy(words, element(call.x, call.dtype, row * call.row_stride), size_t(call.w.k) * 2);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int j = 0; j < Steps; ++j)
+      for (int i = 0; i < kLanes; ++i) {
+        const uint16_t* at = words + (b * kLanes + i) * P + j;
+        to[(b * Steps + j) * kLanes + i] = at[0] | uint32_t(at[Steps]) << 16;
+      }
+}
+#endif
+
+// Rows [n, n + kQuad) of W times Rows rows of x. scales and zeros: [kQuad][groups].
+template <class Steps, int Rows, bool Uniform>
+void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename Steps::Element* x,
+          int64_t x_stride, const LaneGroups& lanes, const float* scales, const float* zeros,
+          float (&out)[Rows][kQuad]) {
+  using Code = typename Steps::Code;
+  constexpr int kBytes = 4 * kLanes;
+  const int64_t row_bytes = code_bytes<Code>(w.k), groups = groups_of(w);
+  const uint8_t* codes = w.codes + n * row_bytes;
+  Vf total[Rows][kQuad];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuad; ++q) total[r][q] = zero();
+
+  auto block = [&](int64_t b, auto load_block) __attribute__((always_inline)) {
+    Vi dwords[kQuad];
+    Vf z[kQuad], sums[Rows][kQuad];
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuad; ++q) {
+      const uint8_t* at = codes + q * row_bytes + b * kBytes;
+      __builtin_prefetch(at + kQuad * row_bytes);
+      dwords[q] = load_block(at);
+      z[q] = Code::kZeros ? lanes.pick<Uniform>(zeros + q * groups, b) : zero();
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) sums[r][q] = zero();
+    }
+    const auto* xb = x + b * (Steps::kSteps * kLanes);
+    unrolled<Steps::kSteps>([&](auto j) __attribute__((always_inline)) {
+      constexpr int J = decltype(j)::value;
+      typename Steps::Vector weights[kQuad];
+#pragma GCC unroll 4
+      for (int q = 0; q < kQuad; ++q) weights[q] = steps.template weight<J>(dwords[q], z[q]);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const auto xv = Steps::load_x(xb + r * x_stride + J * kLanes);
+#pragma GCC unroll 4
+        for (int q = 0; q < kQuad; ++q) sums[r][q] = Steps::accumulate(sums[r][q], weights[q], xv);
+      }
+    });
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuad; ++q) {
+      const Vf s = lanes.pick<Uniform>(scales + q * groups, b);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) total[r][q] = fma(sums[r][q], s, total[r][q]);
+    }
+  };
+  const int64_t whole = row_bytes / kBytes, rest = row_bytes % kBytes;
+  for (int64_t b = 0; b < whole; ++b) block(b, [](const uint8_t* at) { return load_dwords(at); });
+  if (rest) block(whole, [&](const uint8_t* at) { return load_some(at, rest); });
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuad; ++q) out[r][q] = sum(total[r][q]);
+}
+
+template <class Steps, int Rows, bool Uniform>
+void quads(const Steps& steps, const LinearCall& call, Range range, const typename Steps::Element* x,
+           int64_t x_stride, const LaneGroups& lanes, float* scales, float* zeros) {
+  const LowBitMatrix& w = call.w;
+  const int64_t count = kQuad * groups_of(w);
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    const int64_t n = i * kQuad;
+    read_scales(w, i * count, count, scales);
+    if (Steps::Code::kZeros) read_zeros(w, i * count, count, zeros);
+    float y[Rows][kQuad], bias[kQuad] = {};
+    quad<Steps, Rows, Uniform>(steps, w, n, x, x_stride, lanes, scales, zeros, y);
+    if (call.bias) to_float(element(call.bias, call.dtype, n), call.dtype, bias, kQuad);
+    for (int r = 0; r < Rows; ++r) {
+      for (int q = 0; q < kQuad; ++q) y[r][q] += bias[q];
+      from_float(y[r], element(call.out, call.dtype, r * w.n + n), call.dtype, kQuad);
+    }
+  }
+}
+
+// Scratch: at most 12 bytes for each column of x and, on each thread, 32 for each group of a row.
+template <class Steps>
+void few_rows(const LinearCall& call) {
+  using Code = typename Steps::Code;
+  using Element = typename Steps::Element;
+  constexpr int64_t kBlock = Code::kPerDword * kLanes;
+  const LowBitMatrix& w = call.w;
+  const Steps steps(w);
+  const int64_t blocks = round_up(w.k, kBlock) / kBlock, x_stride = blocks * Steps::kSteps * kLanes;
+  const int64_t row_scales = round_up(kQuad * groups_of(w) + kLanes, kLanes);  // `pick` loads a whole vector
+  const int64_t quad_count = w.n / kQuad;
+  const int threads = int(least(threads_for(w.n * w.k * call.rows), quad_count));
+
+  LaneGroups lanes;
+  auto carve = [&](Carver& carver, Element*& x, float*& natural, float*& scales, float*& zeros) {
+    x = carver.take<Element>(call.rows * x_stride);
+    natural = carver.take<float>(blocks * kBlock);
+    lanes.first = carver.take<int32_t>(blocks);
+    lanes.lane = carver.take<int32_t>(blocks * kLanes);
+    scales = carver.take<float>(threads * row_scales);
+    zeros = carver.take<float>(Code::kZeros ? threads * row_scales : 0);
+  };
+  Element* x;
+  float *natural, *scales, *zeros;
+  Carver need;
+  carve(need, x, natural, scales, zeros);
+  Carver carver(scratch(need.used()));
+  carve(carver, x, natural, scales, zeros);
+  lanes.fill(w, Code::kPerDword, blocks);
+  for (int64_t r = 0; r < call.rows; ++r) arrange<Code>(call, r, blocks, natural, x + r * x_stride);
+
+  parallel(threads, [&](int thread, int team) {
+    const Range mine = share(quad_count, thread, team);
+    float* my_scales = scales + thread * row_scales;
+    float* my_zeros = zeros + (Code::kZeros ? thread * row_scales : 0);
+    for (int64_t i = 0; i < row_scales; ++i)
+      my_scales[i] = 0;  // what lies past the last group is loaded, not used
+    for (int64_t i = 0; Code::kZeros && i < row_scales; ++i) my_zeros[i] = 0;
+    unrolled<kFewRows>([&](auto r) {
+      constexpr int Rows = decltype(r)::value + 1;
+      if (call.rows != Rows) return;
+      if (lanes.uniform) {
+        quads<Steps, Rows, true>(steps, call, mine, x, x_stride, lanes, my_scales, my_zeros);
+      } else {
+        quads<Steps, Rows, false>(steps, call, mine, x, x_stride, lanes, my_scales, my_zeros);
+      }
+    });
+  });
+}
+
+}  // namespace bitfuse::BITFUSE_ISA
