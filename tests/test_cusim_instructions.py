@@ -49,7 +49,7 @@ def pairs(x: Array) -> Array:
     return np.ascontiguousarray(x).view(np.uint32)
 
 
-def same(a: Array, b: Array) -> None:
+def same(a: Array, b: npt.ArrayLike) -> None:
     np.testing.assert_array_equal(a, b)
 
 
@@ -570,24 +570,24 @@ def encoded(kind: str, shape: tuple[int, ...], seed: int) -> tuple[Array, Array]
         bits, signed = int(kind[1]), kind[0] == "s"
         v = rng.integers(-(2 ** (bits - 1)) if signed else 0, 2 ** (bits - 1) if signed else 2**bits, shape)
         return (v % 2**bits).astype(np.uint64), v.astype(np.float64)
-    v = torch.from_numpy(rng.standard_normal(shape))
+    real = rng.standard_normal(shape)
     if kind == "f64":
-        return v.numpy().view(np.uint64), v.numpy()
+        return real.view(np.uint64), real
     if kind == "tf32":
-        codes = v.float().numpy().view(np.uint32) & 0xFFFFE000
+        codes = real.astype(np.float32).view(np.uint32) & 0xFFFFE000
         return codes.astype(np.uint64), codes.view(np.float32).astype(np.float64)
-    dtype = {
-        "f16": torch.float16,
-        "bf16": torch.bfloat16,
-        "e4m3": torch.float8_e4m3fn,
-        "e5m2": torch.float8_e5m2,
-    }[kind]
-    small = v.to(dtype)
-    width = torch.int16 if small.dtype.itemsize == 2 else torch.uint8
-    codes = small.view(width).numpy().astype(np.int64) % 2 ** (8 * small.dtype.itemsize)
-    return codes.astype(np.uint64), small.double().numpy()
+    small = torch.from_numpy(real).to(SMALL[kind])
+    size = small.dtype.itemsize
+    bits = small.view(torch.int16 if size == 2 else torch.uint8).numpy().astype(np.int64) % 2 ** (8 * size)
+    return bits.astype(np.uint64), small.double().numpy()
 
 
+SMALL = {
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
 BITS = {
     "f16": 16,
     "bf16": 16,
