@@ -6,7 +6,6 @@ A sub-command imports what it needs inside, so that `--help` and a wrong option 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -130,7 +129,4 @@ def info(
 
 def main() -> None:
     """The `bitfuse` script, and `python -m bitfuse`."""
-    try:
-        app(prog_name="bitfuse")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    app(prog_name="bitfuse")

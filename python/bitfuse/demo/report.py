@@ -186,7 +186,7 @@ def _right(table: Table, *headings: str) -> None:
 
 
 def _milliseconds(t: Timing) -> str:
-    digits = 2 if t.median < 10 else 1
+    digits = 2 if t.median < 10 else 1 if t.median < 100 else 0
     return f"{t.median:.{digits}f} [{t.p20:.{digits}f}-{t.p80:.{digits}f}]"
 
 
