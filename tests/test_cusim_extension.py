@@ -38,7 +38,8 @@ extern "C" const char* run(const float* x, float* y, int n, int past, cudaStream
   float values[4] = {1, 2, 3, 4};
   cudaMemcpyToSymbolAsync(offset, values, sizeof values, 0, cudaMemcpyHostToDevice, stream);
   int bytes = 60000;
-  if (auto e = cudaFuncSetAttribute(scale, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return cudaGetErrorString(e);
+  auto set = cudaFuncSetAttribute(scale, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (set) return cudaGetErrorString(set);
   scale<<<(n + 255) / 256, 256, bytes, stream>>>(x, y, n + past);
   cudaError_t e = cudaGetLastError();
   return e ? cudaGetErrorString(e) : nullptr;
@@ -65,7 +66,8 @@ extern "C" int copies(char* host, int n) {
   cudaStream_t stream;
   cudaEvent_t event;
   if (cudaStreamCreate(&stream) || cudaEventCreate(&event) || cudaMalloc(&device, n)) return 1;
-  if (cudaMemsetAsync(device, 7, n, stream) || cudaMemcpyAsync(host, device, n, cudaMemcpyDeviceToHost, stream)) return 2;
+  if (cudaMemsetAsync(device, 7, n, stream)) return 2;
+  if (cudaMemcpyAsync(host, device, n, cudaMemcpyDeviceToHost, stream)) return 2;
   if (cudaEventRecord(event, stream) || cudaStreamSynchronize(stream) || cudaDeviceSynchronize()) return 3;
   return cudaFree(device) || cudaEventDestroy(event) || cudaStreamDestroy(stream);
 }

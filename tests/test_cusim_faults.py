@@ -75,7 +75,7 @@ st.shared.u32 [%r1], %t; BARRIER ld.shared.u32 %r4, [%r3]; st.global.u32 [%rd1],
 def test_missing_barrier(seed: int) -> None:
     with cusim.device(racecheck=True, seed=seed):
         run(EXCHANGE.replace("BARRIER", "bar.sync 0;"), {"out": out()}, threads=64, shared=256)
-        with pytest.raises(cusim.SimulationError, match="race on shared memory.*warp"):
+        with pytest.raises(cusim.SimulationError, match=r"race on shared memory.*warp"):
             run(EXCHANGE.replace("BARRIER", ""), {"out": out()}, threads=64, shared=256)
 
 

@@ -1,26 +1,34 @@
 """Triton's compiled kernels on the simulator, for two compute capabilities in one process."""
 
+# The arguments of a kernel are pointers and constexprs, which its decorator types.
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 import cusim
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
 pytestmark = pytest.mark.skipif(cusim.has_gpu(), reason="the simulator stands in for a GPU")
 
 
 @triton.jit
-def matmul(a, b, c, M, N, K, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr):
+def matmul(
+    a, b, c, M, N, K, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, Sum: tl.constexpr = tl.float32
+):
     rm = tl.program_id(0) * TM + tl.arange(0, TM)
     rn = tl.program_id(1) * TN + tl.arange(0, TN)
-    acc = tl.zeros((TM, TN), tl.float32 if c.dtype.element_ty != tl.int32 else tl.int32)
+    acc = tl.zeros((TM, TN), Sum)
     for k in range(0, K, TK):
         rk = k + tl.arange(0, TK)
         x = tl.load(a + rm[:, None] * K + rk[None, :], mask=(rm[:, None] < M) & (rk[None, :] < K), other=0.0)
         y = tl.load(b + rn[None, :] * K + rk[:, None], mask=(rn[None, :] < N) & (rk[:, None] < K), other=0.0)
-        acc = tl.dot(x, y, acc)
+        acc = tl.dot(x, y, acc, out_dtype=Sum)
     inside = (rm[:, None] < M) & (rn[None, :] < N)
     tl.store(c + rm[:, None] * N + rn[None, :], acc.to(c.dtype.element_ty), mask=inside)
 
@@ -63,7 +71,7 @@ def test_int8_matmul() -> None:
     c = torch.zeros(64, 64, dtype=torch.int32)
     for sm in (80, 90):
         with cusim.device(sm=sm, racecheck=True):
-            matmul[(1, 1)](a, b, c.zero_(), 64, 64, 64, 64, 64, 32)
+            matmul[(1, 1)](a, b, c.zero_(), 64, 64, 64, 64, 64, 32, tl.int32)
         assert torch.equal(c.double(), reference(a, b))
 
 

@@ -18,13 +18,11 @@ def pointer(array: Array) -> ctypes.c_uint64:
     return ctypes.c_uint64(array.ctypes.data)
 
 
-def kernel(
-    body: str, parameters: Sequence[str] = (), shared: int = 0, target: str = "sm_90a", bulk: str = ""
-) -> bytes:
+def kernel(body: str, parameters: Sequence[str] = (), shared: int = 0, target: str = "sm_90a") -> bytes:
     """A kernel named `k`: `parameters` are names of 64-bit parameters, each loaded into a register `%name`;
-    `%t` is the thread's index, `%smem` the address of `shared` bytes. Registers to use: %r, %rd, %f, %fd, %h, %p
-    and %b, each with a number. `bulk` declares a further parameter of its own."""
-    declared = [f".param .u64 {name}_p" for name in parameters] + ([bulk] if bulk else [])
+    `%t` is the thread's index, `%smem` the address of `shared` bytes. Registers to use: %r, %rd, %f, %fd, %h,
+    %p and %b, each with a number."""
+    declared = [f".param .u64 {name}_p" for name in parameters]
     names = "".join(f".reg .b64 %{name};\nld.param.u64 %{name}, [{name}_p];\n" for name in parameters)
     memory = f".shared .align 1024 .b8 smem[{shared}];\n" if shared else ""
     base = "mov.u32 %smem, smem;\n" if shared else ""
