@@ -638,20 +638,27 @@ _served: set[torch.device] = set()
 _handles: dict[tuple[Any, ...], Any] = {}
 
 
-def _index(device: torch.device) -> int:
-    """A device's number; for the simulator, which can change between calls, less its compute capability."""
-    return (
-        device.index if device.index is not None else -triton.runtime.driver.active.get_current_target().arch
-    )
+class Device(NamedTuple):
+    """A device's number, compute capability (80 is 8.0) and multiprocessors."""
+
+    index: int
+    capability: int
+    multiprocessors: int
 
 
 @functools.lru_cache(maxsize=64)
-def _device(index: int) -> tuple[int, int]:
-    """Compute capability (80 is 8.0) and multiprocessors of a device (see `_index`)."""
-    if index < 0:
-        return -index, triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"]
+def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
+    return Device(index, properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def _device(device: torch.device) -> Device:
+    if device.index is not None:
+        return _cuda_device(device.index)
+    # the simulator, which may be another device at each call
+    driver = triton.runtime.driver.active
+    capability = driver.get_current_target().arch
+    return Device(-capability, capability, driver.utils.get_device_properties(0)["multiprocessor_count"])
 
 
 def _refuse(device: torch.device) -> str | None:
@@ -659,11 +666,11 @@ def _refuse(device: torch.device) -> str | None:
         return None
     if triton is None:
         return "triton is not installed"
-    if device.type != "cuda" and not (device.type == "cpu" and simulated_gpu()):
-        return f"it runs on cuda, the tensors are on {device.type}"
     if torch.version.hip is not None:
         return "its decoding is PTX, which only NVIDIA GPUs run"
-    if (capability := _device(_index(device))[0]) < 80:
+    if device.type != "cuda":
+        return None if simulated_gpu() else f"it runs on cuda, the tensors are on {device.type}"
+    if (capability := _device(device).capability) < 80:
         return f"it needs compute capability 8.0, {device} has {capability / 10}"
     _served.add(device)
     return None
@@ -756,7 +763,7 @@ def _run(
     group_size: int,
     grad_x: bool,
 ) -> torch.Tensor:
-    """x times W [n, k]: transposed for the forward; as it is for the gradient, where x is the gradient of y."""
+    """x times W [n, k]: transposed for the forward; as it is for the gradient, where x is grad."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return _run(x, n, k, qweight, scale_args, bias, format, group_size, grad_x)
@@ -771,12 +778,13 @@ def _run(
     scales, zeros, scale_scales, scale_offset = scale_args
     if (scale := _SCALES[scales.dtype]) in ("e8m0", "e4m3"):
         scales = scales.view(torch.uint8)  # Triton takes no eight-bit floats that the GPU lacks
-    code, device = CODES[format], _index(x.device)
+    code, device = CODES[format], _device(x.device)
     group_size = 0 if group_size == k else group_size
-    config = choose(m, width, depth, code.bits, group_size, x.element_size(), *_device(device), grad_x)
+    config = choose(m, width, depth, code.bits, group_size, x.element_size(), *device[1:], grad_x)
     tile_m, tile_n, tile_k, sub, scale_product, splits, steps, *_ = config
     stride = x.stride(0) if m > 1 else depth
-    n_align, k_align, stride_align = math.gcd(n, 128), math.gcd(k, 128), math.gcd(stride, 16)
+    # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
+    n_align, k_align, stride_align = 8, math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
     even = width % tile_n == 0 if grad_x else depth % tile_k == 0
     shape = (splits, m, width)
     target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -794,8 +802,8 @@ def _run(
         tile_m, tile_n, tile_k, sub, *(() if grad_x else (scale_product,)), splits > 1, BAND,
     )  # fmt: skip
     key = (
-        grad_x, device, format, x.dtype, scales.dtype, scale, group_size, n_align, k_align, stride_align,
-        even, tile_m, tile_n, tile_k, splits > 1, *map(_alignment, tensors),
+        grad_x, device.index, format, x.dtype, scales.dtype, scale, group_size, k_align, stride_align, even,
+        tile_m, tile_n, tile_k, splits > 1, *map(_alignment, tensors),
     )  # fmt: skip
     sizes = (m, n // n_align, k // k_align, stride // stride_align, steps)
     grid = (-(-m // tile_m) * -(-width // tile_n), splits, 1)
@@ -803,7 +811,7 @@ def _run(
     if splits > 1:
         align = k_align if grad_x else n_align
         grid = (-(-width // REDUCE_WIDTH), m, 1)
-        key = ("reduce", device, out.dtype, align, _alignment(bias), _alignment(out))
+        key = ("reduce", device.index, out.dtype, align, _alignment(bias), _alignment(out))
         args = (target, bias, out, m, width // align, splits, align, REDUCE_WIDTH)
         _launch(_reduce_kernel, grid, key, args, config)
     return out
