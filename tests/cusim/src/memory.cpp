@@ -229,7 +229,7 @@ void decode_atom(Instr& i, const Opcode& o) {
 void cp_async(Warp& w, const Instr& i, uint32_t m) {
   const uint64_t *d = w.row(i.ops[0]), *s = w.row(i.ops[1]);
   int bytes = int(i.aux);
-  uint64_t from[kLanes], to[kLanes];
+  uint64_t from[kLanes] = {}, to[kLanes] = {};
   for (int l : lanes_of(m)) {
     from[l] = s[l] + i.offsets[1];
     to[l] = (d[l] + i.offsets[0]) & ~kSharedTag;
