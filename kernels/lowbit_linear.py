@@ -635,7 +635,6 @@ _SCALES = {
     torch.float8_e4m3fn: "e4m3",
 }
 _served: set[torch.device] = set()
-_handles: dict[tuple[Any, ...], Any] = {}
 
 
 class Device(NamedTuple):
@@ -752,6 +751,83 @@ def run_grad_x(
     return _run(grad, n, k, qweight, scale_args, None, format, group_size, grad_x=True)
 
 
+class Plan(NamedTuple):
+    """What a launch needs beside its tensors, found once for each kind and shape of call.
+
+    `handles` are the compiled kernels, by the alignment of the tensors; plans for which Triton would compile
+    the same share them.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    handles: dict[Any, Any]
+    partial: tuple[int, int, int] | None
+    reduce: Plan | None
+
+    def launch(self, tensors: tuple[torch.Tensor | None, ...], alignment: Any) -> None:
+        handle = self.handles.get(alignment)
+        if handle is not None:  # Triton's own lookup costs several times the launch
+            handle[self.grid](*tensors, *self.arguments)
+        else:
+            self.handles[alignment] = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
+
+
+_handles: dict[tuple[Any, ...], dict[Any, Any]] = {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: Device,
+    grad_x: bool,
+    m: int,
+    n: int,
+    k: int,
+    stride: int,
+    format: str,
+    group_size: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    given: tuple[bool, ...],
+) -> Plan:
+    """`given`: which of zeros, scale_scales, scale_offset and bias there are."""
+    code, scale = CODES[format], _SCALES[scale_dtype]
+    group_size = 0 if group_size == k else group_size
+    width, depth = (k, n) if grad_x else (n, k)
+    config = choose(m, width, depth, code.bits, group_size, dtype.itemsize, *device[1:], grad_x)
+    tile_m, tile_n, tile_k, sub, scale_product, splits, steps, warps, stages, registers = config
+    even = width % tile_n == 0 if grad_x else depth % tile_k == 0
+    # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
+    n_align, k_align, stride_align = 8, math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
+    decode = {torch.float16: code.half, torch.bfloat16: code.bfloat}.get(dtype, "")
+    constants = (
+        decode, code.bits, code.center, scale, group_size, NESTED_BLOCK, n_align, k_align, stride_align, even,
+        tile_m, tile_n, tile_k, sub, *(() if grad_x else (scale_product,)), splits > 1, BAND,
+    )  # fmt: skip
+    reduce = None
+    if splits > 1:
+        align = k_align if grad_x else n_align
+        reduce = Plan(
+            _reduce_kernel,
+            (-(-width // REDUCE_WIDTH), m, 1),
+            (m, width // align, splits, align, REDUCE_WIDTH),
+            dict(num_warps=4, enable_fp_fusion=True),
+            _handles.setdefault((device.index, "reduce", dtype, align, given[-1]), {}),
+            None,
+            None,
+        )
+    return Plan(
+        _grad_x_kernel if grad_x else _forward_kernel,
+        (-(-m // tile_m) * -(-width // tile_n), splits, 1),
+        (m, n // n_align, k // k_align, stride // stride_align, steps, *constants),
+        dict(num_warps=warps, num_stages=stages, maxnreg=registers, enable_fp_fusion=True),
+        _handles.setdefault((device.index, grad_x, dtype, scale_dtype, given, constants), {}),
+        None if splits == 1 else (splits, m, width),
+        reduce,
+    )
+
+
 def _run(
     x: torch.Tensor,
     n: int,
@@ -767,6 +843,7 @@ def _run(
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return _run(x, n, k, qweight, scale_args, bias, format, group_size, grad_x)
+    scales, zeros, scale_scales, scale_offset = scale_args
     width, depth = (k, n) if grad_x else (n, k)
     out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -775,45 +852,28 @@ def _run(
         return out.zero_()
     x = _rows(x)
     m = x.shape[0]
-    scales, zeros, scale_scales, scale_offset = scale_args
-    if (scale := _SCALES[scales.dtype]) in ("e8m0", "e4m3"):
+    given = (zeros is not None, scale_scales is not None, scale_offset is not None, bias is not None)
+    plan = _plan(
+        _device(x.device), grad_x, m, n, k, x.stride(0) if m > 1 else depth, format, group_size, x.dtype,
+        scales.dtype, given,
+    )  # fmt: skip
+    if scales.dtype.itemsize == 1:
         scales = scales.view(torch.uint8)  # Triton takes no eight-bit floats that the GPU lacks
-    code, device = CODES[format], _device(x.device)
-    group_size = 0 if group_size == k else group_size
-    config = choose(m, width, depth, code.bits, group_size, x.element_size(), *device[1:], grad_x)
-    tile_m, tile_n, tile_k, sub, scale_product, splits, steps, *_ = config
-    stride = x.stride(0) if m > 1 else depth
-    # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
-    n_align, k_align, stride_align = 8, math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
-    even = width % tile_n == 0 if grad_x else depth % tile_k == 0
-    shape = (splits, m, width)
-    target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
-    float32 = x.dtype == torch.float32
-    tensors = (
-        x, qweight, scales, zeros, scale_scales, scale_offset,
-        None if scale_offset is None else nested_code(x.device),
-        FORMATS[format].values(x.device) if float32 and not code.center else None,
-        *(() if grad_x else (bias if splits == 1 else None,)),
-        target,
-    )  # fmt: skip
-    decode = "" if float32 else code.half if x.dtype == torch.float16 else code.bfloat
-    constants = (
-        decode, code.bits, code.center, scale, group_size, NESTED_BLOCK, n_align, k_align, stride_align, even,
-        tile_m, tile_n, tile_k, sub, *(() if grad_x else (scale_product,)), splits > 1, BAND,
-    )  # fmt: skip
-    key = (
-        grad_x, device.index, format, x.dtype, scales.dtype, scale, group_size, k_align, stride_align, even,
-        tile_m, tile_n, tile_k, splits > 1, *map(_alignment, tensors),
-    )  # fmt: skip
-    sizes = (m, n // n_align, k // k_align, stride // stride_align, steps)
-    grid = (-(-m // tile_m) * -(-width // tile_n), splits, 1)
-    _launch(_grad_x_kernel if grad_x else _forward_kernel, grid, key, (*tensors, *sizes, *constants), config)
-    if splits > 1:
-        align = k_align if grad_x else n_align
-        grid = (-(-width // REDUCE_WIDTH), m, 1)
-        key = ("reduce", device.index, out.dtype, align, _alignment(bias), _alignment(out))
-        args = (target, bias, out, m, width // align, splits, align, REDUCE_WIDTH)
-        _launch(_reduce_kernel, grid, key, args, config)
+    target = out if plan.partial is None else torch.empty(plan.partial, dtype=torch.float32, device=x.device)
+    codebook = FORMATS[format].codebook is not None and CODES[format].center == 0 and x.dtype == torch.float32
+    tensors = (x, qweight, scales, zeros, scale_scales, scale_offset)
+    plan.launch(
+        (
+            *tensors,
+            None if scale_offset is None else nested_code(x.device),
+            FORMATS[format].values(x.device) if codebook else None,
+            *(() if grad_x else (bias if plan.partial is None else None,)),
+            target,
+        ),
+        _alignment(*tensors, bias),
+    )
+    if plan.reduce is not None:
+        plan.reduce.launch((target, bias, out), _alignment(bias))
     return out
 
 
@@ -824,24 +884,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _alignment(t: torch.Tensor | None) -> int:
-    """What Triton compiles for: no tensor, one at a multiple of 16 bytes, or another."""
-    return 0 if t is None else 1 if t.data_ptr() % 16 == 0 else 2
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, int, int], key: tuple[Any, ...], args: tuple[Any, ...], config: Config
-) -> None:
-    """Launch what `key` names: all that Triton would compile anew for, so that its own, slower, lookup is
-    asked once."""
-    handle = _handles.get(key)
-    if handle is None:
-        _handles[key] = kernel[grid](
-            *args,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            maxnreg=config.registers,
-            enable_fp_fusion=True,
-        )
-    else:
-        handle[grid](*args)
+def _alignment(*tensors: torch.Tensor | None) -> Any:
+    """True if all tensors begin at multiples of 16 bytes, which Triton compiles for; else which ones do."""
+    addresses = [t.data_ptr() & 15 for t in tensors if t is not None]
+    return not any(addresses) or tuple(a == 0 for a in addresses)
