@@ -63,16 +63,24 @@ unsigned scale_alignment(ScaleType type) {
   }
 }
 
-LowbitLinearPlan plan(int64_t m, int64_t n, int64_t k, int code, bool nested, const DeviceInfo& device) {
+py::tuple device(int index) {
+  const DeviceInfo info = device_info(index);
+  return py::make_tuple(info.multiprocessors, info.shared_per_block, info.shared_per_multiprocessor,
+                        info.capability);
+}
+
+LowbitLinearPlan plan(int64_t m, int64_t n, int64_t k, int code, bool nested, int multiprocessors,
+                      int shared_per_block, int shared_per_multiprocessor, int capability) {
   require(m <= LowbitLinearMaxTokens, "m", m, "at most 64");
-  require(device.multiprocessors > 0, "multiprocessors", device.multiprocessors, "a positive number");
+  require(multiprocessors > 0, "multiprocessors", multiprocessors, "a positive number");
   return plan_lowbit_linear(size(m, "m"), size(n, "n", 8), size(k, "k", 8), choice<Code>(code, 4, "code"),
-                            nested, device);
+                            nested,
+                            {multiprocessors, shared_per_block, shared_per_multiprocessor, capability});
 }
 
 void run(Address x, Address qweight, Address scales, Address zeros, Address scale_scales,
-         Address scale_offset, Address nested_levels, Address levels, Address bias, Address y,
-         Address partial, Address counters, int64_t x_stride, int64_t qweight_stride, int64_t scales_stride,
+         Address scale_offset, Address nested_levels, Address pairs, Address bias, Address y, Address partial,
+         Address counters, int64_t x_stride, int64_t qweight_stride, int64_t scales_stride,
          int64_t zeros_stride, int64_t m, int64_t n, int64_t k, int64_t group_size, int zero_point,
          int scale_type, int type, int code, const LowbitLinearPlan& plan, int device, Address stream) {
   LowbitLinearArgs a{};
@@ -97,7 +105,7 @@ void run(Address x, Address qweight, Address scales, Address zeros, Address scal
     require(scales_stride == a.groups, "scales_stride", scales_stride,
             "the number of groups, with nested scales");
   }
-  if (format == Code::Codebook4) a.levels = pointer<const float>(levels, "levels", 4);
+  if (format == Code::Codebook4) a.pairs = pointer<const void>(pairs, "pairs", 16);
   a.bias = optional_pointer<const void>(bias, "bias", 2);
   a.y = pointer<void>(y, "y", 4);
   if (plan.splits > 1) {
@@ -134,15 +142,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of bitfuse: addresses, sizes and a stream in, nothing out.";
   module.attr("LOWBIT_LINEAR_MAX_TOKENS") = LowbitLinearMaxTokens;
 
-  py::class_<DeviceInfo>(module, "DeviceInfo")
-      .def(py::init<int, int, int, int>(), py::arg("multiprocessors"), py::arg("shared_per_block"),
-           py::arg("shared_per_multiprocessor"), py::arg("capability"))
-      .def_readonly("multiprocessors", &DeviceInfo::multiprocessors)
-      .def_readonly("shared_per_block", &DeviceInfo::shared_per_block)
-      .def_readonly("shared_per_multiprocessor", &DeviceInfo::shared_per_multiprocessor)
-      .def_readonly("capability", &DeviceInfo::capability);
-  module.def("architectures", &architectures, "The architectures that the kernels were compiled for.");
-  module.def("device_info", &device_info, py::arg("device"));
+  module.def("device_info", &device, py::arg("index"),
+             "Multiprocessors, bytes of shared memory of a block and of a multiprocessor, compute capability "
+             "as 90.");
 
   py::class_<LowbitLinearPlan>(module, "LowbitLinearPlan")
       .def_readonly("token_tiles", &LowbitLinearPlan::token_tiles)
@@ -153,6 +155,7 @@ PYBIND11_MODULE(_cuda, module) {
       .def_readonly("shared_bytes", &LowbitLinearPlan::shared_bytes)
       .def_readonly("tiles", &LowbitLinearPlan::tiles);
   module.def("plan_lowbit_linear", &plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("code"),
-             py::arg("nested"), py::arg("device"));
+             py::arg("nested"), py::arg("multiprocessors"), py::arg("shared_per_block"),
+             py::arg("shared_per_multiprocessor"), py::arg("capability"));
   module.def("lowbit_linear", &run);
 }

@@ -101,13 +101,10 @@ __device__ __forceinline__ uint4 order_like_pairs(uint4 x) {
           __byte_perm(x.y, x.w, 0x7632)};
 }
 
-// 4-bit codes of any 16 levels, by a table of all 256 bytes, one copy a lane, so that no two lanes meet in a
-// bank.
-//
-// The nearest T would err the same way at every weight of a level, which adds up over k where x has a mean:
-// at K = 4096 and positive x, seven times the error of rounding each product of level and scale (bfloat16,
-// NF4). So a level is rounded up in as many of its 64 contexts (the other code of its byte, the lane's place
-// in its quad) as brings the mean to the level itself.
+// 4-bit codes of any 16 levels, by a table of the two levels of all 256 bytes, one copy for each lane, so
+// that no two lanes meet in a bank. The caller's table has an entry for each byte and lane % 4, which lets it
+// round a level up in some places and down in others: its mean is then the level itself, and no error adds up
+// over k.
 template <typename T>
 struct Codebook4 {
   static constexpr int Bits = 4;
@@ -123,29 +120,12 @@ struct Codebook4 {
 
   __device__ static Zero zero(uint32_t) { return {}; }
 
-  __device__ static T round_in_context(float level, int other, int place) {
-    T down, up;
-    if constexpr (IsHalf<T>) {
-      down = __float2half_rd(level), up = __float2half_ru(level);
-    } else {
-      down = __float2bfloat16_rd(level), up = __float2bfloat16_ru(level);
-    }
-    const float low = static_cast<float>(down), high = static_cast<float>(up);
-    // 7 is odd: neighbouring codes, which go together, get thresholds that are far apart
-    const float threshold = (16 * place + 7 * other % 16 + 0.5f) / 64;
-    return level - low > threshold * (high - low) ? up : down;
-  }
-
-  // Entry (byte, lane) holds the levels of the low and the high nibble. The caller synchronises.
-  __device__ static void fill_table(unsigned char* table, const float* levels, int thread, int threads) {
-    for (int i = thread; i < 256 * 4; i += threads) {
-      const int byte = i >> 2, place = i & 3, low = byte & 15, high = byte >> 4;
-      const T pair[2] = {round_in_context(levels[low], high, place),
-                         round_in_context(levels[high], low, 3 - place)};
-      for (int quad = 0; quad < 8; ++quad) {
-        const int lane = 4 * ((quad + byte) & 7) + place;
-        reinterpret_cast<uint32_t*>(table)[32 * byte + lane] = *reinterpret_cast<const uint32_t*>(pair);
-      }
+  // From pairs [256][4] in global memory. The caller synchronises.
+  __device__ static void fill_table(unsigned char* table, const uint4* pairs, int thread, int threads) {
+    for (int byte = thread; byte < 256; byte += threads) {
+      const uint4 quad = __ldg(pairs + byte);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) reinterpret_cast<uint4*>(table)[8 * byte + ((i + byte) & 7)] = quad;
     }
   }
 

@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   }
   next_scales();
   if (a.scale_type == ScaleType::Nested) nested[threadIdx.x] = __ldg(a.nested_levels + threadIdx.x);
-  if constexpr (F::TableBytes > 0) F::fill_table(shared, a.levels, threadIdx.x, Threads);
+  if constexpr (F::TableBytes > 0)
+    F::fill_table(shared, static_cast<const uint4*>(a.pairs), threadIdx.x, Threads);
 
   const F format(shared, lane);
   typename F::Zero zero[LaneRows];
@@ -526,18 +527,22 @@ DeviceInfo device_info(int device) {
           10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor)};
 }
 
-// The cut that a simple model of time likes best, in clocks; bytes are a multiprocessor's share a clock, of
-// an H100: memory gives 14, L2 some 24, and the kernel itself, by its instructions and mma.sync, digests what
-// `digest` says.
-// - Blocks of many outputs read x less often; blocks of few are more, so all multiprocessors have the same to
-// do.
+// The cut that a simple model of time likes best. Its unit is a clock of an H100; rates are bytes of codes
+// that a multiprocessor takes a clock, a 1/132 of memory's or L2's, or what its instructions and mma.sync let
+// through with one block of 8 warps on it, or two (counted in the loop's machine code: 9 instructions for 8
+// codes of int4, at 2.4 and 4 a clock). Other devices have other clocks, but much the same ratios.
+// - Blocks of many outputs read x less often; blocks of few are more, so that all multiprocessors have as
+// much to do.
 // - Splitting k makes more blocks, at the price of partial sums through L2 and of waiting for the last block.
 // - A block's warps that split k should have equal numbers of chunks.
 LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested, const DeviceInfo& device) {
-  constexpr double Memory = 14, L2 = 24, Start = 1500, Fixup = 2500;
+  constexpr double Memory = 13, L2 = 24, Start = 1500, Fixup = 2500;
+  constexpr double OneBlock[] = {17, 16, 14, 8.5},
+                   TwoBlocks[] = {28, 25, 0, 0};  // by tiles of 8 tokens: 1, 2, 4, 8
   LowbitLinearPlan best{};
   best.token_tiles = m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8;
-  const double digest = m <= 8 ? 28 : m <= 16 ? 25 : m <= 32 ? 18 : 10;
+  const int log_tokens = log2_of(best.token_tiles);
+  const double sms = device.multiprocessors, codes_a_byte = 8.0 / bits_of(code);
   const int chunk = chunk_of(code), chunks = divide_up(k, chunk);
   const int fixed_bytes = table_bytes(code) + (nested ? NestedLevels * 4 : 0);
   const double weight_bytes = static_cast<double>(n) * chunks * ChunkBytes;
@@ -551,22 +556,25 @@ LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested,
       LowbitLinearPlan plan = best;
       plan.log_warps_n = log_warps_n, plan.splits = splits, plan.tiles = tiles;
       const int steps = divide_up(divide_up(chunks, splits), warps_k);
-      // two blocks on a multiprocessor hide each other's start and end, where registers allow two
+      // two blocks on a multiprocessor hide each other's waits, where registers allow two
       const int half = device.shared_per_multiprocessor / 2 - 1024;
       const bool two = plan.token_tiles <= 2 && fit_panels(plan, m, steps, chunk, fixed_bytes, half);
       if (!two && !fit_panels(plan, m, steps, chunk, fixed_bytes, device.shared_per_block)) continue;
-      const double sms = device.multiprocessors;
-      const int blocks = tiles * splits, busiest = divide_up(blocks, device.multiprocessors);
-      const double block_bytes = static_cast<double>(rows) * steps * warps_k * ChunkBytes;
+      const int busiest = divide_up(tiles * splits, device.multiprocessors);
+      const double block = static_cast<double>(rows) * steps * warps_k * ChunkBytes * codes_a_byte / 2;
+      const double one_by_one = block / OneBlock[log_tokens];
+      const double work = two ? busiest / 2 * 2 * block / TwoBlocks[log_tokens] + busiest % 2 * one_by_one
+                              : busiest * one_by_one;
       const double x_bytes = 2.0 * m * k * tiles, partial_bytes = splits > 1 ? 8.0 * splits * m * n : 0;
-      double time = std::max({weight_bytes / (Memory * sms), busiest * block_bytes / digest,
-                              (weight_bytes + x_bytes + partial_bytes) / (L2 * sms)});
-      time += Start * (two ? divide_up(busiest, 2) : busiest) + (splits > 1 ? Fixup : 0);
+      const double traffic = (weight_bytes + x_bytes + partial_bytes) / (L2 * sms);
+      const double starts =
+          two ? 1 + 0.3 * (divide_up(busiest, 2) - 1) : busiest;  // not hidden by another block
+      const double time = std::max({weight_bytes / (Memory * sms), work, traffic}) + Start * starts +
+                          (splits > 1 ? Fixup : 0);
       if (time < best_time) best_time = time, best = plan;
     }
   }
-  if (!std::isfinite(best_time))
-    throw std::runtime_error("lowbit_linear: no cut fits the device's shared memory");
+  if (!std::isfinite(best_time)) best.token_tiles = 0;
   return best;
 }
 
@@ -575,17 +583,18 @@ void lowbit_linear(const LowbitLinearArgs& args, const LowbitLinearPlan& plan, F
   const DeviceScope scope(device);
   const KernelFunction function =
       Kernels[static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)];
-  // more than 48 KiB of shared memory is allowed once a kernel and device
-  static std::atomic<uint64_t> allowed[2][4][4];
-  auto& devices = allowed[static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)];
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if ((devices.load(std::memory_order_acquire) & bit) == 0) {
+  // more than 48 KiB of shared memory has to be allowed, once a kernel and device
+  constexpr int MostDevices = 64;
+  static std::atomic<int> allowed[MostDevices][2][4][4];
+  if (device >= MostDevices) throw std::runtime_error("lowbit_linear: more than 64 devices");
+  auto& bytes = allowed[device][static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)];
+  if (bytes.load(std::memory_order_acquire) < plan.shared_bytes) {
     int most = 0;
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           "cudaDeviceGetAttribute");
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
           "lowbit_linear_kernel: " + std::to_string(most) + " bytes of shared memory");
-    devices.fetch_or(bit, std::memory_order_release);
+    bytes.store(most, std::memory_order_release);
   }
 
   const int chunk = chunk_of(code);

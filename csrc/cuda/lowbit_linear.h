@@ -20,7 +20,7 @@ struct LowbitLinearArgs {
   const float* scale_scales;   // with scale_offset and nested_levels: nested scales only
   const float* scale_offset;
   const float* nested_levels;  // the 256 values of a nested scale's code
-  const float* levels;         // the 16 levels of a codebook
+  const void* pairs;           // of a codebook: the two levels of each byte, of x's type, [256, 4, 2]
   const void* bias;            // null: none
   void* y;
   float* partial;      // [splits, m, n], when splits > 1

@@ -1,4 +1,7 @@
-"""lowbit_linear on CUDA for few tokens: tensors to addresses. The kernel and what bounds it: csrc/cuda/lowbit_linear.cu."""
+"""lowbit_linear on CUDA for few tokens: tensors to addresses.
+
+The kernel, its layout and what bounds it: csrc/cuda/lowbit_linear.cu.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import torch
 
 from ..formats import FORMATS, nested_code
 from ..op import simulated_gpu
+from .codebook import pairs_of_levels
 
 try:
-    from .. import _cuda
+    from .. import _cuda  # type: ignore[attr-defined]
 except ImportError as error:
-    _cuda = None  # type: ignore[assignment]
+    _cuda = None
     _missing = f"the CUDA extension bitfuse._cuda is not there ({error})"
 
 # the numbers of the enums of csrc/cuda/lowbit_linear.h
@@ -25,6 +29,7 @@ _INT4, _CODEBOOK4, _INT8, _FP8 = range(4)
 
 MAX_TOKENS = 64
 SPAN = 32  # columns that a step of the kernel sums before a scale can change
+ROOMY = 160 * 1024  # bytes of shared memory that a block may have where every number of tokens has a plan
 
 
 @functools.cache
@@ -39,18 +44,24 @@ def _code(format: str) -> int | None:
 
 
 @functools.cache
-def _device(index: int) -> Any:
+def _gpu(index: int) -> tuple[int, ...]:
     return _cuda.device_info(index)
 
 
+def _device(index: int) -> tuple[int, ...]:
+    """Multiprocessors, shared memory of a block and of a multiprocessor, compute capability of a device."""
+    # the simulator's can change from call to call
+    return _cuda.device_info(index) if simulated_gpu() else _gpu(index)
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(m: int, n: int, k: int, code: int, nested: bool, device: int) -> Any:
-    return _cuda.plan_lowbit_linear(m, n, k, code, nested, _device(device))
+def _plan(m: int, n: int, k: int, code: int | None, nested: bool, device: tuple[int, ...]) -> Any:
+    return _cuda.plan_lowbit_linear(m, n, k, code, nested, *device)
 
 
 @functools.cache
-def _levels(format: str, device: torch.device) -> torch.Tensor:
-    return FORMATS[format].values(device)
+def _pairs(format: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return pairs_of_levels(FORMATS[format].values(), dtype).to(device)
 
 
 @functools.cache
@@ -64,8 +75,8 @@ _counters: dict[tuple[int, int], torch.Tensor] = {}
 def _zeroed_counters(count: int, device: torch.device, stream: int) -> torch.Tensor:
     """Counters of the blocks that have finished a tile, zero; the kernel leaves them zero.
 
-    Kept for each device and stream, within which one kernel follows the other. A kernel in a CUDA graph gets its own,
-    which the graph clears: when it is replayed, and beside what, is not known here.
+    Kept for each device and stream, within which one kernel follows the other. A kernel in a CUDA graph gets
+    its own, which the graph clears: when it is replayed, and beside what, is not known here.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -102,10 +113,10 @@ def supports(
     k = x.shape[-1]
     if x.numel() > MAX_TOKENS * k:
         return f"M = {x.numel() // k} is above {MAX_TOKENS}: the Triton kernel serves it"
-    if group_size % SPAN and group_size != k:
-        return f"group_size {group_size} is not a multiple of {SPAN} (nor in_features)"
     if scales.dtype not in _SCALES or (scale_scales is None) != (scale_offset is None):
         return f"it has no kernel for scales in {str(scales.dtype)[6:]}"
+    if group_size % SPAN and group_size != k:
+        return f"group_size {group_size} is not a multiple of {SPAN} (nor in_features)"
     if not qweight.is_contiguous() and not (_rows_apart(qweight) and qweight.stride(0) % 4 == 0):
         return f"qweight has strides {qweight.stride()}, not rows of bytes a multiple of 4 apart"
     if qweight.data_ptr() % 4:
@@ -114,11 +125,15 @@ def supports(
         return f"scales have strides {scales.stride()}, not contiguous rows"
     if not (zeros is None or _rows_apart(zeros)):
         return f"zeros have strides {zeros.stride()}, not contiguous rows"
-    if x.is_cuda:
-        if _device(x.device.index).capability < 80:
-            return f"compute capability {_device(x.device.index).capability / 10} is below 8.0"
-    elif not simulated_gpu():
+    if not x.is_cuda and not simulated_gpu():
         return "the tensors are not on a GPU"
+    device = _device(x.device.index or 0)
+    if device[3] < 80:
+        return f"compute capability {device[3] / 10} is below 8.0"
+    if device[1] < ROOMY and x.numel() and qweight.numel():
+        m, n = x.numel() // k, qweight.shape[0]
+        if _plan(m, n, k, _code(format), scale_offset is not None, device).token_tiles == 0:
+            return f"M = {m} needs more shared memory than the device has: the Triton kernel serves it"
     return None
 
 
@@ -150,8 +165,7 @@ def run(
     stream = torch._C._cuda_getCurrentRawStream(index) if x.is_cuda else 0
     nested = scale_offset is not None
     code = _code(format)
-    assert code is not None
-    plan = _plan(m, n, k, code, nested, index)
+    plan = _plan(m, n, k, code, nested, _device(index))
     partial = counters = None
     if plan.splits > 1:
         partial = torch.empty((plan.splits, m, n), dtype=torch.float32, device=device)
@@ -161,10 +175,11 @@ def run(
         scale_scales.data_ptr() if scale_scales is not None else 0,
         scale_offset.data_ptr() if scale_offset is not None else 0,
         _nested_levels(device).data_ptr() if nested else 0,
-        _levels(format, device).data_ptr() if code == _CODEBOOK4 else 0,
+        _pairs(format, x.dtype, device).data_ptr() if code == _CODEBOOK4 else 0,
         0 if bias is None else bias.data_ptr(), y.data_ptr(),
         0 if partial is None else partial.data_ptr(), 0 if counters is None else counters.data_ptr(),
-        x.stride(0) if x.dim() == 2 else k, qweight.stride(0), scales.stride(0), 0 if zeros is None else zeros.stride(0),
-        m, n, k, group_size, FORMATS[format].zero_point, _SCALES[scales.dtype], _FLOATS[x.dtype], code, plan, index, stream,
+        x.stride(0) if x.dim() == 2 else k, qweight.stride(0), scales.stride(0),
+        0 if zeros is None else zeros.stride(0), m, n, k, group_size, FORMATS[format].zero_point,
+        _SCALES[scales.dtype], _FLOATS[x.dtype], code, plan, index, stream,
     )  # fmt: skip
     return y
