@@ -15,7 +15,8 @@ namespace bitfuse::BITFUSE_ISA {
 template <bool Zeros>
 struct NibbleCode {
   static constexpr int kBits = 4, kPerDword = 8;
-  static constexpr bool kZeros = Zeros;
+  static constexpr bool kZeros = Zeros, kNans = false;
+  static constexpr bool kFloatsInTiles = true, kPairsInTiles = true;
   Table16 table;
 
   explicit NibbleCode(const LowBitMatrix& w) : table(w.values) {
@@ -33,7 +34,8 @@ struct NibbleCode {
 template <bool Zeros>
 struct ByteCode {
   static constexpr int kBits = 8, kPerDword = 4;
-  static constexpr bool kZeros = Zeros;
+  static constexpr bool kZeros = Zeros, kNans = false;
+  static constexpr bool kFloatsInTiles = true, kPairsInTiles = false;
   Vf zero_point;
 
   explicit ByteCode(const LowBitMatrix& w) : zero_point(set1(float(w.zero_point))) {}
@@ -44,9 +46,11 @@ struct ByteCode {
   static BITFUSE_INLINE Vi natural(const uint8_t* p) { return spread_bytes(p); }
 };
 
+// FP8. Its NaN costs nothing in value(): who decodes adds nan_lanes where kNans says that there can be some.
 struct E4m3Code {
   static constexpr int kBits = 8, kPerDword = 4;
-  static constexpr bool kZeros = false;
+  static constexpr bool kZeros = false, kNans = true;
+  static constexpr bool kFloatsInTiles = false, kPairsInTiles = false;
 
   explicit E4m3Code(const LowBitMatrix&) {}
   template <int J>
@@ -147,6 +151,35 @@ struct ExactPairs<NibbleCode<Zeros>> {
   }
 };
 
+// In words: sign, exponent and mantissa go to their places by an arithmetic shift and one addition to the
+// exponent; the eight subnormals are looked up.
+template <>
+struct ExactPairs<E4m3Code> {
+  Vi subnormals;
+
+  explicit ExactPairs(const LowBitMatrix&) {
+    alignas(64) uint16_t words[32] = {};
+    for (int i = 0; i < 8; ++i) {
+      float v = float(i) * 0.001953125f;  // 2^-9
+      uint32_t bits;
+      std::memcpy(&bits, &v, 4);
+      words[i] = uint16_t(bits >> 16);
+    }
+    subnormals = load_dwords(words);
+  }
+  template <int J>
+  BITFUSE_INLINE Vi pair(Vi dwords, Vf) const {
+    constexpr int kOrAnd = 0xf0 | (0xcc & 0xaa);  // a | (b & c)
+    const Vi top = J == 0 ? _mm512_slli_epi16(dwords, 8) : dwords;
+    const Vi bits =
+        _mm512_and_si512(_mm512_srai_epi16(top, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)));
+    const __mmask32 subnormal = _mm512_testn_epi16_mask(bits, _mm512_set1_epi16(0x0780));
+    const Vi normal = _mm512_add_epi16(bits, _mm512_set1_epi16(120 << 7));
+    const Vi value = _mm512_mask_permutexvar_epi16(normal, subnormal, _mm512_srli_epi16(bits, 4), subnormals);
+    return _mm512_ternarylogic_epi32(value, bits, _mm512_set1_epi16(static_cast<short>(0x8000)), kOrAnd);
+  }
+};
+
 inline bool values_are_bfloat16(const LowBitMatrix& w) {
   if (w.code_kind != CodeKind::kNibble) return true;
   for (int i = 0; i < 16; ++i) {
@@ -168,8 +201,12 @@ struct FloatSteps {
   using Element = float;  // of x, kSteps to a dword of codes
   using Vector = Vf;
   static constexpr int kSteps = Code::kPerDword;
+  static constexpr float kUnit = 1;  // sums of weight * x times this are the product
   Code code;
   explicit FloatSteps(const LowBitMatrix& w) : code(w) {}
+  static constexpr int column(int step, int lane) {
+    return lane * Code::kPerDword + step;
+  }  // of a block's codes
   template <int J>
   BITFUSE_INLINE Vf weight(Vi dwords, Vf zero) const {
     return code.template value<J>(dwords, zero);
@@ -179,6 +216,17 @@ struct FloatSteps {
   static BITFUSE_INLINE Vf accumulate(Vf sum, Vf weight, Vf x) { return fma(weight, x, sum); }
 };
 
+// FP8 in the order that costs least, where all lanes of a block share a scale.
+struct E4m3ByteSteps : FloatSteps<E4m3Code> {
+  using FloatSteps<E4m3Code>::FloatSteps;
+  static constexpr float kUnit = kE4m3Unit;
+  static constexpr int column(int step, int lane) { return step % 2 + 2 * lane + step / 2 * 2 * kLanes; }
+  template <int J>
+  BITFUSE_INLINE Vf weight(Vi dwords, Vf) const {
+    return bytes_e4m3<J>(dwords);
+  }
+};
+
 #if defined(__AVX512BF16__)
 template <class CodeType>
 struct PairSteps {
@@ -186,8 +234,12 @@ struct PairSteps {
   using Element = uint32_t;
   using Vector = Vi;
   static constexpr int kSteps = Code::kPerDword / 2;
+  static constexpr float kUnit = 1;
   ExactPairs<Code> code;
   explicit PairSteps(const LowBitMatrix& w) : code(w) {}
+  static constexpr int column(int step, int lane) {
+    return lane * Code::kPerDword + step;
+  }  // and kSteps further
   template <int J>
   BITFUSE_INLINE Vi weight(Vi dwords, Vf zero) const {
     return code.template pair<J>(dwords, zero);

@@ -23,9 +23,12 @@ struct LaneGroups {
   int32_t* first;  // [blocks]
   int32_t* lane;   // [blocks][kLanes]
 
+  static bool is_uniform(const LowBitMatrix& w, int64_t width) {
+    return w.group_size % width == 0 || w.group_size == w.k;
+  }
   void fill(const LowBitMatrix& w, int per_dword, int64_t blocks) {
     const int64_t width = int64_t(per_dword) * kLanes;
-    uniform = w.group_size % width == 0 || w.group_size == w.k;
+    uniform = is_uniform(w, width);
     for (int64_t b = 0; b < blocks; ++b) {
       first[b] = int32_t(b * width / w.group_size);
       for (int i = 0; i < kLanes && !uniform; ++i)
@@ -40,32 +43,30 @@ struct LaneGroups {
 };
 
 // One row of x as [block][kSteps][kLanes] elements, zeros past k. `natural` is room for one row in float32.
-template <class Code>
+template <class Steps>
 void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural, float* to) {
-  constexpr int P = Code::kPerDword;
+  constexpr int64_t kBlock = Steps::Code::kPerDword * kLanes;
   to_float(element(call.x, call.dtype, row * call.row_stride), call.dtype, natural, call.w.k);
-  for (int64_t i = call.w.k; i < blocks * P * kLanes; ++i) natural[i] = 0;
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int j = 0; j < P; ++j)
-      for (int i = 0; i < kLanes; ++i) to[(b * P + j) * kLanes + i] = natural[(b * kLanes + i) * P + j];
+  for (int64_t i = call.w.k; i < blocks * kBlock; ++i) natural[i] = 0;
+  for (int64_t b = 0; b < blocks; ++b, natural += kBlock)
+    for (int j = 0; j < Steps::kSteps; ++j)
+      for (int i = 0; i < kLanes; ++i) *to++ = natural[Steps::column(j, i)];
 }
 
-#if defined(__AVX512BF16__)
-// The same for pairs; x is bfloat16. `natural` holds the row with its zeros, then is read with a stride of P.
-template <class Code>
+// The same for pairs; x is bfloat16.
+template <class Steps>
 void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural, uint32_t* to) {
-  constexpr int P = Code::kPerDword, Steps = P / 2;
+  constexpr int64_t kBlock = Steps::Code::kPerDword * kLanes;
   auto* words = reinterpret_cast<uint16_t*>(natural);
-  std::memset(words, 0, size_t(blocks * P * kLanes) * 2);
+  std::memset(words, 0, size_t(blocks * kBlock) * 2);
   std::memcpy(words, element(call.x, call.dtype, row * call.row_stride), size_t(call.w.k) * 2);
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int j = 0; j < Steps; ++j)
+  for (int64_t b = 0; b < blocks; ++b, words += kBlock)
+    for (int j = 0; j < Steps::kSteps; ++j)
       for (int i = 0; i < kLanes; ++i) {
-        const uint16_t* at = words + (b * kLanes + i) * P + j;
-        to[(b * Steps + j) * kLanes + i] = at[0] | uint32_t(at[Steps]) << 16;
+        const int at = Steps::column(j, i);
+        *to++ = words[at] | uint32_t(words[at + Steps::kSteps]) << 16;
       }
 }
-#endif
 
 // Rows [n, n + kQuad) of W times Rows rows of x. scales and zeros: [kQuad][groups].
 template <class Steps, int Rows, bool Uniform>
@@ -109,7 +110,8 @@ void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename S
     });
 #pragma GCC unroll 4
     for (int q = 0; q < kQuad; ++q) {
-      const Vf s = lanes.pick<Uniform>(scales + q * groups, b);
+      Vf s = lanes.pick<Uniform>(scales + q * groups, b);
+      if (Code::kNans && any_nan(dwords[q])) s = add(s, nan_lanes(dwords[q]));
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) total[r][q] = fma(sums[r][q], s, total[r][q]);
     }
@@ -120,7 +122,7 @@ void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename S
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int q = 0; q < kQuad; ++q) out[r][q] = sum(total[r][q]);
+    for (int q = 0; q < kQuad; ++q) out[r][q] = sum(total[r][q]) * Steps::kUnit;
 }
 
 template <class Steps, int Rows, bool Uniform>
@@ -171,7 +173,7 @@ void few_rows(const LinearCall& call) {
   Carver carver(scratch(need.used()));
   carve(carver, x, natural, scales, zeros);
   lanes.fill(w, Code::kPerDword, blocks);
-  for (int64_t r = 0; r < call.rows; ++r) arrange<Code>(call, r, blocks, natural, x + r * x_stride);
+  for (int64_t r = 0; r < call.rows; ++r) arrange<Steps>(call, r, blocks, natural, x + r * x_stride);
 
   parallel(threads, [&](int thread, int team) {
     const Range mine = share(quad_count, thread, team);

@@ -91,7 +91,8 @@ constexpr TileCodes<Steps> kTileCodes[kMaxRows + 1] = {
 // steps.
 template <Panel Kind>
 BITFUSE_INLINE void tile_numbers(int rows, const void* x, int64_t x_stride, int64_t at, const void* panel,
-                                 int64_t within, int64_t count, [[maybe_unused]] const float* scale, float* sums) {
+                                 int64_t within, int64_t count, [[maybe_unused]] const float* scale,
+                                 float* sums) {
   if constexpr (Kind == Panel::kFloats) {
     kTileFloat[rows](static_cast<const float*>(x) + at, x_stride,
                      static_cast<const float*>(panel) + within * kWidth, int(count), sums, at == 0);
@@ -193,6 +194,7 @@ class Forward {
         }
         transpose(a);
         const int count = int(least(kLanes, dwords - at));
+        if constexpr (Code::kNans) poison(a, count, worker, k / P + at, v * kLanes);
         if constexpr (in_codes(Kind)) {
           uint32_t* to = static_cast<uint32_t*>(panel) + at * kWidth + v * kLanes;
           if (count == kLanes) {
@@ -248,6 +250,16 @@ class Forward {
         transpose(a);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store_dwords(to + (g + i) * kWidth + v * kLanes, a[i]);
+      }
+  }
+
+  // An output whose weights hold a NaN is NaN for every x: its scale becomes one.
+  BITFUSE_INLINE void poison(const Vi (&dwords)[kLanes], int count, const Worker& worker, int64_t at,
+                             int lane) const {
+    for (int i = 0; i < count; ++i)
+      if (any_nan(dwords[i])) {
+        float* scale = worker.scales + int64_t(group_[at + i]) * kWidth + lane;
+        store(scale, add(load(scale), nan_lanes(dwords[i])));
       }
   }
 
@@ -383,6 +395,7 @@ class Gradient {
       const Vf z = Code::kZeros ? set_halves(zero_at[low], zero_at[high]) : zero();
       const Vi code = Code::natural(codes + code_bytes<Code>(v * kLanes));
       row[v] = mul(code_.template value<0>(code, z), set_halves(scale[low], scale[high]));
+      if constexpr (Code::kNans) row[v] = add(row[v], nan_lanes(code));
     }
   }
 

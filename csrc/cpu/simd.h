@@ -72,19 +72,37 @@ BITFUSE_INLINE Vf byte_less(Vi a, Vf zero) {
   return sub(as_float(bits), add(zero, set1(8388608.0f)));
 }
 
-// The e4m3fn number in byte Byte of each dword. As an fp16 bit pattern (sign, 4 bits of exponent moved down
-// one, 3 of mantissa) it reads 2^-8 too small; fp16 reaches e4m3's subnormals as normal arithmetic, whatever
-// DAZ says.
+// e4m3fn as fp16: sign, the exponent's 4 bits one place lower, 3 of mantissa. It reads 2^-8 too small, and
+// fp16 conversion reaches e4m3's subnormals as normal numbers, whatever DAZ says. Codes 0x7f and 0xff, which
+// are NaN, come out as
+// +-480: callers ask `nan_lanes`.
+constexpr float kE4m3Unit = 256;
+
+// The number in byte Byte of each dword.
 template <int Byte>
 BITFUSE_INLINE Vf byte_e4m3(Vi a) {
   Vi top = Byte == 0 ? _mm512_slli_epi32(a, 8) : shift_right<8 * (Byte > 0 ? Byte - 1 : 0)>(a);
   __m256i half = _mm512_cvtepi32_epi16(_mm512_srai_epi16(top, 1));
   half = _mm256_and_si256(half, _mm256_set1_epi16(static_cast<short>(0xbf80)));
-  __mmask16 nan =
-      _mm256_cmpeq_epi16_mask(_mm256_or_si256(half, _mm256_set1_epi16(static_cast<short>(0x8000))),
-                              _mm256_set1_epi16(static_cast<short>(0xbf80)));
-  half = _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00));
-  return mul(_mm512_cvtph_ps(half), set1(256.0f));
+  return mul(_mm512_cvtph_ps(half), set1(kE4m3Unit));
+}
+// The number of byte `Step % 2 + 2 * i + Step / 2 * 2 * kLanes` in lane i, over kE4m3Unit: words need no
+// packing.
+template <int Step>
+BITFUSE_INLINE Vf bytes_e4m3(Vi a) {
+  Vi half = _mm512_and_si512(_mm512_srai_epi16(Step % 2 ? a : _mm512_slli_epi16(a, 8), 1),
+                             _mm512_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm512_cvtph_ps(Step < 2 ? _mm512_castsi512_si256(half) : _mm512_extracti64x4_epi64(half, 1));
+}
+BITFUSE_INLINE __mmask64 nan_bytes(Vi a) {
+  const Vi ones = _mm512_set1_epi8(-1);
+  return _mm512_cmpeq_epi8_mask(_mm512_or_si512(a, _mm512_set1_epi8(static_cast<char>(0x80))), ones);
+}
+BITFUSE_INLINE bool any_nan(Vi a) { return nan_bytes(a) != 0; }
+// NaN in the lanes whose dword has a byte that is NaN, 0 in the others.
+BITFUSE_INLINE Vf nan_lanes(Vi a) {
+  Vi bytes = _mm512_maskz_set1_epi8(nan_bytes(a), -1);
+  return as_float(_mm512_maskz_set1_epi32(_mm512_test_epi32_mask(bytes, bytes), 0x7fc00000));
 }
 
 // Dword i of the result holds 4-bit code i of the 8 bytes at p in its low 4 bits.
@@ -203,17 +221,30 @@ BITFUSE_INLINE Vf byte_less(Vi a, Vf zero) {
   return sub(_mm256_cvtepi32_ps(code), zero);
 }
 
+constexpr float kE4m3Unit = 256;
+
 template <int Byte>
 BITFUSE_INLINE Vf byte_e4m3(Vi a) {
-  Vi top = _mm256_slli_epi32(
-      a, 24 - 8 * Byte);  // the fp16 pattern goes to the high word: sign stays, dropped below
-  Vi half = _mm256_and_si256(_mm256_srai_epi32(top, 1), _mm256_set1_epi32(static_cast<int>(0xbf800000)));
-  Vi nan = _mm256_cmpeq_epi32(_mm256_and_si256(half, _mm256_set1_epi32(0x3f800000)),
-                              _mm256_set1_epi32(0x3f800000));
-  half = _mm256_blendv_epi8(half, _mm256_set1_epi32(0x7e000000), nan);
-  __m128i packed = _mm_packus_epi32(_mm_srli_epi32(_mm256_castsi256_si128(half), 16),
-                                    _mm_srli_epi32(_mm256_extracti128_si256(half, 1), 16));
-  return mul(_mm256_cvtph_ps(packed), set1(256.0f));
+  Vi top = _mm256_slli_epi32(a, 24 - 8 * Byte);
+  Vi half = _mm256_srli_epi32(
+      _mm256_and_si256(_mm256_srai_epi32(top, 1), _mm256_set1_epi32(static_cast<int>(0xbf800000))), 16);
+  __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return mul(_mm256_cvtph_ps(packed), set1(kE4m3Unit));
+}
+template <int Step>
+BITFUSE_INLINE Vf bytes_e4m3(Vi a) {
+  Vi half = _mm256_and_si256(_mm256_srai_epi16(Step % 2 ? a : _mm256_slli_epi16(a, 8), 1),
+                             _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm256_cvtph_ps(Step < 2 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1));
+}
+BITFUSE_INLINE Vi nan_bytes(Vi a) {
+  return _mm256_cmpeq_epi8(_mm256_or_si256(a, _mm256_set1_epi8(static_cast<char>(0x80))),
+                           _mm256_set1_epi8(-1));
+}
+BITFUSE_INLINE bool any_nan(Vi a) { return _mm256_movemask_epi8(nan_bytes(a)) != 0; }
+BITFUSE_INLINE Vf nan_lanes(Vi a) {
+  Vi none = _mm256_cmpeq_epi32(nan_bytes(a), _mm256_setzero_si256());
+  return as_float(_mm256_andnot_si256(none, _mm256_set1_epi32(0x7fc00000)));
 }
 
 BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) {
@@ -326,15 +357,34 @@ BITFUSE_INLINE Vf byte_less(Vi a, Vf zero) {
   return __builtin_convertvector(shift_right<8 * Byte>(a) & 0xff, Vf) - zero;
 }
 
+constexpr float kE4m3Unit = 256;
+
 template <int Byte>
 BITFUSE_INLINE Vf byte_e4m3(Vi a) {
   Vi code = shift_right<8 * Byte>(a);
   Vi magnitude = code & 0x7f;
-  Vi sign = (code & 0x80) << 24;
   Vf normal = as_float((magnitude << 20) + (120 << 23));
   Vf subnormal = __builtin_convertvector(magnitude, Vf) * 0.001953125f;  // 2^-9
   Vi bits = magnitude < 8 ? as_dwords(subnormal) : as_dwords(normal);
-  return as_float((magnitude == 0x7f ? Vi{} + 0x7fc00000 : bits) | sign);
+  return as_float(bits | (code & 0x80) << 24);
+}
+template <int Step>
+BITFUSE_INLINE Vf bytes_e4m3(Vi a) {
+  uint8_t bytes[16];
+  store_dwords(bytes, a);
+  const uint8_t* at = bytes + Step % 2 + Step / 2 * 8;
+  return byte_e4m3<0>(Vi{at[0], at[2], at[4], at[6]}) * (1 / kE4m3Unit);
+}
+BITFUSE_INLINE Vf nan_lanes(Vi a) {
+  Vi some = (a & 0x7f) == 0x7f;
+  some |= (a & 0x7f00) == 0x7f00;
+  some |= (a & 0x7f0000) == 0x7f0000;
+  some |= (a & 0x7f000000) == 0x7f000000;
+  return as_float(some & 0x7fc00000);
+}
+BITFUSE_INLINE bool any_nan(Vi a) {
+  Vi some = as_dwords(nan_lanes(a));
+  return (some[0] | some[1] | some[2] | some[3]) != 0;
 }
 
 BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) { return Vi{p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4}; }
