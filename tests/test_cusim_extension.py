@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import cusim
 import pytest
 import torch
 
+NVCC = cusim.cuda_include().parent / "bin" / "nvcc"
 pytestmark = [
     pytest.mark.skipif(cusim.has_gpu(), reason="the simulator stands in for a GPU"),
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
+    pytest.mark.skipif(not NVCC.exists(), reason="needs nvcc"),
 ]
 
 SOURCE = r"""
@@ -81,7 +81,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source.write_text(SOURCE)
     targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ("80", "90a")]
     flags = ["-std=c++17", "-lineinfo", "-cudart", "shared", "-Xcompiler", "-fPIC", "-shared"]
-    subprocess.run(["nvcc", *targets, *flags, str(source), "-o", str(made)], check=True)
+    subprocess.run([str(NVCC), *targets, *flags, str(source), "-o", str(made)], check=True)
     lib = ctypes.CDLL(str(made))
     lib.run.restype = lib.too_much_shared.restype = ctypes.c_char_p
     return lib

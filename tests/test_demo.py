@@ -149,11 +149,9 @@ def test_errors_are_one_line(
     assert not result.stdout and not os.listdir(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_unwritable_folder(tiny: Path, tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(demo.DemoError, match="can't write"):
-        run(tmp_path, tiny, "int8")
+def test_unwritable_folder(tiny: Path) -> None:
+    with pytest.raises(demo.DemoError, match="can't write"):  # a folder that root can't write to either
+        run(Path("/proc/bitfuse"), tiny, "int8")
 
 
 def test_model_that_does_not_load(tmp_path: Path) -> None:
