@@ -1,7 +1,7 @@
 """Builds bitfuse._cpu always, and bitfuse._cuda when an nvcc is at hand. No torch is needed to build.
 
 Environment:
-    BITFUSE_CUDA        1 demands the CUDA extension (a failure fails the build), 0 leaves it out; unset: tries
+    BITFUSE_CUDA        1 demands the CUDA extension (a failure fails the build), 0 leaves it out; else: tries
     BITFUSE_CUDA_ARCHS  such as "80;90a" or "80+PTX;90a+PTX"; unset: the GPU that is here, else 80;90a and PTX
     BITFUSE_JOBS        compilers at once; unset: one a core
     CUDA_HOME, CXX      where the toolkit is, and the host compiler

@@ -178,7 +178,8 @@ def test_byte_dot_product() -> None:
     same(elementwise("dp4a.s32.u32 d, a, b, c;", x, y, z, out=np.uint32), expected)
 
 
-FLOAT_OPS = [(op, kind) for op in ("add", "sub", "mul", "min", "max") for kind in ("f32", "f64", "f16", "bf16")]
+FLOAT_KINDS = ("f32", "f64", "f16", "bf16")
+FLOAT_OPS = [(op, kind) for op in ("add", "sub", "mul", "min", "max") for kind in FLOAT_KINDS]
 
 
 @pytest.mark.parametrize(("op", "kind"), [*FLOAT_OPS, ("div", "f32"), ("div", "f64")])

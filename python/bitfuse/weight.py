@@ -362,7 +362,7 @@ def _group_scales(w: torch.Tensor, format: Format, tensor_scale: float) -> tuple
 
 
 def _codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, format: Format) -> torch.Tensor:
-    """The nearest codes, uint8, of float32 groups under float32 scales; ties go to even or to the lower code."""
+    """The nearest codes, uint8, of float32 groups under float32 scales; ties go to even, or down."""
     if format.is_integer:
         return ((w / _divisor(scale)).round() + zero).clamp(0, 2**format.bits - 1).to(torch.uint8)
     if format.codebook == E4M3:

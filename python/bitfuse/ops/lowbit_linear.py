@@ -58,8 +58,7 @@ def _check_weight(
     k: int,
     device: torch.device,
 ) -> None:
-    """What native code relies on. One cheap pass lets the common case through; the rest is looked at again, in
-    words."""
+    """What native code relies on. One cheap pass lets the common case by; the rest is told in words."""
     fmt = FORMATS.get(format) or get_format(format)
     sizes = qweight.shape
     if (
