@@ -159,8 +159,9 @@ void lowbit_linear_grad_x(uintptr_t grad, int dtype, int64_t rows, int64_t row_s
 PYBIND11_MODULE(_cpu, m) {
   m.doc() =
       "C++ kernels of bitfuse on the CPU. Arguments are addresses (Tensor.data_ptr()), sizes and strides.";
-  const char* isa = bitfuse::level().name;
-  m.def("isa", [isa] { return isa; }, "The instruction-set level in use.");
+  // A function and not an attribute: what it raises for a bad BITFUSE_CPU_ISA stays a ValueError, where an
+  // exception of the module's own initialisation would become an ImportError. bitfuse asks as it is imported.
+  m.def("isa", [] { return bitfuse::level().name; }, "The instruction-set level in use.");
   m.def("lowbit_linear", bitfuse::lowbit_linear);
   m.def("lowbit_linear_grad_x", bitfuse::lowbit_linear_grad_x);
 }

@@ -1,18 +1,22 @@
-"""lowbit_linear on the CPU: tensors to addresses. The kernels and what bounds them: csrc/cpu/lowbit_linear.cpp."""
+"""lowbit_linear on the CPU: tensors to addresses. The kernels, and what bounds them: csrc/cpu/."""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import itertools
+from typing import Any
 
 import torch
 
 from ..formats import E4M3, FORMATS, nested_code
 
+_cpu: Any = None
 try:
-    from .. import _cpu
+    _cpu = importlib.import_module("bitfuse._cpu")
+    _cpu.isa()  # a bad BITFUSE_CPU_ISA is an error now, not at the first call
 except ImportError as error:
-    _cpu = None  # type: ignore[assignment]
-    _missing = f"the C++ extension bitfuse._cpu is not there ({error})"
+    _missing = f"the C++ extension bitfuse._cpu can't be imported ({error})"
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # ScaleKind: scales in 8 bits are looked up in a table of 256
@@ -22,7 +26,7 @@ _NIBBLE, _BYTE, _E4M3 = range(3)  # CodeKind of csrc/cpu/lowbit_linear.h
 
 @functools.cache
 def _code(format: str) -> tuple[int, int, int] | None:
-    """CodeKind, address of the values and zero point of a format; None for one that the kernels do not know."""
+    """CodeKind, address of the values and zero point of a format; None for one without a kernel."""
     fmt = FORMATS[format]
     if fmt.bits == 4:
         return _NIBBLE, _kept(fmt.values()), fmt.zero_point
@@ -86,23 +90,25 @@ def supports_grad_x(
     return _reason(format, group_size)
 
 
-def _dense(t: torch.Tensor) -> torch.Tensor:
-    return t if t.is_contiguous() else t.contiguous()
+def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """x, or a dense copy of it where one row stride can't address it; its rows and that stride."""
+    """x, or a dense copy where one row stride can't address its rows; how many they are, and that stride."""
     columns = x.shape[-1]
     rows = x.numel() // columns if columns else 0
     if x.is_contiguous():
         return x, rows, columns
     if x.stride(-1) == 1:
-        if x.dim() == 2:
-            return x, rows, x.stride(0)
-        outer = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1]) if size != 1]
-        if all(a[1] == b[0] * b[1] for a, b in zip(outer, outer[1:])):
+        outer = [(x.shape[i], x.stride(i)) for i in range(x.dim() - 1) if x.shape[i] != 1]
+        if all(slow[1] == fast[0] * fast[1] for slow, fast in itertools.pairwise(outer)):
             return x, rows, outer[-1][1] if outer else columns
     return x.contiguous(), rows, columns
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def run(
@@ -117,21 +123,12 @@ def run(
     group_size: int,
 ) -> torch.Tensor:
     """y = x W^T + b. The arguments have passed the op's check and `supports`."""
-    code_kind, values, zero_point = _code(format)  # type: ignore[misc]
     n, k = qweight.shape[0], x.shape[-1]
-    x, rows, stride = _rows(x)
-    qweight, scales = _dense(qweight), _dense(scales)
-    zeros = None if zeros is None else _dense(zeros)
-    bias = None if bias is None else _dense(bias)
-    scale_scales = None if scale_scales is None else _dense(scale_scales)
-    scale_kind = _SCALES[scales.dtype]
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    _cpu.lowbit_linear(
-        x.data_ptr(), _DTYPES[x.dtype], rows, stride,
-        qweight.data_ptr(), scales.data_ptr(), scale_kind, 0 if zeros is None else zeros.data_ptr(),
-        0 if scale_kind < 3 else _scale_table(scales.dtype), 0 if scale_scales is None else scale_scales.data_ptr(),
-        0 if scale_offset is None else scale_offset.data_ptr(),
-        values, code_kind, zero_point, n, k, group_size, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+    bias = _dense(bias)
+    _call(
+        _cpu.lowbit_linear, x, qweight, scales, zeros, scale_scales, scale_offset, format, n, k, group_size,
+        _address(bias), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -147,21 +144,44 @@ def run_grad_x(
     group_size: int,
 ) -> torch.Tensor:
     """grad W. The arguments have passed the op's check and `supports_grad_x`."""
-    code_kind, values, zero_point = _code(format)  # type: ignore[misc]
     n, k = qweight.shape[0], qweight.shape[1] * 8 // FORMATS[format].bits
     if n == 0:
         return grad.new_zeros((*grad.shape[:-1], k))
-    grad, rows, stride = _rows(grad)
-    qweight, scales = _dense(qweight), _dense(scales)
-    zeros = None if zeros is None else _dense(zeros)
-    scale_scales = None if scale_scales is None else _dense(scale_scales)
-    scale_kind = _SCALES[scales.dtype]
     out = torch.empty((*grad.shape[:-1], k), dtype=grad.dtype)
-    _cpu.lowbit_linear_grad_x(
-        grad.data_ptr(), _DTYPES[grad.dtype], rows, stride,
-        qweight.data_ptr(), scales.data_ptr(), scale_kind, 0 if zeros is None else zeros.data_ptr(),
-        0 if scale_kind < 3 else _scale_table(scales.dtype), 0 if scale_scales is None else scale_scales.data_ptr(),
-        0 if scale_offset is None else scale_offset.data_ptr(),
-        values, code_kind, zero_point, n, k, group_size, out.data_ptr(),
+    _call(
+        _cpu.lowbit_linear_grad_x, grad, qweight, scales, zeros, scale_scales, scale_offset, format, n, k,
+        group_size, out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _call(
+    function: Any,
+    x: torch.Tensor,
+    qweight: torch.Tensor | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    scale_scales: torch.Tensor | None,
+    scale_offset: torch.Tensor | None,
+    format: str,
+    n: int,
+    k: int,
+    group_size: int,
+    *rest: int,
+) -> None:
+    code_kind, values, zero_point = _code(format)  # type: ignore[misc]
+    scale_kind = _SCALES[scales.dtype]
+    x, rows, stride = _rows(x)
+    # copies, where there are any, live until the kernel returns
+    qweight, dense_scales, zeros, scale_scales = (
+        _dense(qweight),
+        _dense(scales),
+        _dense(zeros),
+        _dense(scale_scales),
+    )
+    function(
+        x.data_ptr(), _DTYPES[x.dtype], rows, stride,
+        _address(qweight), _address(dense_scales), scale_kind, _address(zeros),
+        _scale_table(scales.dtype) if scale_kind >= 3 else 0, _address(scale_scales), _address(scale_offset),
+        values, code_kind, zero_point, n, k, group_size, *rest,
+    )  # fmt: skip
