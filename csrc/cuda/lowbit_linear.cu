@@ -6,19 +6,19 @@
 //
 // Layout. W is the A operand of mma.m16n8k16 (16 outputs a step), x the B operand (8 tokens), and since k is
 // summed over, any order of k serves if both operands follow it: the canonical layout is taken as it stands.
-//   warp    32 outputs (two tiles of 16), a chunk of 64 bytes of each row at a time: 128 codes of 4 bits, 64
-//   of 8 stage   one chunk: 32 rows of 4 units of 16 bytes, 2 KiB. Each lane copies its own units, rows
-//   lane/4 + 8i, unit
-//           lane%4: 64 bytes in a row. Unit u of row r lies at 4r + (u ^ swizzle(r)), so that writing and
-//           reading meet no bank twice.
-//   span    32 consecutive k, two steps of k16. Lane (g = lane/4, t = lane%4) holds codes 8t..8t+7 of its
-//   four rows g,
-//           g+8, g+16, g+24, in pairs in the row's order, and x[8t..8t+7] of token g: one 16-byte load of x
-//           as it is.
-//   panel   x[all tokens, a power of two of chunks], swizzled, shared by the warps that stand side by side in
-//   n
-// A span never straddles a group (groups are a multiple of 32, or the row), so a group's scale meets float32
-// sums: codes minus zero points are multiplied exactly, and no weight is rounded.
+// - A warp has 32 outputs, two tiles of 16, and takes of each row a chunk of 64 bytes at a time: 128 codes of
+//   4 bits, 64 of 8 bits.
+// - A stage is a warp's chunk: 32 rows of 4 units of 16 bytes, 2 KiB. Each lane copies unit lane % 4 of rows
+//   lane / 4 + 8 i, so a row is read in 64 bytes. Unit u of row r lies at 4 r + (u ^ swizzle(r)): neither
+//   writing nor reading meets a bank twice.
+// - A span is 32 consecutive k, two steps of k16. Lane (g = lane / 4, t = lane % 4) holds codes 8t..8t+7 of
+//   rows g, g+8, g+16 and g+24, and x[8t..8t+7] of token g, which is one 16-byte read for both steps.
+// - A panel is x[all tokens, a power of two of chunks], swizzled, shared by the warps that stand side by side
+//   in n. Where a format's pairs are not neighbours, each thread reorders the units that it has copied.
+// Decoding is 9 instructions for 8 codes of int4 (float16), 12 and 4 table reads of a codebook; a span of 512
+// bytes, for up to 8 tokens, is some 90 instructions a warp and 8 shared-memory wavefronts (24 of a
+// codebook). A span never straddles a group (groups are a multiple of 32, or the row), so a group's scale
+// meets float32 sums: codes minus zero points are multiplied exactly, and no weight is rounded.
 //
 // Order. The weights' pipeline is each warp's own and needs no block barrier; the one there is comes with a
 // new panel of x. Warps that split k, and then blocks, are added in a fixed order, whoever is last: the same
@@ -105,8 +105,9 @@ __device__ __forceinline__ void load_scales(const LowbitLinearArgs& a, int row, 
   }
   if (a.zeros != nullptr) {
 #pragma unroll
-    for (int r = 0; r < LaneRows; ++r)
+    for (int r = 0; r < LaneRows; ++r) {
       s.zero[r] = __ldg(a.zeros + ((row + rows[r]) * a.zeros_stride + group));
+    }
   }
 }
 
@@ -115,8 +116,9 @@ __device__ __forceinline__ void scale_values(const LowbitLinearArgs& a, const in
                                              float (&values)[LaneRows]) {
   if (a.scale_type == ScaleType::Float16) {
 #pragma unroll
-    for (int r = 0; r < LaneRows; ++r)
+    for (int r = 0; r < LaneRows; ++r) {
       values[r] = __half2float(__ushort_as_half(static_cast<unsigned short>(s.scale[r])));
+    }
   } else if (a.scale_type == ScaleType::Nested) {
     // one second-level scale serves 256 neighbours: it is in L1
     const float offset = __ldg(a.scale_offset);
@@ -182,32 +184,37 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   const int row_eights = min(LaneRows, (a.n - warp_row) / 8);
   const bool aligned = (reinterpret_cast<uintptr_t>(a.qweight) | a.qweight_stride | row_bytes) % 16 == 0;
   const int64_t eight_rows = 8 * a.qweight_stride;
-  const unsigned char* const codes = a.qweight + (warp_row + g) * a.qweight_stride;
   const uint32_t copy_to = shared_address(ring) + warp * Stages * StageBytes + 16 * (lane ^ swizzle(g));
   const uint64_t policy = evict_first_policy();
-  auto copy_chunk = [&](int step) {
-    const int chunk = chunk_begin + warp_k + step * warps_k;
-    const int at = chunk * ChunkBytes + 16 * t;
-    const uint32_t to = copy_to + step % Stages * StageBytes;
-    const unsigned char* const from = codes + at;
-    if (chunk < chunk_end) {
+  int to_copy = chunk_begin + warp_k;
+  unsigned copy_stage = 0;
+  int row_rest = row_bytes - to_copy * ChunkBytes - 16 * t;  // from this lane's unit on
+  const unsigned char* from = a.qweight + (warp_row + g) * a.qweight_stride + to_copy * ChunkBytes + 16 * t;
+  auto copy_chunk = [&] {
+    if (to_copy < chunk_end) {
+      const uint32_t to = copy_to + copy_stage;
       if (aligned) {
 #pragma unroll
         for (int i = 0; i < LaneRows; ++i) {
           if (i < row_eights) {
-            cp_async_16_stream(to + 8 * i * ChunkBytes, from + i * eight_rows, at < row_bytes, policy);
+            cp_async_16_stream(to + 8 * i * ChunkBytes, from + i * eight_rows, row_rest > 0, policy);
           }
         }
       } else {
+#pragma unroll 1
         for (int i = 0; i < row_eights; ++i) {
 #pragma unroll
           for (int word = 0; word < 16; word += 4) {
-            cp_async_4(to + 8 * i * ChunkBytes + word, from + i * eight_rows + word, at + word < row_bytes);
+            cp_async_4(to + 8 * i * ChunkBytes + word, from + i * eight_rows + word, row_rest > word);
           }
         }
       }
     }
     cp_async_commit();
+    to_copy += warps_k;
+    from += warps_k * ChunkBytes;
+    row_rest -= warps_k * ChunkBytes;
+    copy_stage = (copy_stage + StageBytes) % (Stages * StageBytes);
   };
 
   // copying x: units of 8 numbers; odd tokens have the halves of each 128 bytes swapped, so that the 16-byte
@@ -255,7 +262,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
 #pragma unroll
   for (int step = 0; step < Stages - 1; ++step) {
     if (step > 0 && step < panels_ahead) copy_panel(step, step);
-    copy_chunk(step);
+    copy_chunk();
   }
   next_scales();
   if (a.scale_type == ScaleType::Nested) nested[threadIdx.x] = __ldg(a.nested_levels + threadIdx.x);
@@ -269,13 +276,19 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   for (int r = 0; r < LaneRows; ++r) zero[r] = F::zero(a.zero_point), flags[r] = 0;
   float total[RowTiles][TokenTiles][4] = {}, part[RowTiles][TokenTiles][4] = {};
 
-  const unsigned char* const lane_ring = ring + warp * Stages * StageBytes + g * ChunkBytes;
+  // Where this lane's codes are in `shared`: an exclusive or leads from span to span, see swizzle.
+  const int unit = Words == 1 ? 0 : t / 2, within = Words == 1 ? 4 * t : 8 * (t % 2);
+  const int lane_codes =
+      kernel.ring_offset + warp * Stages * StageBytes + g * ChunkBytes + 16 * (unit ^ swizzle(g)) + within;
+  unsigned stage = 0;
   // Where this lane's x is in `shared`. Tokens that there are not read what is there: another token's x, or
   // what a tile of eight leaves unused; their sums are not stored.
   const int token = TokenTiles == 1 ? min(g, a.m - 1) : g;
   const int lane_x = kernel.ring_offset + RingBytes + token * panel_pitch + 16 * (t ^ ((token & 1) << 2));
 
+  const int chunk_pitch = ChunkK * static_cast<int>(sizeof(T));
   int buffer = -1;  // of the panel that is read
+  int x_at = 0;     // of this lane's x in it
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<Stages - 2>();
     if ((step & (panel_steps - 1)) == 0) {
@@ -284,51 +297,48 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
       if constexpr (F::PairsApart) order_panel(buffer);
       __syncthreads();
       if (panels_ahead > 0) copy_panel((step >> kernel.log_panel) + panels_ahead, read_before);
+      x_at = lane_x + buffer * panel_bytes + warp_k * chunk_pitch;
     } else {
       __syncwarp();
     }
-    copy_chunk(step + Stages - 1);
-    if (chunk_begin + warp_k + step * warps_k >= chunk_end) continue;
+    copy_chunk();
+    if (chunk_begin + warp_k + step * warps_k >= chunk_end) break;
 
-    uint32_t words[Spans][LaneRows][Words];
-    const unsigned char* const stage = lane_ring + step % Stages * StageBytes;
+    float scale[LaneRows];
+    uint32_t zero_codes = 0;  // a byte a row
+    scale_values(a, rows, scales, nested, scale);
+    if (a.zeros != nullptr) {
+#pragma unroll
+      for (int r = 0; r < LaneRows; ++r) zero_codes |= scales.zero[r] << 8 * r;
+    }
+    next_scales();
+
 #pragma unroll
     for (int span = 0; span < Spans; ++span) {
+      // with the most sums there are no registers for the next span's codes: none are read ahead
+      if constexpr (TokenTiles == 8) __syncwarp();
+      uint32_t words[LaneRows][Words];
+      const unsigned char* const codes = shared + ((lane_codes + stage) ^ (16 * Words * span));
 #pragma unroll
       for (int r = 0; r < LaneRows; ++r) {
         if constexpr (Words == 1) {
-          const int at = 8 * r * ChunkBytes + 16 * (span ^ swizzle(g)) + 4 * t;
-          words[span][r][0] = *reinterpret_cast<const uint32_t*>(stage + at);
+          words[r][0] = *reinterpret_cast<const uint32_t*>(codes + 8 * r * ChunkBytes);
         } else {
-          const int at = 8 * r * ChunkBytes + 16 * ((2 * span + t / 2) ^ swizzle(g)) + 8 * (t % 2);
-          const uint2 two = *reinterpret_cast<const uint2*>(stage + at);
-          words[span][r][0] = two.x, words[span][r][1] = two.y;
+          const uint2 two = *reinterpret_cast<const uint2*>(codes + 8 * r * ChunkBytes);
+          words[r][0] = two.x, words[r][1] = two.y;
         }
       }
-    }
-
-    float scale[LaneRows];
-    uint32_t zero_code[LaneRows];
-    scale_values(a, rows, scales, nested, scale);
-#pragma unroll
-    for (int r = 0; r < LaneRows; ++r) zero_code[r] = scales.zero[r];
-    next_scales();
-
-    const int x_at = buffer * panel_bytes +
-                     ((step & (panel_steps - 1)) * warps_k + warp_k) * ChunkK * static_cast<int>(sizeof(T));
-#pragma unroll
-    for (int span = 0; span < Spans; ++span) {
       if (a.zeros != nullptr) {
+        const uint32_t of_span = __shfl_sync(~0u, zero_codes, (lane & ~3) + span);
 #pragma unroll
-        for (int r = 0; r < LaneRows; ++r)
-          zero[r] = F::zero(__shfl_sync(~0u, zero_code[r], (lane & ~3) + span));
+        for (int r = 0; r < LaneRows; ++r) zero[r] = F::zero(of_span >> 8 * r & 0xff);
       }
       uint32_t w[2][RowTiles][4];
 #pragma unroll
       for (int i = 0; i < RowTiles; ++i) {
         uint32_t upper[4], lower[4];
-        format.dequant8(words[span][2 * i], zero[2 * i], flags[2 * i], upper);
-        format.dequant8(words[span][2 * i + 1], zero[2 * i + 1], flags[2 * i + 1], lower);
+        format.dequant8(words[2 * i], zero[2 * i], flags[2 * i], upper);
+        format.dequant8(words[2 * i + 1], zero[2 * i + 1], flags[2 * i + 1], lower);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           w[half][i][0] = upper[2 * half], w[half][i][1] = lower[2 * half];
@@ -336,7 +346,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
         }
       }
       // the place of a span within 128 bytes is one bit, which the swizzle may have flipped
-      const int x_span = (lane_x + x_at + span / 2 * 128) ^ (span % 2 * 64);
+      const int x_span = (x_at + span / 2 * 128) ^ (span % 2 * 64);
 #pragma unroll
       for (int j = 0; j < TokenTiles; ++j) {
         const uint4 b = *reinterpret_cast<const uint4*>(shared + x_span + 8 * j * panel_pitch);
@@ -362,6 +372,8 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
         }
       }
     }
+    x_at += warps_k * chunk_pitch;
+    stage = (stage + StageBytes) % (Stages * StageBytes);
   }
 
   if constexpr (F::HasNan) {
