@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from bitfuse.formats import FORMATS, NESTED_BLOCK, nested_code
+from bitfuse.codebook import unbiased_levels
+from bitfuse.formats import E2M1, FORMATS, NESTED_BLOCK, NF4, nested_code
 from bitfuse.op import simulated_gpu
 
 try:
@@ -123,6 +125,10 @@ def _int4(to: Wide, center: int) -> str:
     return _asm("t, h, one, less, magic", *lines)
 
 
+def _int8(to: Wide) -> str:
+    return _int8_half() if to is HALF else _int8_bfloat()
+
+
 def _int8_half() -> str:
     """1024 + byte: prmt puts the byte under 0x64, the top byte of 1024."""
     lines = [f"mov.b32 less, {HALF.two(1024 + 128, 1024 + 128)}"]
@@ -167,7 +173,8 @@ def _table(to: Wide, values: tuple[float, ...]) -> str:
     prmt picks four of eight bytes by four 3-bit selectors, and four packed codes are just that: once on each
     half of the table, once more to take the half that each code's top bit names. No memory is touched.
     """
-    bits = [word & 0xFFFF for word in torch.tensor(values, dtype=to.dtype).view(torch.int16).tolist()]
+    rounded = unbiased_levels(torch.tensor(values), to.dtype)
+    bits = [word & 0xFFFF for word in rounded.view(torch.int16).tolist()]
     lines = [
         "and.b32 code, $4, 0x77777777",
         "shr.u32 top, $4, 1",
@@ -196,28 +203,24 @@ class Code:
         bits: bits of a code: 2, 4 or 8.
         center: subtracted from the code by the decoding, so that integers come out small and exact; 0 for a
             codebook.
-        half: PTX from four bytes (the last operand) to float16. 8 bit gives two registers of two weights; 4
-            bit a register for each byte, its two weights in the order of the row; 2 bit that for the first
-            two weights of the four bytes, then that for the last two.
-        bfloat: the same to bfloat16.
+        decode: PTX from four bytes (the last operand) to a 16-bit float. 8 bit gives two registers of two
+            weights; 4 bit a register for each byte, its two weights in the order of the row; 2 bit that for
+            the first two weights of the four bytes, then that for the last two.
     """
 
     bits: int
     center: int
-    half: str
-    bfloat: str
+    decode: Callable[[Wide], str]
 
 
-_E4M3 = Code(8, 0, _e4m3(HALF), _e4m3(BFLOAT))
-_NF4, _E2M1 = (
-    Code(4, 0, _table(HALF, values), _table(BFLOAT, values))
-    for values in (FORMATS[name].codebook or () for name in ("nf4", "fp4"))
-)
+_E4M3 = Code(8, 0, _e4m3)
+_NF4 = Code(4, 0, lambda to: _table(to, NF4))
+_E2M1 = Code(4, 0, lambda to: _table(to, E2M1))
 CODES = {
-    "int8": Code(8, 128, _int8_half(), _int8_bfloat()),
-    "int4": Code(4, 8, _int4(HALF, 8), _int4(BFLOAT, 8)),
-    "int2": Code(2, 2, _int2(HALF, 2), _int2(BFLOAT, 2)),
-    "ternary": Code(2, 1, _int2(HALF, 1), _int2(BFLOAT, 1)),
+    "int8": Code(8, 128, _int8),
+    "int4": Code(4, 8, lambda to: _int4(to, 8)),
+    "int2": Code(2, 2, lambda to: _int2(to, 2)),
+    "ternary": Code(2, 1, lambda to: _int2(to, 1)),
     "nf4": _NF4,
     "fp4": _E2M1,
     "mxfp4": _E2M1,
@@ -225,6 +228,13 @@ CODES = {
     "fp8": _E4M3,
     "mxfp8": _E4M3,
 }
+
+
+@functools.cache
+def _decoding(format: str, dtype: torch.dtype) -> str:
+    """The PTX that decodes a format; none to float32, which reads Format's table."""
+    wide = next((w for w in (HALF, BFLOAT) if w.dtype == dtype), None)
+    return CODES[format].decode(wide) if wide else ""
 
 
 # kernels
@@ -800,9 +810,9 @@ def _plan(
     even = width % tile_n == 0 if grad_x else depth % tile_k == 0
     # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
     n_align, k_align, stride_align = 8, math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
-    decode = {torch.float16: code.half, torch.bfloat16: code.bfloat}.get(dtype, "")
     constants = (
-        decode, code.bits, code.center, scale, group_size, NESTED_BLOCK, n_align, k_align, stride_align, even,
+        _decoding(format, dtype), code.bits, code.center, scale, group_size, NESTED_BLOCK,
+        n_align, k_align, stride_align, even,
         tile_m, tile_n, tile_k, sub, *(() if grad_x else (scale_product,)), splits > 1, BAND,
     )  # fmt: skip
     reduce = None

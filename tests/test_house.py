@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
-    **dict.fromkeys(("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight"), 0),
+    **dict.fromkeys(("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook"), 0),
     **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
     "ops": 2,
     "nn": 3,

@@ -77,6 +77,23 @@ def test_grad_x(target: Target, dtype: torch.dtype, options: dict[str, Any]) -> 
         )
 
 
+@pytest.mark.parametrize(
+    "options", [dict(format=name) for name in ("int8", "int4", "nf4", "fp8")], ids=name_of
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"), ids=str)
+def test_no_bias_builds_up(target: Target, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Where all of x is positive, a level of the codebook that is rounded one way shifts every output."""
+    for m in (2, 33):
+        w = bitfuse.quantize(torch.randn(32, 4096) / 64, **options)
+        x = torch.rand(m, 4096, dtype=dtype)
+        exact, plain = x.double() @ w.dequantize().double().T, x @ w.dequantize(dtype).T
+        args = target.place_weight(w).op_args
+        given = (target.place(x)[0], *args[:5], None, *args[5:])
+        if target.reason(forward_op, *given) is None:
+            assert_accurate(target.run(forward_op, *given).cpu(), exact, plain, f"{m} rows")
+
+
 @pytest.mark.parametrize("options", LATER, ids=name_of)
 @pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"), ids=str)
 def test_a_format_that_a_backend_lacks_is_refused_and_never_served_wrong(

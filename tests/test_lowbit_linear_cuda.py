@@ -14,8 +14,8 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from backends import Target, targets
+from bitfuse.codebook import pairs_of_levels
 from bitfuse.cuda import lowbit_linear as cuda
-from bitfuse.cuda.codebook import pairs_of_levels
 from bitfuse.formats import FORMATS, NF4
 from bitfuse.ops.lowbit_linear import forward_op
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ..codebook import pairs_of_levels
 from ..formats import FORMATS, nested_code
 from ..op import simulated_gpu
-from .codebook import pairs_of_levels
 
 try:
     from .. import _cuda  # type: ignore[attr-defined]

@@ -1,10 +1,8 @@
-"""The table by which a kernel decodes a 4-bit codebook: the two levels of each byte, as 16-bit floats.
+"""A 4-bit codebook in 16-bit floats, rounded so that no bias builds up.
 
 Rounding a level to the nearest float errs the same way at every weight of that level, which adds up over k
 where x has a mean: with NF4, K = 4096 and x > 0 it is four (float16) to seven times (bfloat16) the error of
-rounding each product of level and scale, as plain PyTorch does. So a level is rounded up in as many of its
-contexts, and down in the others, as puts the mean at the level itself. A context is what the kernel's table
-is indexed by anyway: the other code of the byte, and the lane's place among the four that share a row.
+rounding each product of level and scale, as plain PyTorch does.
 """
 
 from __future__ import annotations
@@ -40,9 +38,26 @@ def _beliefs(levels: list[float]) -> list[list[float]]:
     return [normal, [1 / len(levels)] * len(levels)]
 
 
+def unbiased_levels(levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One 16-bit float a level, `dtype` [16]: of all ways to round each up or down, the one with the least
+    error of a sum over some 4096 weights, whose mean counts by 4096 and whose scatter by its root."""
+    exact = levels.double().cpu()
+    down, up = _around(exact, dtype)
+    choices = (torch.arange(2**16).unsqueeze(1) >> torch.arange(16)) & 1 == 1
+    error = torch.where(choices, up.double(), down.double()) - exact
+    beliefs = torch.tensor(_beliefs(exact.tolist()), dtype=torch.double)
+    means = torch.cat((error @ beliefs.T, (error * exact) @ beliefs.T), dim=1)
+    best = (4096 * means.square().sum(1) + error.square() @ beliefs[0]).argmin()
+    return torch.where(choices[best], up, down)
+
+
 def pairs_of_levels(levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Bytes to pairs of levels: `dtype` [256, 4, 2] of (byte, lane % 4, low or high nibble); levels is
     float32 [16].
+
+    A level is rounded up in as many of its contexts, and down in the others, as puts the mean at the level
+    itself. A context is what the kernel's table is indexed by anyway: the other code of the byte, and the
+    lane's place among the four that share a row.
 
     The decisions diffuse their error, from context to context and from code to code, the likely ones first,
     so that what is left when all are made is a small part of one rounding.
