@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import bitfuse
@@ -249,3 +251,25 @@ def test_the_torch_op_refuses_what_would_crash() -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=words):
             op(*good[:at], value, *good[at + 1 :])
+
+
+PEAK = """
+import resource, torch, bitfuse
+from bitfuse.formats import get_format
+n, k = 8192, 4096
+qweight = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+w = bitfuse.LowBitWeight(qweight, torch.rand(n, k // 128).half(), get_format("int4"), (n, k))
+small = bitfuse.quantize(torch.randn(64, 128), "int4")
+for weight, rows in ((small, 64), (w, 64)):
+    x = torch.randn(rows, weight.shape[1], dtype=torch.bfloat16, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bitfuse.lowbit_linear(x, weight).sum().backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(peak / 1024)
+"""
+
+
+def test_forward_and_backward_write_no_dense_weight() -> None:
+    """In bfloat16 the dense weight would take 64 MiB; x, y and their gradients take 3."""
+    out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 16, f"{out.strip()} MiB"
