@@ -106,6 +106,19 @@ BITFUSE_INLINE void tile_numbers(int rows, const void* x, int64_t x_stride, int6
 #endif
 }
 
+// Lines of memory that the next block will read, asked for a few at a time between tiles: all at once they
+// would fill the core's miss buffers and stop it for as long as the memory takes.
+struct Prefetch {
+  const uint8_t* base = nullptr;
+  int64_t row_bytes = 0, rows = 0, bytes = 0;  // a block of `rows` rows, `bytes` of each
+
+  int64_t lines() const { return rows * ((bytes + 63) / 64); }
+  BITFUSE_INLINE void ask(Range lines) const {
+    for (int64_t i = lines.begin; i < lines.end; ++i)
+      __builtin_prefetch(base + i % rows * row_bytes + i / rows * 64, 0, 2);
+  }
+};
+
 // The steps of a forward panel: what decodes it, with and without pairs.
 template <class Code, Panel Kind>
 struct StepsOf {
@@ -183,7 +196,6 @@ class Forward {
       const uint8_t* row[kLanes];
       for (int i = 0; i < kLanes; ++i)
         row[i] = w_.codes + least(out + v * kLanes + i, w_.n - 1) * row_bytes + code_bytes<Code>(k);
-      prefetch_after(row, k, end);
       for (int64_t at = 0; at < dwords; at += kLanes) {
         Vi a[kLanes];
         if (k + (at + kLanes) * P <= w_.k) {
@@ -211,6 +223,16 @@ class Forward {
         }
       }
     }
+  }
+
+  // What follows the block that ends at `end` of the tile at `out`: its next block, or the first one of the
+  // tile below.
+  Prefetch after(int64_t out, int64_t end) const {
+    const int64_t row_bytes = code_bytes<Code>(w_.k);
+    if (end == w_.k) out += kWidth, end = 0;
+    const int64_t next = block_end(end);
+    return {w_.codes + out * row_bytes + code_bytes<Code>(end), row_bytes, most(least(kWidth, w_.n - out), 0),
+            code_bytes<Code>(next - end)};
   }
 
   // sums[rows][kWidth] (+)= x[rows][k, end) W, the panel holding [k, end); x points at row 0 of the tile,
@@ -292,14 +314,6 @@ class Forward {
 #endif
   }
 
-  // The next block of these rows, or the first of the rows below, arrives while this block is used.
-  BITFUSE_INLINE void prefetch_after(const uint8_t* const (&row)[kLanes], int64_t k, int64_t end) const {
-    const int64_t bytes = code_bytes<Code>(end - k);
-    const int64_t ahead = end < w_.k ? bytes : kWidth * code_bytes<Code>(w_.k) - code_bytes<Code>(k);
-    for (int i = 0; i < kLanes; ++i)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row[i] + ahead + b);
-  }
-
   const LowBitMatrix& w_;
   Steps steps_;
   int32_t* group_ = nullptr;
@@ -369,6 +383,8 @@ class Gradient {
 #endif
     }
   }
+
+  Prefetch after(int64_t, int64_t) const { return {}; }  // `decode` asks for rows as it goes
 
   void tile(const Worker& worker, int rows, const void* x, int64_t x_stride, int64_t n, int64_t end,
             const void* panel, float* sums) const {
@@ -513,7 +529,9 @@ void multiply(const LinearCall& call) {
         for (int64_t k = 0, end; k < depth; k = end) {
           end = panels.block_end(k);
           panels.decode(worker.panels, out, k, end, worker.panel);
+          const Prefetch ahead = panels.after(out, end);
           for (int64_t t = 0; t < row_tiles; ++t) {
+            ahead.ask(share(ahead.lines(), t, row_tiles));
             const Range tile = share(part_rows, t, row_tiles);
             panels.tile(worker.panels, int(tile.end - tile.begin),
                         from + (part.begin + tile.begin) * stride * kSize, stride, k, end, worker.panel,

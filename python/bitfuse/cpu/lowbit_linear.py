@@ -90,25 +90,13 @@ def supports_grad_x(
     return _reason(format, group_size)
 
 
-def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
-    return t if t is None or t.is_contiguous() else t.contiguous()
-
-
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """x, or a dense copy where one row stride can't address its rows; how many they are, and that stride."""
-    columns = x.shape[-1]
-    rows = x.numel() // columns if columns else 0
-    if x.is_contiguous():
-        return x, rows, columns
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x, which is not contiguous, or a dense copy where one row stride can't address it; and that stride."""
     if x.stride(-1) == 1:
         outer = [(x.shape[i], x.stride(i)) for i in range(x.dim() - 1) if x.shape[i] != 1]
         if all(slow[1] == fast[0] * fast[1] for slow, fast in itertools.pairwise(outer)):
-            return x, rows, outer[-1][1] if outer else columns
-    return x.contiguous(), rows, columns
-
-
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+            return x, outer[-1][1] if outer else x.shape[-1]
+    return x.contiguous(), x.shape[-1]
 
 
 def run(
@@ -125,10 +113,11 @@ def run(
     """y = x W^T + b. The arguments have passed the op's check and `supports`."""
     n, k = qweight.shape[0], x.shape[-1]
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    bias = _dense(bias)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     _call(
         _cpu.lowbit_linear, x, qweight, scales, zeros, scale_scales, scale_offset, format, n, k, group_size,
-        _address(bias), out.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -158,7 +147,7 @@ def run_grad_x(
 def _call(
     function: Any,
     x: torch.Tensor,
-    qweight: torch.Tensor | None,
+    qweight: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     scale_scales: torch.Tensor | None,
@@ -169,19 +158,27 @@ def _call(
     group_size: int,
     *rest: int,
 ) -> None:
+    """Call a compiled function. No helpers here: their calls would be a good part of a tiny product's time.
+    Copies of what is not contiguous live until the function returns."""
     code_kind, values, zero_point = _code(format)  # type: ignore[misc]
     scale_kind = _SCALES[scales.dtype]
-    x, rows, stride = _rows(x)
-    # copies, where there are any, live until the kernel returns
-    qweight, dense_scales, zeros, scale_scales = (
-        _dense(qweight),
-        _dense(scales),
-        _dense(zeros),
-        _dense(scale_scales),
-    )
+    stride = x.shape[-1]
+    rows = x.numel() // stride if stride else 0
+    if not x.is_contiguous():
+        x, stride = _rows(x)
+    if not qweight.is_contiguous():
+        qweight = qweight.contiguous()
+    if not scales.is_contiguous():
+        scales = scales.contiguous()
+    if zeros is not None and not zeros.is_contiguous():
+        zeros = zeros.contiguous()
+    if scale_scales is not None and not scale_scales.is_contiguous():
+        scale_scales = scale_scales.contiguous()
     function(
         x.data_ptr(), _DTYPES[x.dtype], rows, stride,
-        _address(qweight), _address(dense_scales), scale_kind, _address(zeros),
-        _scale_table(scales.dtype) if scale_kind >= 3 else 0, _address(scale_scales), _address(scale_offset),
+        qweight.data_ptr(), scales.data_ptr(), scale_kind, 0 if zeros is None else zeros.data_ptr(),
+        _scale_table(scales.dtype) if scale_kind >= 3 else 0,
+        0 if scale_scales is None else scale_scales.data_ptr(),
+        0 if scale_offset is None else scale_offset.data_ptr(),
         values, code_kind, zero_point, n, k, group_size, *rest,
     )  # fmt: skip
