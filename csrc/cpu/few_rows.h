@@ -134,6 +134,7 @@ void quads(const Steps& steps, const LinearCall& call, Range range, const typena
     const int64_t n = i * kQuad;
     read_scales(w, i * count, count, scales);
     if (Steps::Code::kZeros) read_zeros(w, i * count, count, zeros);
+    prefetch_scales(w, (i + 1) * count, count);
     float y[Rows][kQuad], bias[kQuad] = {};
     quad<Steps, Rows, Uniform>(steps, w, n, x, x_stride, lanes, scales, zeros, y);
     if (call.bias) to_float(element(call.bias, call.dtype, n), call.dtype, bias, kQuad);

@@ -60,6 +60,15 @@ inline void read_scales(const LowBitMatrix& w, int64_t first, int64_t count, flo
   });
 }
 
+// Ask for the memory of scales (and zeros) that are read soon: they are short runs far apart, which no
+// hardware prefetcher follows.
+inline void prefetch_scales(const LowBitMatrix& w, int64_t first, int64_t count) {
+  const int64_t size = w.scale_kind == ScaleKind::kFloat32 ? 4 : w.scale_kind >= ScaleKind::kNested ? 1 : 2;
+  const char* scales = static_cast<const char*>(w.scales) + first * size;
+  for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(scales + b);
+  for (int64_t b = 0; w.zeros && b < count; b += 64) __builtin_prefetch(w.zeros + first + b);
+}
+
 inline void read_zeros(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = float(w.zeros[first + i]);
 }
