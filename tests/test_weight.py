@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -147,16 +149,26 @@ def test_a_format_of_ones_own() -> None:
     """The mechanism takes any table and any width: a 3-bit codebook, unknown to the package until now."""
     table = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
     format = Format("e3m0", 3, group_size=32, codebook=table)
-    FORMATS["e3m0"] = format
+    with pytest.raises(ValueError, match="format 'e3m0' is not registered"):
+        bitfuse.quantize(torch.randn(16, 64), format)
     try:
+        bitfuse.register_format(format)
         w = bitfuse.quantize(torch.randn(16, 64), "e3m0")
         x = torch.randn(3, 64)
-        with bitfuse.use_backend("reference"):
-            torch.testing.assert_close(bitfuse.lowbit_linear(x, w), x @ w.dequantize().T)
+        torch.testing.assert_close(bitfuse.lowbit_linear(x, w), x @ w.dequantize().T)
         assert w.qweight.shape == (16, 24)
         assert w.relative_error(w.dequantize()) == 0
+        with pytest.raises(ValueError, match="'e3m0' is registered already"):
+            bitfuse.register_format(Format("e3m0", 3, codebook=table[::-1]))
     finally:
-        del FORMATS["e3m0"]
+        FORMATS.pop("e3m0", None)
+    with pytest.raises(ValueError, match="format 'nf4' is not registered"):
+        bitfuse.quantize(torch.randn(16, 64), Format("nf4", 4, group_size=32))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_survives_pickle(name: str) -> None:
+    assert pickle.loads(pickle.dumps(FORMATS[name])) == copy.deepcopy(FORMATS[name]) == FORMATS[name]
 
 
 def test_empty() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from . import nn, ops
 from ._version import __version__
-from .formats import Format
+from .formats import Format, register_format
 from .op import BackendError, Explanation, explain, use_backend
 from .ops.lowbit_linear import lowbit_linear
 from .quantization import QuantizationReport, quantize_
@@ -24,5 +24,6 @@ __all__ = [
     "ops",
     "quantize",
     "quantize_",
+    "register_format",
     "use_backend",
 ]

@@ -8,7 +8,7 @@ minifloat (FP8) differ in that table and in how a scale is chosen, and in nothin
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -21,6 +21,7 @@ NF4 = (
     1.0,
 )  # fmt: skip
 
+NAN = float("nan")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # what the OCP MX and NVFP4 formats fix their scales to: powers of two, and e4m3 under a scale of the tensor
 FIXED_SCALE_DTYPES = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
@@ -38,13 +39,13 @@ def _minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
             2.0 ** (1 - bias) * fraction if exponent == 0 else 2.0 ** (exponent - bias) * (1 + fraction)
         )
     if exponent_bits + mantissa_bits == 7:
-        values[-1] = float("nan")
+        values[-1] = NAN
     return tuple(values) + tuple(-v for v in values)
 
 
 E4M3 = _minifloat(4, 3)
 E2M1 = _minifloat(2, 1)
-TERNARY = (-1.0, 0.0, 1.0, float("nan"))  # the fourth code stands for nothing
+TERNARY = (-1.0, 0.0, 1.0, NAN)  # the fourth code stands for nothing
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 
 
@@ -101,6 +102,12 @@ class Format:
             )
         if self.nested and self.scale_dtype != torch.float32:
             raise ValueError(f"scale_dtype is {self.scale_dtype}, expected torch.float32 with nested scales")
+
+        if self.codebook is not None:  # one NaN, so that equal tables compare equal
+            object.__setattr__(self, "codebook", tuple(NAN if v != v else float(v) for v in self.codebook))
+
+    def __reduce__(self) -> tuple[type[Format], tuple[object, ...]]:
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @property
     def is_integer(self) -> bool:
@@ -159,6 +166,24 @@ def get_format(format: str | Format, **changes: object) -> Format:
         raise TypeError(f"format is a {type(format).__name__}, expected a name or a bitfuse.Format")
     changed = {k: v for k, v in changes.items() if v is not None}
     return replace(format, **changed) if changed else format  # type: ignore[arg-type]
+
+
+def register_format(format: Format) -> Format:
+    """Make a format of one's own known by its name; the reference serves it at once.
+
+    Raises:
+        ValueError: the name stands for other codes already.
+    """
+    if format.name in FORMATS and not same_codes(format, FORMATS[format.name]):
+        raise ValueError(
+            f"format {format.name!r} is registered already, with other codes: choose another name"
+        )
+    return FORMATS.setdefault(format.name, format)
+
+
+def same_codes(a: Format, b: Format) -> bool:
+    """Whether the codes of two formats stand for the same values, whatever their groups and scales."""
+    return (a.bits, a.codebook, a.tensor_scale) == (b.bits, b.codebook, b.tensor_scale)
 
 
 @functools.lru_cache(maxsize=8)

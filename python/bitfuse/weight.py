@@ -14,11 +14,13 @@ from .formats import (
     E4M3,
     E4M3_MAX,
     FIXED_SCALE_DTYPES,
+    FORMATS,
     NESTED_BLOCK,
     SCALE_DTYPES,
     Format,
     get_format,
     nested_code,
+    same_codes,
 )
 from .packing import pack, packed_width, unpack
 
@@ -64,6 +66,10 @@ class LowBitWeight:
     perm: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        # the ops know a format by its name
+        known = FORMATS.get(self.format.name)
+        if known is None or not same_codes(known, self.format):
+            raise ValueError(f"format {self.format.name!r} is not registered: see bitfuse.register_format")
         for name, dtypes, shape in self.expected(self.format, self.shape):
             check_tensor(name, getattr(self, name), dtypes, shape, self.qweight.device)
         if self.g_idx is not None:
