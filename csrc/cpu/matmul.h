@@ -23,7 +23,7 @@ constexpr int kMaxRows = 6;
 // c[Rows][kWidth] (+)= x[Rows][depth] panel[depth][kWidth]; `first` starts from zero. Callers give at most
 // kSegment steps at a time: summed apart, so that the rounding of a long sum grows with K / kSegment and not
 // with K.
-constexpr int64_t kSegment = 128;
+constexpr int64_t kSegment = 64;
 template <int Rows>
 void tile_float(const float* x, int64_t x_stride, const float* panel, int depth, float* c, bool first) {
   Vf acc[Rows][kVecs];

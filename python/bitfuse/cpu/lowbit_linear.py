@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..formats import E4M3, FORMATS, nested_code
+from ..formats import FORMATS, nested_code
 
 _cpu: Any = None
 try:
@@ -32,7 +32,7 @@ def _code(format: str) -> tuple[int, int, int] | None:
         return _NIBBLE, _kept(fmt.values()), fmt.zero_point
     if fmt.bits == 8 and fmt.is_integer:
         return _BYTE, 0, fmt.zero_point
-    return (_E4M3, 0, 0) if fmt.codebook is E4M3 else None
+    return (_E4M3, 0, 0) if fmt.codebook == FORMATS["fp8"].codebook else None
 
 
 @functools.cache
