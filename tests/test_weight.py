@@ -31,7 +31,7 @@ LATER = [dict(format=name) for name in ("int3", "int2", "ternary", "fp4", "mxfp8
 
 
 def name_of(options: dict[str, Any]) -> str:
-    return "-".join(str(v) for v in options.values())
+    return "-".join(k if isinstance(v, torch.Tensor) else str(v) for k, v in options.items())
 
 
 @pytest.mark.parametrize("options", [*EVERY, *(o for o in LATER if o != dict(format="ternary"))], ids=name_of)

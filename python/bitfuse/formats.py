@@ -104,7 +104,9 @@ class Format:
             raise ValueError(f"scale_dtype is {self.scale_dtype}, expected torch.float32 with nested scales")
 
         if self.codebook is not None:  # one NaN, so that equal tables compare equal
-            object.__setattr__(self, "codebook", tuple(NAN if v != v else float(v) for v in self.codebook))
+            table = tuple(NAN if v != v else v for v in self.codebook)
+            if any(a is not b for a, b in zip(table, self.codebook, strict=True)):
+                object.__setattr__(self, "codebook", table)
 
     def __reduce__(self) -> tuple[type[Format], tuple[object, ...]]:
         return type(self), tuple(getattr(self, f.name) for f in fields(self))

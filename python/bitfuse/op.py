@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch_mode
 
 log = logging.getLogger("bitfuse")
@@ -147,38 +148,37 @@ class Op:
         self.reference = reference
         self.fake = fake
         self.backends = (*backends, Backend("reference", ("cpu", "cuda"), lambda *args: None, reference))
-        self._order: dict[str, tuple[Backend, ...]] = {}
+        self._order: dict[torch.device, tuple[Backend, ...]] = {}
         self._told: set[str] = set()
         self.__doc__ = reference.__doc__
         _library.define(schema)
         for key in ("CPU", "CUDA"):
-            _library.impl(self.name, self._run, key)
+            _library.impl(self.name, self._serve, key)
         torch.library.register_fake(f"bitfuse::{self.name}", fake, lib=_library)
         self._torch = getattr(torch.ops.bitfuse, self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _dispatch_mode() is not None:
+        if is_compiling() or _dispatch_mode() is not None:
             return self._torch(*args)
-        return self._run(*args)
+        return self._serve(*args)
 
-    def _run(self, *args: Any) -> Any:
+    def _serve(self, *args: Any) -> Any:
         self.check(*args)
         if _ENVIRONMENT or _asked.get() is not None:
             return self._only(asked_backend(), args).run(*args)
-        device = args[0].device.type
-        order = self._order.get(device) or self._ordered(device)
-        for backend in order:
+        device = args[0].device
+        for backend in self._order.get(device) or self._ordered(device):
             if backend.supports(*args) is None:
                 if backend.name == "reference":
-                    self._tell(device, args)
+                    self._tell(device.type, args)
                 return backend.run(*args)
         raise AssertionError("the reference serves every call")
 
-    def _ordered(self, device: str) -> tuple[Backend, ...]:
-        if device == "meta":
+    def _ordered(self, device: torch.device) -> tuple[Backend, ...]:
+        if device.type == "meta":
             order: tuple[Backend, ...] = (Backend("fake", ("meta",), lambda *args: None, self.fake),)
         else:
-            order = tuple(b for b in self.backends if device in b.devices or b.name == "reference")
+            order = tuple(b for b in self.backends if device.type in b.devices or b.name == "reference")
         self._order[device] = order
         return order
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ..cpu import lowbit_linear as cpp
 from ..cuda import lowbit_linear as cuda
-from ..formats import FORMATS, get_format
+from ..formats import get_format
 from ..kernels import lowbit_linear as triton
 from ..op import Backend, Explanation, Op, explains
 from ..weight import LowBitWeight, check_tensor, dequantize_rows, resolve_scales
@@ -58,49 +59,59 @@ def _check_weight(
     k: int,
     device: torch.device,
 ) -> None:
-    """What native code relies on. One cheap pass lets the common case by; the rest is told in words."""
-    fmt = FORMATS.get(format) or get_format(format)
+    """What native code relies on. The commonest weight, of one level of scales, takes a shorter way."""
     sizes = qweight.shape
     if (
-        len(sizes) == 2
-        and sizes[1] * 8 == k * fmt.bits
-        and not (sizes[0] & 7 or k & 7)
-        and group_size > 0
-        and scales.shape == (sizes[0], k // group_size)
-        and k % group_size == 0
-        and qweight.dtype is torch.uint8
-        and scales.dtype in FLOATS
-        and scale_scales is None
+        scale_scales is None
         and scale_offset is None
-        and (
-            zeros is None
-            or (zeros.shape == scales.shape and zeros.dtype is torch.uint8 and zeros.device == device)
-        )
-        and qweight.device == device
+        and zeros is None
+        and scales.shape == _scales_shape(format, group_size, k, sizes)
+        and scales.dtype in FLOATS
         and scales.device == device
+        and qweight.dtype is torch.uint8
+        and qweight.device == device
     ):
         return
-    if len(sizes) != 2 or sizes[1] * 8 != k * fmt.bits:
+    given = (zeros is not None, scale_scales is not None, scale_offset is not None)
+    tensors = (qweight, scales, zeros, scale_scales, scale_offset)
+    for t, expected in zip(tensors, _expected(format, group_size, k, sizes, given), strict=True):
+        if expected is None:
+            if t is not None:
+                raise ValueError(f"scale_offset is given, which format {format!r} has no place for")
+        elif t is None or t.dtype not in expected[1] or t.shape != expected[2] or t.device != device:
+            check_tensor(expected[0], t, expected[1], expected[2], device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _scales_shape(format: str, group_size: int, k: int, packed: torch.Size) -> tuple[int, ...] | None:
+    """The shape of scales in floats; None for a format whose scales are none."""
+    scales = _expected(format, group_size, k, packed, (False, False, False))[1]
+    return scales[2] if scales is not None and scales[1] == FLOATS else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected(
+    format: str, group_size: int, k: int, packed: torch.Size, given: tuple[bool, bool, bool]
+) -> tuple[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]] | None, ...]:
+    """Name, dtypes and shape of each tensor of a weight, None for one that there is not."""
+    fmt = get_format(format)
+    if len(packed) != 2 or packed[1] * 8 != k * fmt.bits:
         raise ValueError(
-            f"x has {k} features and qweight has shape {list(sizes)}, expected in_features = "
-            f"{sizes[-1] * 8 // fmt.bits if sizes else 0} at {fmt.bits} bits a code"
+            f"x has {k} features and qweight has shape {list(packed)}, expected in_features = "
+            f"{packed[-1] * 8 // fmt.bits if packed else 0} at {fmt.bits} bits a code"
         )
     if group_size <= 0 or k % group_size:
         raise ValueError(f"group_size is {group_size}, expected a divisor of in_features {k}")
-    nested = not fmt.tensor_scale and (scale_scales is not None or scale_offset is not None)
-    scale_dtype = torch.float32 if nested else fmt.scale_dtype
-    exact = replace(
-        fmt, group_size=group_size, symmetric=zeros is None, nested=nested, scale_dtype=scale_dtype
+    nested = not fmt.tensor_scale and (given[1] or given[2])
+    fmt = replace(
+        fmt,
+        group_size=group_size,
+        symmetric=not given[0],
+        nested=nested,
+        scale_dtype=torch.float32 if nested else fmt.scale_dtype,
     )
-    given = {
-        "qweight": qweight,
-        "scales": scales,
-        "zeros": zeros,
-        "scale_scales": scale_scales,
-        "scale_offset": scale_offset,
-    }
-    for name, dtypes, shape in LowBitWeight.expected(exact, (sizes[0], k)):
-        check_tensor(name, given[name], dtypes, shape, device)
+    by_name = {expected[0]: expected for expected in LowBitWeight.expected(fmt, (packed[0], k))}
+    return tuple(by_name.get(name) for name in ("qweight", "scales", "zeros", "scale_scales", "scale_offset"))
 
 
 def _reference(
