@@ -112,7 +112,7 @@ def run(
 ) -> torch.Tensor:
     """y = x W^T + b. The arguments have passed the op's check and `supports`."""
     n, k = qweight.shape[0], x.shape[-1]
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    out = x.new_empty(*x.shape[:-1], n)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     _call(
@@ -136,7 +136,7 @@ def run_grad_x(
     n, k = qweight.shape[0], qweight.shape[1] * 8 // FORMATS[format].bits
     if n == 0:
         return grad.new_zeros((*grad.shape[:-1], k))
-    out = torch.empty((*grad.shape[:-1], k), dtype=grad.dtype)
+    out = grad.new_empty(*grad.shape[:-1], k)
     _call(
         _cpu.lowbit_linear_grad_x, grad, qweight, scales, zeros, scale_scales, scale_offset, format, n, k,
         group_size, out.data_ptr(),
