@@ -13,7 +13,6 @@ namespace bitfuse::BITFUSE_ISA {
 namespace {
 
 constexpr int64_t kCodeRows = 96;    // x rows up to which tiles decode codes themselves, where that is cheap
-constexpr int64_t kFloatRows = 8;    // and up to which float codes beat weights rounded to bfloat16
 constexpr int64_t kShortGroup = 32;  // below it a group's sum is too short to pay for its scaling
 
 template <class Code>
@@ -29,8 +28,7 @@ void forward(const LinearCall& call) {
         return multiply<Forward<Code, Panel::kCodePairs>>(call);
       return multiply<Forward<Code, Panel::kExactPairs>>(call);
     }
-    if (call.rows > (Code::kFloatsInTiles && long_groups ? kFloatRows : kFewRows))
-      return multiply<Forward<Code, Panel::kRoundedPairs>>(call);
+    if (!few) return multiply<Forward<Code, Panel::kRoundedPairs>>(call);
   }
 #endif
   if constexpr (std::is_same_v<Code, E4m3Code>) {

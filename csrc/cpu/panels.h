@@ -108,15 +108,28 @@ BITFUSE_INLINE void tile_numbers(int rows, const void* x, int64_t x_stride, int6
 
 // Lines of memory that the next block will read, asked for a few at a time between tiles: all at once they
 // would fill the core's miss buffers and stop it for as long as the memory takes.
-struct Prefetch {
-  const uint8_t* base = nullptr;
-  int64_t row_bytes = 0, rows = 0, bytes = 0;  // a block of `rows` rows, `bytes` of each
+class Prefetch {
+ public:
+  Prefetch() = default;
+  // A block of `rows` rows, `bytes` of each.
+  Prefetch(const uint8_t* base, int64_t row_bytes, int64_t rows, int64_t bytes)
+      : at_(base), row_bytes_(row_bytes), rows_(rows), left_(rows * ((bytes + 63) / 64)) {}
 
-  int64_t lines() const { return rows * ((bytes + 63) / 64); }
-  BITFUSE_INLINE void ask(Range lines) const {
-    for (int64_t i = lines.begin; i < lines.end; ++i)
-      __builtin_prefetch(base + i % rows * row_bytes + i / rows * 64, 0, 2);
+  void spread(int64_t calls) { each_ = (left_ + calls - 1) / calls; }
+  // The next lines; `calls` of this ask for all.
+  BITFUSE_INLINE void ask() {
+    int64_t lines = least(each_, left_);
+    left_ -= lines;
+    for (; lines > 0; --lines) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += row_bytes_;
+      if (++row_ == rows_) row_ = 0, at_ += 64 - rows_ * row_bytes_;
+    }
   }
+
+ private:
+  const uint8_t* at_ = nullptr;
+  int64_t row_bytes_ = 0, rows_ = 0, left_ = 0, row_ = 0, each_ = 0;
 };
 
 // The steps of a forward panel: what decodes it, with and without pairs.
@@ -235,14 +248,19 @@ class Forward {
             code_bytes<Code>(next - end)};
   }
 
+  // A segment is summed apart: at most kSegment steps, and one group where its sum is scaled.
+  int64_t segment_end(int64_t k, int64_t end) const {
+    const int64_t next = least(end, k + (in_pairs(Kind) ? 2 : 1) * kSegment);
+    return scales_sums(Kind) ? least(next, group_end(k)) : next;
+  }
+
   // sums[rows][kWidth] (+)= x[rows][k, end) W, the panel holding [k, end); x points at row 0 of the tile,
   // column 0.
   void tile(const Worker& worker, int rows, const void* x, int64_t x_stride, int64_t k, int64_t end,
-            const void* panel, float* sums) const {
-    constexpr int64_t kMost = in_pairs(Kind) ? 2 * kSegment : kSegment;
+            const void* panel, float* sums, Prefetch& ahead) const {
     for (int64_t s = k, next; s < end; s = next) {
-      next = least(end, s + kMost);
-      if (scales_sums(Kind)) next = least(next, group_end(s));
+      next = segment_end(s, end);
+      ahead.ask();
       const int64_t group = scales_sums(Kind) ? s / w_.group_size * kWidth : 0;
       const float* scale = scales_sums(Kind) ? worker.scales + group : worker.ones;
       if constexpr (in_codes(Kind)) {
@@ -386,11 +404,14 @@ class Gradient {
 
   Prefetch after(int64_t, int64_t) const { return {}; }  // `decode` asks for rows as it goes
 
+  int64_t segment_end(int64_t n, int64_t end) const {
+    return least(end, n + (in_pairs(Kind) ? 2 : 1) * kSegment);
+  }
+
   void tile(const Worker& worker, int rows, const void* x, int64_t x_stride, int64_t n, int64_t end,
-            const void* panel, float* sums) const {
-    constexpr int64_t kMost = in_pairs(Kind) ? 2 * kSegment : kSegment;
+            const void* panel, float* sums, Prefetch&) const {
     for (int64_t s = n, next; s < end; s = next) {
-      next = least(end, s + kMost);
+      next = segment_end(s, end);
       tile_numbers<Kind>(rows, x, x_stride, s, panel, s - n, next - s, worker.ones, sums);
     }
   }
@@ -529,13 +550,15 @@ void multiply(const LinearCall& call) {
         for (int64_t k = 0, end; k < depth; k = end) {
           end = panels.block_end(k);
           panels.decode(worker.panels, out, k, end, worker.panel);
-          const Prefetch ahead = panels.after(out, end);
+          Prefetch ahead = panels.after(out, end);
+          int64_t segments = 0;
+          for (int64_t at = k; at < end; at = panels.segment_end(at, end)) ++segments;
+          ahead.spread(row_tiles * segments);
           for (int64_t t = 0; t < row_tiles; ++t) {
-            ahead.ask(share(ahead.lines(), t, row_tiles));
             const Range tile = share(part_rows, t, row_tiles);
             panels.tile(worker.panels, int(tile.end - tile.begin),
                         from + (part.begin + tile.begin) * stride * kSize, stride, k, end, worker.panel,
-                        worker.sums + tile.begin * kWidth);
+                        worker.sums + tile.begin * kWidth, ahead);
           }
         }
         for (int i = 0; i < kWidth; ++i) worker.bias[i] = 0;
