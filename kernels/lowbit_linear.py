@@ -650,7 +650,7 @@ _served: set[torch.device] = set()
 class Device(NamedTuple):
     """A device's number, compute capability (80 is 8.0) and multiprocessors."""
 
-    index: int
+    number: int
     capability: int
     multiprocessors: int
 
@@ -823,7 +823,7 @@ def _plan(
             (-(-width // REDUCE_WIDTH), m, 1),
             (m, width // align, splits, align, REDUCE_WIDTH),
             dict(num_warps=4, enable_fp_fusion=True),
-            _handles.setdefault((device.index, "reduce", dtype, align, given[-1]), {}),
+            _handles.setdefault((device.number, "reduce", dtype, align, given[-1]), {}),
             None,
             None,
         )
@@ -832,7 +832,7 @@ def _plan(
         (-(-m // tile_m) * -(-width // tile_n), splits, 1),
         (m, n // n_align, k // k_align, stride // stride_align, steps, *constants),
         dict(num_warps=warps, num_stages=stages, maxnreg=registers, enable_fp_fusion=True),
-        _handles.setdefault((device.index, grad_x, dtype, scale_dtype, given, constants), {}),
+        _handles.setdefault((device.number, grad_x, dtype, scale_dtype, given, constants), {}),
         None if splits == 1 else (splits, m, width),
         reduce,
     )

@@ -52,7 +52,8 @@ class Target:
         return [t.to(self.device) if self.device == "cuda" else cusim.guarded(t) for t in tensors]
 
     def place_weight(self, w: bitfuse.LowBitWeight) -> bitfuse.LowBitWeight:
-        return replace(w, perm=None, **{name: self.place(t)[0] for name, t in w.tensors().items()})
+        placed: dict[str, Any] = {name: self.place(t)[0] for name, t in w.tensors().items()}
+        return replace(w, perm=None, **placed)
 
     def reason(self, op: Op, *args: Any) -> str | None:
         """Why the backend can't serve these arguments; None when it can."""

@@ -59,7 +59,7 @@ def test_codes_do_not_require_gradients_and_bias_does() -> None:
     layer = make(format="nf4", nested=True)
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["bias"]
     with pytest.raises(RuntimeError):
-        layer.qweight.requires_grad_()  # type: ignore[union-attr]
+        layer.qweight.requires_grad_()
 
 
 @pytest.mark.parametrize("options", ALL, ids=name_of)

@@ -140,8 +140,7 @@ def test_rows_that_are_not_aligned(target: Target) -> None:
         plain = view @ w.dequantize(torch.float16).T
         got = run(target, w.to(target.device), view.to(target.device))
         assert_accurate(got, exact, plain)
-    rows = [t[8:] for t in (w.qweight, w.scales)]
-    shard = bitfuse.LowBitWeight(*rows, w.format, (16, 40)).to(target.device)
+    shard = bitfuse.LowBitWeight(w.qweight[8:], w.scales[8:], w.format, (16, 40)).to(target.device)
     assert_accurate(run(target, shard, view.to(target.device)), exact[:, 8:], plain[:, 8:])
 
 
@@ -191,14 +190,15 @@ def test_reasons() -> None:
     target = targets("triton")[0]
     w = target.place_weight(bitfuse.quantize(torch.randn(16, 64), "int4", group_size=32))
     (x,) = target.place(torch.randn(2, 64))
-    qweight, scales, *rest = w.op_args
-    assert backend.supports(x, *w.op_args[:5], None, "int3", 32).startswith("format 'int3' is none of int8, ")
-    assert backend.supports_grad_x(x, qweight.t().contiguous().t(), scales, *rest) == (
-        "qweight, scales or zeros is not contiguous"
-    )
-    assert (
-        backend.supports_grad_x(x, qweight, scales, *rest[:-1], 12) == "group_size 12 is not a multiple of 8"
-    )
+    qweight, scales = w.qweight, w.scales
+
+    def reason(qweight: torch.Tensor, format: str, group_size: int) -> str | None:
+        return backend.supports_grad_x(x, qweight, scales, None, None, None, format, group_size)
+
+    lacking = backend.supports(x, qweight, scales, None, None, None, None, "int3", 32)
+    assert lacking is not None and lacking.startswith("format 'int3' is none of int8, ")
+    assert reason(qweight.t().contiguous().t(), "int4", 32) == "qweight, scales or zeros is not contiguous"
+    assert reason(qweight, "int4", 12) == "group_size 12 is not a multiple of 8"
 
 
 def test_without_triton() -> None:

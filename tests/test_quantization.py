@@ -25,11 +25,12 @@ class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = torch.nn.Embedding(64, 128)
-        self.blocks = torch.nn.ModuleList([Block(), Block()])
+        first, second = Block(), Block()
+        self.blocks = torch.nn.ModuleList([first, second])
         self.shared = torch.nn.Linear(128, 256, bias=False)
         self.head = torch.nn.Linear(128, 64, bias=False)
-        self.again = self.blocks[0]  # the same module under a second name
-        self.shared.weight = self.blocks[1].up.weight  # one weight, two layers
+        self.again = first  # the same module under a second name
+        self.shared.weight = second.up.weight  # one weight, two layers
         self.head.weight = self.embed.weight  # tied to what is no Linear
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,8 @@ def test_an_error_changes_nothing() -> None:
         ValueError, match=r"1, 2: group_size 128 does not divide in_features 64.*skip=\['1', '2'\]"
     ):
         bitfuse.quantize_(model, "int4", progress=False)
-    model[2].weight.data[3, 3] = float("inf")
+    with torch.no_grad():
+        model.get_parameter("2.weight")[3, 3] = float("inf")
     with pytest.raises(ValueError, match=r"2\.weight holds a NaN or Inf"):
         bitfuse.quantize_(model, "int8", progress=False)
     with pytest.raises(ValueError, match="format is 'int9'"):

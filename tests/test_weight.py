@@ -13,7 +13,7 @@ import torch
 from bitfuse.formats import FORMATS, Format, get_format, nested_code
 from bitfuse.packing import unpack
 
-EVERY = [
+EVERY: list[dict[str, Any]] = [
     dict(format="int8"),
     dict(format="int8", group_size=64),
     dict(format="int8", symmetric=False),
@@ -27,7 +27,9 @@ EVERY = [
     dict(format="fp8", group_size=128),
 ]
 # formats that only the reference serves so far: the same mechanism, the same tests
-LATER = [dict(format=name) for name in ("int3", "int2", "ternary", "fp4", "mxfp8", "mxfp4", "nvfp4")]
+LATER: list[dict[str, Any]] = [
+    dict(format=name) for name in ("int3", "int2", "ternary", "fp4", "mxfp8", "mxfp4", "nvfp4")
+]
 
 
 def name_of(options: dict[str, Any]) -> str:
@@ -222,7 +224,7 @@ def test_weight_refuses_parts_that_do_not_fit() -> None:
         (dict(scales=w.scales.to("meta")), ValueError, "scales is on meta, expected cpu"),
     ):
         with pytest.raises(error, match=words):
-            replace(w, **changes)  # type: ignore[arg-type]
+            replace(w, **changes)
 
 
 def test_values_that_no_quantiser_writes() -> None:
