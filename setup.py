@@ -186,16 +186,17 @@ class Build(build_ext):
 
     def cuda_objects(self, nvcc: Path, home: Path) -> list[Path]:
         flags = ["-std=c++20", "-O3", "-lineinfo", "-cudart", "shared", f"-I{CSRC}", "-Xcompiler", "-fPIC"]
-        kernels = [str(nvcc), *flags, "-ccbin", CXX[0], *architectures()]
+        archs = architectures()
+        kernels = [str(nvcc), *flags, "-ccbin", CXX[0], *archs]
+        made_for = " ".join(arch.rpartition("=")[2] for arch in archs)
+        bindings = [*self.bindings(), f'-DBITFUSE_CUDA_ARCHITECTURES="{made_for}"']
         jobs = [(kernels, s, f"cuda/{s.stem}.o") for s in sorted((CSRC / "cuda").glob("*.cu"))]
         includes = [
             f"-I{home / folder}"
             for folder in ("include", "targets/x86_64-linux/include")
             if (home / folder).exists()
         ]
-        return self.objects(
-            [*jobs, ([*self.bindings(), *includes], CSRC / "bind_cuda.cpp", "cuda/bind_cuda.o")]
-        )
+        return self.objects([*jobs, ([*bindings, *includes], CSRC / "bind_cuda.cpp", "cuda/bind_cuda.o")])
 
     def link(self, ext: Extension, objects: list[Path], libraries: list[str]) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

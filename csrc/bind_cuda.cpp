@@ -142,6 +142,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of bitfuse: addresses, sizes and a stream in, nothing out.";
   module.attr("LOWBIT_LINEAR_MAX_TOKENS") = LowbitLinearMaxTokens;
 
+  module.def(
+      "architectures", [] { return BITFUSE_CUDA_ARCHITECTURES; },
+      "What the kernels are compiled for: sm_ machine code, compute_ PTX for the driver to compile.");
   module.def("device_info", &device, py::arg("index"),
              "Multiprocessors, bytes of shared memory of a block and of a multiprocessor, compute capability "
              "as 90.");
