@@ -64,6 +64,8 @@ class LowBitWeight:
     scale_offset: torch.Tensor | None = None
     # columns sorted by group: x[..., perm] meets qweight's columns; derived from g_idx
     perm: torch.Tensor | None = field(default=None, repr=False)
+    # the weight as the ops take it
+    op_args: tuple[Any, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # the ops know a format by its name
@@ -76,6 +78,8 @@ class LowBitWeight:
             check_tensor("g_idx", self.g_idx, (torch.int32,), (self.shape[1],), self.qweight.device)
             if self.perm is None:
                 object.__setattr__(self, "perm", torch.argsort(self.g_idx, stable=True))
+        tensors = (self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset)
+        object.__setattr__(self, "op_args", (*tensors, self.format.name, self.group_size))
 
     @staticmethod
     def expected(
@@ -102,18 +106,12 @@ class LowBitWeight:
         return self.shape[1] if self.format.group_size == -1 else self.format.group_size
 
     @property
-    def op_args(self) -> tuple[Any, ...]:
-        """The weight as the ops take it."""
-        tensors = (self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset)
-        return *tensors, self.format.name, self.group_size
-
-    @property
     def device(self) -> torch.device:
         return self.qweight.device
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint keeps, by name."""
-        names = [f.name for f in fields(self) if f.name not in ("format", "shape", "perm")]
+        names = [f.name for f in fields(self) if f.name not in ("format", "shape", "perm", "op_args")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
