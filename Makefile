@@ -37,10 +37,12 @@ lint: $(SETUP) $(VENV)/.lint
 bench: $(SETUP) $(VENV)/.bench $(VENV)/.built
 	for b in benchmarks/bench_*.py; do $(PYTHON) $$b $(ARGS) || exit 1; done
 
-gpu:
+gpu: $(SETUP)
 	BITFUSE_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=python $(PYTHON) -m pytest $(ARGS)
-	for b in benchmarks/bench_*.py; do PYTHONPATH=python $(PYTHON) $$b || exit 1; done
+	@export PYTHONPATH=python; status=0; \
+	$(PYTHON) -m pytest $(ARGS) || status=$$?; \
+	for b in benchmarks/bench_*.py; do $(PYTHON) $$b || status=$$?; done; \
+	exit $$status
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
