@@ -6,7 +6,7 @@ import cusim
 import numpy as np
 import pytest
 import torch
-from cusim.ptx import run
+from cusim.ptx import kernel, pointer, run
 
 pytestmark = pytest.mark.skipif(cusim.has_gpu(), reason="the simulator stands in for a GPU")
 OUT = "mad.wide.u32 %rd1, %t, 4, %out;"
@@ -282,3 +282,12 @@ def test_too_much_shared_memory_for_the_device() -> None:
         run("st.shared.u32 [%smem], %t;", shared=200 * 1024)
     with cusim.device(sm=86), pytest.raises(cusim.SimulationError, match=r"sm_86 has 101376"):
         run("st.shared.u32 [%smem], %t;", shared=200 * 1024)
+
+
+def test_a_source_path_may_hold_two_slashes() -> None:
+    """nvcc from wheels writes `bin/..//include` into .file: no comment begins inside a string."""
+    result = out()
+    code = kernel("st.global.u32 [%out], 7;", ["out"])
+    files = b'\n.file 1 "/include//a.hpp"\n.file 2 "/b.cuh"\n'
+    cusim.run_ptx(code + files, b"k", (1,), (1,), [pointer(result)])
+    assert result[0] == 7

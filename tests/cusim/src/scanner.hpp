@@ -78,7 +78,7 @@ class Scanner {
   std::string until(char end) {
     std::string out;
     while (p_ < s_.size() && s_[p_] != end) {
-      if (s_[p_] == '/' && p_ + 1 < s_.size() && s_[p_ + 1] == '/') {
+      if (end != '"' && s_[p_] == '/' && p_ + 1 < s_.size() && s_[p_ + 1] == '/') {  // no comment in a string
         while (s_[p_] != '\n') ++p_;
         continue;
       }
