@@ -144,6 +144,13 @@ def test_a_broken_state_is_refused_and_nothing_is_written() -> None:
         ("qweight", state["qweight"].float(), "proj.qweight has dtype torch.float32"),
         ("scales", nan, r"proj.scales\[5, 1\] is nan"),
         ("zeros", state["qweight"], "proj.zeros, which this layer .* has no place for"),
+        ("scales", state["scales"].float(), "proj.scales has dtype torch.float32, expected the layer's"),
+        (
+            "_extra_state",
+            torch.tensor([51], dtype=torch.uint8),
+            "proj._extra_state is not the JSON of a format",
+        ),
+        ("_extra_state", state["qweight"], "proj._extra_state is not the JSON of a format"),
         ("_extra_state", state["_extra_state"][:-3], "proj._extra_state is not the JSON of a format"),
         (
             "_extra_state",

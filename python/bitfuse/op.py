@@ -149,7 +149,7 @@ class Op:
         self.fake = fake
         self.backends = (*backends, Backend("reference", ("cpu", "cuda"), lambda *args: None, reference))
         self._order: dict[torch.device, tuple[Backend, ...]] = {}
-        self._told: set[str] = set()
+        self._told: set[tuple[Any, ...]] = set()
         self.__doc__ = reference.__doc__
         _library.define(schema)
         for key in ("CPU", "CUDA"):
@@ -197,11 +197,11 @@ class Op:
         raise BackendError(f"{self.name}: backend {name!r} was asked for, but this op has none of that name")
 
     def _tell(self, device: str, args: tuple[Any, ...]) -> None:
-        """Say once per op and reason that the reference, an order of magnitude slower, serves a call."""
-        text = str(self.explain(*args))
-        if text not in self._told:
-            self._told.add(text)
-            log.warning("bitfuse falls back to plain PyTorch, which is slow. %s", text)
+        """Say once for each kind of call that the reference, an order of magnitude slower, serves it."""
+        kind = (device, args[0].dtype, *(a for a in args if not isinstance(a, torch.Tensor)))
+        if kind not in self._told:
+            self._told.add(kind)
+            log.warning("bitfuse falls back to plain PyTorch, which is slow. %s", self.explain(*args))
 
     def explain(self, *args: Any) -> Explanation:
         """Who would serve a call with these arguments, and why the others would not. Runs nothing."""

@@ -24,9 +24,8 @@ from .formats import (
 )
 from .packing import pack, packed_width, unpack
 
-CHUNK = (
-    1 << 22
-)  # weights that are quantised or read back at once: bounds the float32 temporaries to some 64 MiB
+# weights that are quantised or read back at once: bounds the float32 temporaries to some 64 MiB
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)

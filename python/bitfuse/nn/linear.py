@@ -168,8 +168,8 @@ class Linear(torch.nn.Module):
         extra = state_dict.get(prefix + "_extra_state")
         if extra is not None:
             try:
-                found = json.loads(bytes(extra.to("cpu", torch.uint8).tolist()))
-            except (ValueError, AttributeError) as why:
+                found = dict(json.loads(bytes(extra.to("cpu", torch.uint8).tolist())))
+            except (ValueError, TypeError, AttributeError) as why:
                 raise ValueError(f"{prefix}_extra_state is not the JSON of a format: {why}") from None
             if found != (own := _describe(self.format)):
                 differ = ", ".join(
@@ -181,6 +181,11 @@ class Linear(torch.nn.Module):
         if extra_names:
             raise ValueError(
                 f"the state has {prefix}{extra_names[0]}, which this layer ({self.format}) has no place for"
+            )
+        scales, own_scales = tensors["scales"], self._tensors()["scales"]
+        if isinstance(scales, torch.Tensor) and scales.dtype != own_scales.dtype:  # copying would round them
+            raise ValueError(
+                f"{prefix}scales has dtype {scales.dtype}, expected the layer's {own_scales.dtype}"
             )
         try:
             LowBitWeight(
