@@ -182,7 +182,8 @@ class Build(build_ext):
             for s in sorted((CSRC / "cpu").glob("*.cpp"))
             for level, flags in levels().items()
         ]
-        return self.objects([*jobs, (bindings, CSRC / "bind_cpu.cpp", "cpu/bind_cpu.o")])
+        binding = [(bindings, s, f"cpu/{s.stem}.o") for s in sorted(CSRC.glob("bind_cpu*.cpp"))]
+        return self.objects([*jobs, *binding])
 
     def cuda_objects(self, nvcc: Path, home: Path) -> list[Path]:
         flags = ["-std=c++20", "-O3", "-lineinfo", "-cudart", "shared", f"-I{CSRC}", "-Xcompiler", "-fPIC"]
@@ -196,7 +197,9 @@ class Build(build_ext):
             for folder in ("include", "targets/x86_64-linux/include")
             if (home / folder).exists()
         ]
-        return self.objects([*jobs, ([*bindings, *includes], CSRC / "bind_cuda.cpp", "cuda/bind_cuda.o")])
+        bindings += includes
+        binding = [(bindings, s, f"cuda/{s.stem}.o") for s in sorted(CSRC.glob("bind_cuda*.cpp"))]
+        return self.objects([*jobs, *binding])
 
     def link(self, ext: Extension, objects: list[Path], libraries: list[str]) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

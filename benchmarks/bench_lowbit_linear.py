@@ -81,7 +81,7 @@ def _bitfuse(format: str, dtype: str, backend: str) -> Case:
             raise ImportError(reason)
 
         def run(x: torch.Tensor) -> Any:
-            return lowbit_linear_grad_x(x, *w.op_args) if gradient else bitfuse.lowbit_linear(x, w)
+            return lowbit_linear_grad_x(x, w.op_args) if gradient else bitfuse.lowbit_linear(x, w)
 
         if not GPU:
             return run
@@ -102,10 +102,9 @@ def _bitfuse(format: str, dtype: str, backend: str) -> Case:
 
 def _unserved(w: bitfuse.LowBitWeight, dtype: torch.dtype, backend: str, gradient: bool) -> str | None:
     x = torch.zeros(1, w.shape[0 if gradient else 1], dtype=dtype, device=DEVICE)
-    *tensors, format, group_size = w.op_args
     for b in (lowbit_linear_grad_x if gradient else forward_op).backends:
         if b.name == backend:
-            return b.supports(x, *tensors, *(() if gradient else (None,)), format, group_size)
+            return b.supports(x, w.op_args, *(() if gradient else (None,)))
     return f"no backend {backend}"
 
 
@@ -298,17 +297,15 @@ def call_overhead() -> dict[str, float]:
         return {}
     w = bitfuse.quantize(torch.randn(8, 128), "int4")
     x = torch.randn(1, 128)
-    *tensors, format, group_size = w.op_args
     out, dense = torch.empty(1, 8), w.dequantize()
-    code_kind, values, zero_point = cpp._code(format)  # type: ignore[misc]
-    through_python: tuple[Any, ...] = (x, *tensors, None, format, group_size)
+    code_kind, values, zero_point = cpp._code("int4")  # type: ignore[misc]
     args = (
         x.data_ptr(), 0, 1, 128, w.qweight.data_ptr(), w.scales.data_ptr(), 1, 0, 0, 0, 0, values, code_kind,
-        zero_point, 8, 128, group_size, 0, out.data_ptr(),
+        zero_point, 8, 128, 128, 0, out.data_ptr(),
     )  # fmt: skip
     calls: dict[str, Callable[[], Any]] = {
         "bitfuse.lowbit_linear": lambda: bitfuse.lowbit_linear(x, w),
-        "backend module": lambda: cpp.run(*through_python),
+        "backend module": lambda: cpp.run(x, w.op_args, None),
         "compiled function": lambda: cpp._cpu.lowbit_linear(*args),
         "torch.nn.functional.linear": lambda: torch.nn.functional.linear(x, dense),
     }

@@ -33,6 +33,7 @@ import torch
 from bitfuse.codebook import unbiased_levels
 from bitfuse.formats import E2M1, FORMATS, NESTED_BLOCK, NF4, nested_code
 from bitfuse.op import simulated_gpu
+from bitfuse.weight import WeightTensors
 
 try:
     import triton
@@ -685,32 +686,14 @@ def _refuse(device: torch.device) -> str | None:
     return None
 
 
-def supports(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> str | None:
+def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
     """None when `run` can serve the call, else the reason."""
-    return supports_grad_x(x, qweight, scales, zeros, scale_scales, scale_offset, format, group_size)
+    return supports_grad_x(x, weight)
 
 
-def supports_grad_x(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> str | None:
+def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     """None when `run_grad_x` can serve the call, else the reason."""
+    qweight, scales, zeros, _, _, format, group_size = weight
     if (reason := _refuse(qweight.device)) is not None:
         return reason
     if format not in CODES:
@@ -726,39 +709,16 @@ def supports_grad_x(
     return None
 
 
-def run(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> torch.Tensor:
+def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
     """y = x W^T + bias, of x's dtype and leading shape."""
-    n, k = qweight.shape[0], x.shape[-1]
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    scale_args = (scales, zeros, scale_scales, scale_offset)
-    return _run(x, n, k, qweight, scale_args, bias, format, group_size, grad_x=False)
+    return _run(x, weight, bias, grad_x=False)
 
 
-def run_grad_x(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> torch.Tensor:
+def run_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
     """grad W, of grad's dtype and leading shape."""
-    n, k = qweight.shape[0], qweight.shape[1] * 8 // CODES[format].bits
-    scale_args = (scales, zeros, scale_scales, scale_offset)
-    return _run(grad, n, k, qweight, scale_args, None, format, group_size, grad_x=True)
+    return _run(grad, weight, None, grad_x=True)
 
 
 class Plan(NamedTuple):
@@ -838,22 +798,13 @@ def _plan(
     )
 
 
-def _run(
-    x: torch.Tensor,
-    n: int,
-    k: int,
-    qweight: torch.Tensor,
-    scale_args: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-    grad_x: bool,
-) -> torch.Tensor:
+def _run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None, grad_x: bool) -> torch.Tensor:
     """x times W [n, k]: transposed for the forward; as it is for the gradient, where x is grad."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return _run(x, n, k, qweight, scale_args, bias, format, group_size, grad_x)
-    scales, zeros, scale_scales, scale_offset = scale_args
+            return _run(x, weight, bias, grad_x)
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
+    n, k = weight.shape
     width, depth = (k, n) if grad_x else (n, k)
     out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if out.numel() == 0:

@@ -11,13 +11,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
     **dict.fromkeys(("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook"), 0),
+    **dict.fromkeys(("dropout", "lora_args"), 0),
     **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
     "ops": 2,
     "nn": 3,
     "quantization": 4,
     **dict.fromkeys(("info", "demo", "cli", "__main__", "__init__"), 5),
 }
-PEERS = {"formats": 0, "packing": 0, "op": 1, "weight": 2}  # the order inside the lowest room
+# the order inside the lowest room
+PEERS = {"formats": 0, "packing": 0, "dropout": 0, "op": 1, "weight": 2, "lora_args": 3}
 
 
 def room(parts: tuple[str, ...]) -> str:

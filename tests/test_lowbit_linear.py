@@ -55,7 +55,7 @@ def test_forward(target: Target, dtype: torch.dtype, options: dict[str, Any]) ->
         plain = torch.nn.functional.linear(x.cpu(), w.dequantize(dtype), bias.cpu() if with_bias else None)
         if with_bias:
             exact = exact + bias.double().cpu()
-        args = (x, *placed.op_args[:5], bias if with_bias else None, *placed.op_args[5:])
+        args = (x, placed.op_args, bias if with_bias else None)
         if reason := target.reason(forward_op, *args):
             assert target.backend == "cuda" and REFUSED.search(reason), reason
             continue
@@ -72,9 +72,9 @@ def test_grad_x(target: Target, dtype: torch.dtype, options: dict[str, Any]) -> 
         w, _, _, grad, placed = make(target, shape, options, dtype)
         exact = grad.double().cpu() @ w.dequantize().double()
         plain = grad.cpu() @ w.dequantize(dtype)
-        got = target.run(lowbit_linear_grad_x, grad, *placed.op_args)
+        got = target.run(lowbit_linear_grad_x, grad, placed.op_args)
         assert_accurate(got.cpu(), exact, plain, f"{shape}")
-        assert torch.equal(got, target.run(lowbit_linear_grad_x, grad, *placed.op_args)), (
+        assert torch.equal(got, target.run(lowbit_linear_grad_x, grad, placed.op_args)), (
             "another run, other numbers"
         )
 
@@ -91,7 +91,7 @@ def test_no_bias_builds_up(target: Target, dtype: torch.dtype, options: dict[str
         x = torch.rand(m, 4096, dtype=dtype)
         exact, plain = x.double() @ w.dequantize().double().T, x @ w.dequantize(dtype).T
         args = target.place_weight(w).op_args
-        given = (target.place(x)[0], *args[:5], None, *args[5:])
+        given = (target.place(x)[0], args, None)
         if target.reason(forward_op, *given) is None:
             assert_accurate(target.run(forward_op, *given).cpu(), exact, plain, f"{m} rows")
 
@@ -109,13 +109,13 @@ def test_a_format_that_a_backend_lacks_is_refused_and_never_served_wrong(
     for op, given, exact, plain in (
         (
             forward_op,
-            (x, *args[:5], None, *args[5:]),
+            (x, args, None),
             x.cpu().double() @ dense.double().T,
             x.cpu() @ dense.to(dtype).T,
         ),
         (
             lowbit_linear_grad_x,
-            (grad, *args),
+            (grad, args),
             grad.cpu().double() @ dense.double(),
             grad.cpu() @ dense.to(dtype),
         ),

@@ -47,7 +47,7 @@ for format in {formats}:
                     exact, plain = w.dequantize().double(), w.dequantize().to(dtype)
                     what = f"{{cpp._cpu.isa()}} {{format}} {{n}}x{{k}} group {{group}} m={{m}} {{dtype}}"
                     assert_accurate(bitfuse.lowbit_linear(x, w), x.double() @ exact.T, x @ plain.T, what)
-                    gx = lowbit_linear_grad_x(grad, *w.op_args)
+                    gx = lowbit_linear_grad_x(grad, w.op_args)
                     assert_accurate(gx, grad.double() @ exact, grad @ plain, "gradient, " + what)
 w = bitfuse.quantize(torch.randn(24, 72), "fp8")
 w.qweight[5, 70] = 0xFF
@@ -55,7 +55,7 @@ for m in (1, 5, 100):
     for dtype in (torch.float32, torch.bfloat16):
         nan = bitfuse.lowbit_linear(torch.ones(m, 72, dtype=dtype), w).isnan()
         assert nan[:, 5].all() and int(nan.sum()) == m
-        nan = lowbit_linear_grad_x(torch.ones(m, 24, dtype=dtype), *w.op_args).isnan()
+        nan = lowbit_linear_grad_x(torch.ones(m, 24, dtype=dtype), w.op_args).isnan()
         assert nan[:, 70].all() and int(nan.sum()) == m
 print(cpp._cpu.isa())
 """
@@ -88,13 +88,13 @@ def test_the_widest_level_is_the_default() -> None:
 def test_the_number_of_threads_changes_no_bit(m: int, dtype: torch.dtype) -> None:
     w = bitfuse.quantize(torch.randn(520, 1032), "int4", group_size=24)
     x, grad = torch.randn(m, 1032).to(dtype), torch.randn(m, 520).to(dtype)
-    forward: tuple[Any, ...] = (x, *w.op_args[:5], None, *w.op_args[5:])
+    forward: tuple[Any, ...] = (x, w.op_args, None)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            found.append((cpp.run(*forward), cpp.run_grad_x(grad, *w.op_args)))
+            found.append((cpp.run(*forward), cpp.run_grad_x(grad, w.op_args)))
     finally:
         torch.set_num_threads(before)
     for y, gx in found[1:]:

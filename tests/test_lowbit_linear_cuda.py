@@ -18,6 +18,7 @@ from bitfuse.codebook import pairs_of_levels
 from bitfuse.cuda import lowbit_linear as cuda
 from bitfuse.formats import FORMATS, NF4
 from bitfuse.ops.lowbit_linear import forward_op
+from bitfuse.weight import WeightTensors
 
 native = pytest.importorskip("bitfuse._cuda")
 
@@ -40,7 +41,7 @@ def arguments(
     target: Target, x: torch.Tensor, w: bitfuse.LowBitWeight, bias: torch.Tensor | None = None
 ) -> tuple[Any, ...]:
     args = target.place_weight(w).op_args
-    return (*target.place(x), *args[:5], None if bias is None else target.place(bias)[0], *args[5:])
+    return (*target.place(x), args, None if bias is None else target.place(bias)[0])
 
 
 def check(
@@ -156,14 +157,14 @@ def test_views_are_read_where_they_are(target: Target) -> None:
         x[0, 8:520],
         x.view(3, 2, 1024)[:, 1, :512],
     ):
-        args = (view, *placed.op_args[:5], None, *placed.op_args[5:])
+        args = (view, placed.op_args, None)
         exact = view.cpu().double() @ dense.T
         plain = view.cpu() @ w.dequantize(torch.float16).T
         assert_accurate(target.run(forward_op, *args).cpu(), exact, plain)
     # a shard of the columns is a view of qweight, scales and zeros
     assert placed.zeros is not None
     shard = (placed.qweight[:, 64:192], placed.scales[:, 1:3], placed.zeros[:, 1:3])
-    args = (x[:, :256], *shard, None, None, None, "int4", 128)
+    args = (x[:, :256], WeightTensors(*shard, None, None, "int4", 128), None)
     exact = wide[:, :256].double() @ dense[:, 128:384].T
     assert_accurate(
         target.run(forward_op, *args).cpu(), exact, wide[:, :256] @ w.dequantize(torch.float16)[:, 128:384].T
@@ -178,8 +179,9 @@ def test_says_what_it_does_not_serve(target: Target) -> None:
     w = bitfuse.quantize(torch.randn(16, 96), "int4", group_size=32)
     assert "float32" in (target.reason(forward_op, *arguments(target, half.float(), w)) or "")
     assert "M = 65" in (target.reason(forward_op, *arguments(target, half[:1].repeat(65, 1), w)) or "")
-    x, qweight, *rest = arguments(target, half, w)
-    assert "qweight has strides" in (target.reason(forward_op, x, qweight[:, :1].expand(16, 48), *rest) or "")
+    x, weight, _ = arguments(target, half, w)
+    weight = weight._replace(qweight=weight.qweight[:, :1].expand(16, 48))
+    assert "qweight has strides" in (target.reason(forward_op, x, weight, None) or "")
     assert target.run(forward_op, *arguments(target, half[:0], w)).shape == (0, 16)
 
 
@@ -234,7 +236,7 @@ def test_no_two_lanes_meet_in_a_bank(format: str) -> None:
         with cusim.device(counts=True):
             cusim.counts()
             with bitfuse.use_backend("cuda"):
-                forward_op(*arguments(TARGETS[0], torch.randn(m, 1024).half(), w)[:6], None, format, 128)
+                forward_op(*arguments(TARGETS[0], torch.randn(m, 1024).half(), w))
             (counted,) = cusim.counts().values()
         assert counted["shared_wavefronts"] == counted["shared_wavefronts_ideal"]
         assert counted["local_accesses"] == 0

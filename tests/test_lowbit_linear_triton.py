@@ -17,6 +17,7 @@ from accuracy import assert_accurate
 from backends import Target, targets
 from bitfuse.codebook import unbiased_levels
 from bitfuse.ops.lowbit_linear import forward_op, lowbit_linear_grad_x
+from bitfuse.weight import WeightTensors
 
 pytest.importorskip("triton")
 from bitfuse.kernels import lowbit_linear as backend
@@ -28,7 +29,7 @@ HALVES = [torch.float16, torch.bfloat16]
 def run(
     target: Target, w: bitfuse.LowBitWeight, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    return target.run(forward_op, x, *w.op_args[:5], bias, *w.op_args[5:]).cpu()
+    return target.run(forward_op, x, w.op_args, bias).cpu()
 
 
 def twelve_multiprocessors(target: Target) -> contextlib.AbstractContextManager[None]:
@@ -45,7 +46,7 @@ def check(
     x, bias = target.place(torch.randn(m, n if grad_x else k, dtype=dtype), torch.randn(n, dtype=dtype))
     exact, dense = w.dequantize().double(), w.dequantize(dtype)
     if grad_x:
-        got = target.run(lowbit_linear_grad_x, x, *placed.op_args)
+        got = target.run(lowbit_linear_grad_x, x, placed.op_args)
         assert_accurate(got.cpu(), x.cpu().double() @ exact, x.cpu() @ dense)
     else:
         got = run(target, placed, x, bias)
@@ -69,8 +70,8 @@ def test_every_code_decodes_exactly(target: Target, dtype: torch.dtype, format: 
     tensors = (bitfuse.packing.pack(codes, kind.bits), one, tensor_scale)
     qweight, scales, scale_scales = (t if t is None else target.place(t)[0] for t in tensors)
     (x,) = target.place(torch.eye(256, dtype=dtype))
-    args = (x, qweight, scales, None, scale_scales, None, None, format, group)
-    assert torch.equal(target.run(forward_op, *args).cpu(), values[codes.int()].T)
+    weight = WeightTensors._make((qweight, scales, None, scale_scales, None, format, group))
+    assert torch.equal(target.run(forward_op, x, weight, None).cpu(), values[codes.int()].T)
 
 
 # each row of the table of tiles, with ends that are no whole tile, runs of each kind, zeros, nested scales
@@ -193,9 +194,10 @@ def test_reasons() -> None:
     qweight, scales = w.qweight, w.scales
 
     def reason(qweight: torch.Tensor, format: str, group_size: int) -> str | None:
-        return backend.supports_grad_x(x, qweight, scales, None, None, None, format, group_size)
+        weight = WeightTensors(qweight, scales, None, None, None, format, group_size)
+        return backend.supports_grad_x(x, weight)
 
-    lacking = backend.supports(x, qweight, scales, None, None, None, None, "int3", 32)
+    lacking = backend.supports(x, WeightTensors(qweight, scales, None, None, None, "int3", 32), None)
     assert lacking is not None and lacking.startswith("format 'int3' is none of int8, ")
     assert reason(qweight.t().contiguous().t(), "int4", 32) == "qweight, scales or zeros is not contiguous"
     assert reason(qweight, "int4", 12) == "group_size 12 is not a multiple of 8"
@@ -206,7 +208,8 @@ def test_without_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from bitfuse.kernels import lowbit_linear as backend\n"
-        "x = torch.zeros(8, 8); print(backend.supports(x, x, x, None, None, None, None, 'int4', 8))"
+        "from bitfuse.weight import WeightTensors; x = torch.zeros(8, 8)\n"
+        "print(backend.supports(x, WeightTensors(x, x, None, None, None, 'int4', 8), None))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "triton is not installed"

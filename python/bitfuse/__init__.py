@@ -7,6 +7,7 @@ from . import nn, ops
 from ._version import __version__
 from .formats import Format, register_format
 from .op import BackendError, Explanation, explain, use_backend
+from .ops.lora_linear import lora_linear
 from .ops.lowbit_linear import lowbit_linear
 from .quantization import QuantizationReport, quantize_
 from .weight import LowBitWeight, quantize
@@ -19,6 +20,7 @@ __all__ = [
     "QuantizationReport",
     "__version__",
     "explain",
+    "lora_linear",
     "lowbit_linear",
     "nn",
     "ops",

@@ -158,8 +158,7 @@ def _run_format(backend: Backend, format: str, device: torch.device) -> str:
     x, w, bias = (torch.randn(*shape, generator=generator).to(device) for shape in ((rows, k), (n, k), (n,)))
     x, bias = x.to(dtype), bias.to(dtype)
     q = quantize(w, format)
-    *tensors, name, group_size = q.op_args
-    args = (x, *tensors, bias, name, group_size)
+    args = (x, q.op_args, bias)
     try:
         if (reason := backend.supports(*args)) is not None:
             return f"not served: {reason}"

@@ -127,12 +127,18 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
 class Op:
     """An operator: its torch schema, reference, fake and backends.
 
+    It is called with objects (a weight, the projections of an input), which `check`, the reference, the fake
+    and the backends see too. torch knows tensors, numbers and lists of them only: `flatten` makes them of
+    the objects, `unflatten` undoes it.
+
     Args:
-        schema: as `torch.library` takes it, "name(Tensor x, ...) -> Tensor". The first argument decides the
-            device.
+        schema: as `torch.library` takes it, "name(Tensor x, ...) -> Tensor". The first argument, or
+            the first of it if it is a list, decides the device.
         check: raises TypeError or ValueError for arguments that no backend may see.
         reference: the meaning, in plain torch; serves whatever no backend does.
         fake: shapes and dtypes only, for torch.compile and torch.export.
+        flatten, unflatten: from the arguments of a call to those of the schema, and back; None when they are
+            the same.
     """
 
     def __init__(
@@ -142,6 +148,8 @@ class Op:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         backends: tuple[Backend, ...],
+        flatten: Callable[..., tuple[Any, ...]] | None = None,
+        unflatten: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.check = check
@@ -150,23 +158,28 @@ class Op:
         self.backends = (*backends, Backend("reference", ("cpu", "cuda"), lambda *args: None, reference))
         self._order: dict[torch.device, tuple[Backend, ...]] = {}
         self._told: set[tuple[Any, ...]] = set()
+        self._flatten = flatten
         self.__doc__ = reference.__doc__
+
+        def with_objects(function: Callable[..., Any]) -> Callable[..., Any]:
+            return function if unflatten is None else lambda *flat: function(*unflatten(*flat))
+
         _library.define(schema)
         for key in ("CPU", "CUDA"):
-            _library.impl(self.name, self._serve, key)
-        torch.library.register_fake(f"bitfuse::{self.name}", fake, lib=_library)
+            _library.impl(self.name, with_objects(self._serve), key)
+        torch.library.register_fake(f"bitfuse::{self.name}", with_objects(fake), lib=_library)
         self._torch = getattr(torch.ops.bitfuse, self.name).default
 
     def __call__(self, *args: Any) -> Any:
         if is_compiling() or _dispatch_mode() is not None:
-            return self._torch(*args)
+            return self._torch(*(args if self._flatten is None else self._flatten(*args)))
         return self._serve(*args)
 
     def _serve(self, *args: Any) -> Any:
         self.check(*args)
         if _ENVIRONMENT or _asked.get() is not None:
             return self._only(asked_backend(), args).run(*args)
-        device = args[0].device
+        device = _first(args).device
         for backend in self._order.get(device) or self._ordered(device):
             if backend.supports(*args) is None:
                 if backend.name == "reference":
@@ -183,7 +196,7 @@ class Op:
         return order
 
     def _only(self, name: str | None, args: tuple[Any, ...]) -> Backend:
-        device = args[0].device.type
+        device = _first(args).device.type
         for backend in self.backends:
             if backend.name != name:
                 continue
@@ -198,7 +211,7 @@ class Op:
 
     def _tell(self, device: str, args: tuple[Any, ...]) -> None:
         """Say once for each kind of call that the reference, an order of magnitude slower, serves it."""
-        kind = (device, args[0].dtype, *(a for a in args if not isinstance(a, torch.Tensor)))
+        kind = (device, _first(args).dtype, _without_tensors(args))
         if kind not in self._told:
             self._told.add(kind)
             log.warning("bitfuse falls back to plain PyTorch, which is slow. %s", self.explain(*args))
@@ -206,7 +219,7 @@ class Op:
     def explain(self, *args: Any) -> Explanation:
         """Who would serve a call with these arguments, and why the others would not. Runs nothing."""
         self.check(*args)
-        device = args[0].device.type
+        device = _first(args).device.type
         asked = asked_backend()
         if asked is not None:
             backend = self._only(asked, args)
@@ -227,3 +240,15 @@ class Op:
             else:
                 return Explanation(self.name, device, backend.name, refused)
         return Explanation(self.name, device, "reference", refused)
+
+
+def _first(args: tuple[Any, ...]) -> torch.Tensor:
+    first = args[0]
+    return first if isinstance(first, torch.Tensor) else first[0]
+
+
+def _without_tensors(argument: Any) -> Any:
+    """What of an argument is neither a tensor nor a sequence of them: names, sizes, numbers."""
+    if isinstance(argument, (tuple, list)):
+        return tuple(_without_tensors(a) for a in argument)
+    return None if isinstance(argument, torch.Tensor) else argument

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,29 @@ from .packing import pack, packed_width, unpack
 
 # weights that are quantised or read back at once: bounds the float32 temporaries to some 64 MiB
 CHUNK = 1 << 22
+
+
+class WeightTensors(NamedTuple):
+    """A few-bit weight as kernels take it: its tensors as `LowBitWeight` names them, columns sorted by
+    group, and what says how to read them."""
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    scale_scales: torch.Tensor | None
+    scale_offset: torch.Tensor | None
+    format: str
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.qweight.shape[0], self.qweight.shape[1] * 8 // FORMATS[self.format].bits
+
+    def dequantize(self) -> torch.Tensor:
+        """Float32 [out_features, in_features] in qweight's column order."""
+        scales = resolve_scales(self.scales, self.scale_scales, self.scale_offset)
+        return dequantize_rows(self.qweight, scales, self.zeros, get_format(self.format))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +87,7 @@ class LowBitWeight:
     # columns sorted by group: x[..., perm] meets qweight's columns; derived from g_idx
     perm: torch.Tensor | None = field(default=None, repr=False)
     # the weight as the ops take it
-    op_args: tuple[Any, ...] = field(init=False, repr=False)
+    op_args: WeightTensors = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # the ops know a format by its name
@@ -78,7 +101,7 @@ class LowBitWeight:
             if self.perm is None:
                 object.__setattr__(self, "perm", torch.argsort(self.g_idx, stable=True))
         tensors = (self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset)
-        object.__setattr__(self, "op_args", (*tensors, self.format.name, self.group_size))
+        object.__setattr__(self, "op_args", WeightTensors(*tensors, self.format.name, self.group_size))
 
     @staticmethod
     def expected(

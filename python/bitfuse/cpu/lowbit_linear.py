@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..formats import FORMATS, nested_code
+from ..weight import WeightTensors
 
 _cpu: Any = None
 try:
@@ -61,33 +62,14 @@ def _reason(format: str, group_size: int) -> str | None:
     return None
 
 
-def supports(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> str | None:
+def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
     """None when `run` can serve the call, else the reason."""
-    return _reason(format, group_size)
+    return _reason(weight.format, weight.group_size)
 
 
-def supports_grad_x(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> str | None:
+def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     """None when `run_grad_x` can serve the call, else the reason."""
-    return _reason(format, group_size)
+    return _reason(weight.format, weight.group_size)
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -99,67 +81,30 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x.contiguous(), x.shape[-1]
 
 
-def run(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> torch.Tensor:
+def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
     """y = x W^T + b. The arguments have passed the op's check and `supports`."""
-    n, k = qweight.shape[0], x.shape[-1]
+    n, k = weight.qweight.shape[0], x.shape[-1]
     out = x.new_empty(*x.shape[:-1], n)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    _call(
-        _cpu.lowbit_linear, x, qweight, scales, zeros, scale_scales, scale_offset, format, n, k, group_size,
-        0 if bias is None else bias.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
+    _call(_cpu.lowbit_linear, x, weight, n, k, 0 if bias is None else bias.data_ptr(), out.data_ptr())
     return out
 
 
-def run_grad_x(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> torch.Tensor:
+def run_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
     """grad W. The arguments have passed the op's check and `supports_grad_x`."""
-    n, k = qweight.shape[0], qweight.shape[1] * 8 // FORMATS[format].bits
+    n, k = weight.shape
     if n == 0:
         return grad.new_zeros((*grad.shape[:-1], k))
     out = grad.new_empty(*grad.shape[:-1], k)
-    _call(
-        _cpu.lowbit_linear_grad_x, grad, qweight, scales, zeros, scale_scales, scale_offset, format, n, k,
-        group_size, out.data_ptr(),
-    )  # fmt: skip
+    _call(_cpu.lowbit_linear_grad_x, grad, weight, n, k, out.data_ptr())
     return out
 
 
-def _call(
-    function: Any,
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    format: str,
-    n: int,
-    k: int,
-    group_size: int,
-    *rest: int,
-) -> None:
+def _call(function: Any, x: torch.Tensor, weight: WeightTensors, n: int, k: int, *rest: int) -> None:
     """Call a compiled function. No helpers here: their calls would be a good part of a tiny product's time.
     Copies of what is not contiguous live until the function returns."""
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
     code_kind, values, zero_point = _code(format)  # type: ignore[misc]
     scale_kind = _SCALES[scales.dtype]
     stride = x.shape[-1]

@@ -13,6 +13,7 @@ import torch
 from ..codebook import pairs_of_levels
 from ..formats import FORMATS, nested_code
 from ..op import simulated_gpu
+from ..weight import WeightTensors
 
 try:
     from .. import _cuda  # type: ignore[attr-defined]
@@ -92,18 +93,9 @@ def _rows_apart(t: torch.Tensor) -> bool:
     return t.is_contiguous() or (t.stride(1) == 1 and t.stride(0) >= t.shape[1])
 
 
-def supports(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> str | None:
+def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
     """None when `run` can serve the call, else the reason."""
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
     if _cuda is None:
         return _missing
     if _code(format) is None:
@@ -137,18 +129,9 @@ def supports(
     return None
 
 
-def run(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> torch.Tensor:
+def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
     """y = x W^T + b. The arguments have passed the op's check and `supports`."""
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
     device, n, k = x.device, qweight.shape[0], x.shape[-1]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
     m = x.numel() // k

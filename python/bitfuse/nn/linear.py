@@ -12,7 +12,7 @@ import torch
 from ..formats import Format, get_format
 from ..op import Explanation, explain
 from ..ops.lowbit_linear import apply_lowbit, lowbit_linear
-from ..weight import LowBitWeight, quantize
+from ..weight import LowBitWeight, WeightTensors, quantize
 
 _TENSORS = ("qweight", "scales", "zeros", "g_idx", "scale_scales", "scale_offset")
 
@@ -120,7 +120,8 @@ class Linear(torch.nn.Module):
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
         tensors = (p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"])
-        return apply_lowbit(x, (*tensors, self.format.name, self.group_size), self._buffers["perm"], bias)
+        weight = WeightTensors._make((*tensors, self.format.name, self.group_size))
+        return apply_lowbit(x, weight, self._buffers["perm"], bias)
 
     def explain(self, x: torch.Tensor) -> Explanation:
         """Who would serve `forward(x)`, and why the others would not."""

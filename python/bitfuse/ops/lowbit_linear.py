@@ -13,33 +13,23 @@ from ..cuda import lowbit_linear as cuda
 from ..formats import get_format
 from ..kernels import lowbit_linear as triton
 from ..op import Backend, Explanation, Op, explains
-from ..weight import LowBitWeight, check_tensor, dequantize_rows, resolve_scales
+from ..weight import LowBitWeight, WeightTensors, check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> None:
+def _check(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> None:
     dtype, device, sizes = x.dtype, x.device, x.shape
     if dtype not in FLOATS or not sizes:
-        _check_float(x, "x", sizes[-1] if sizes else 0)
-    _check_weight(qweight, scales, zeros, scale_scales, scale_offset, format, group_size, sizes[-1], device)
+        check_float(x, "x", sizes[-1] if sizes else 0)
+    check_weight(weight, sizes[-1], device)
     if bias is not None:
-        n = (qweight.shape[0],)
+        n = (weight.qweight.shape[0],)
         if bias.dtype is not dtype or bias.shape != n or bias.device != device:
             check_tensor("bias", bias, (dtype,), n, device)
 
 
-def _check_float(x: torch.Tensor, name: str, columns: int) -> None:
+def check_float(x: torch.Tensor, name: str, columns: int) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {' or '.join(map(str, FLOATS))}")
     if x.dim() == 0:
@@ -48,18 +38,9 @@ def _check_float(x: torch.Tensor, name: str, columns: int) -> None:
         raise ValueError(f"{name} has shape {list(x.shape)}, expected the last dimension to be {columns}")
 
 
-def _check_weight(
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    format: str,
-    group_size: int,
-    k: int,
-    device: torch.device,
-) -> None:
+def check_weight(weight: WeightTensors, k: int, device: torch.device) -> None:
     """What native code relies on. The commonest weight, of one level of scales, takes a shorter way."""
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
     sizes = qweight.shape
     if (
         scale_scales is None
@@ -73,8 +54,7 @@ def _check_weight(
     ):
         return
     given = (zeros is not None, scale_scales is not None, scale_offset is not None)
-    tensors = (qweight, scales, zeros, scale_scales, scale_offset)
-    for t, expected in zip(tensors, _expected(format, group_size, k, sizes, given), strict=True):
+    for t, expected in zip(weight[:5], _expected(format, group_size, k, sizes, given), strict=True):
         if expected is None:
             if t is not None:
                 raise ValueError(f"scale_offset is given, which format {format!r} has no place for")
@@ -114,69 +94,25 @@ def _expected(
     return tuple(by_name.get(name) for name in ("qweight", "scales", "zeros", "scale_scales", "scale_offset"))
 
 
-def _reference(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> torch.Tensor:
-    w = dequantize_rows(
-        qweight, resolve_scales(scales, scale_scales, scale_offset), zeros, get_format(format)
-    )
-    return torch.nn.functional.linear(x, w.to(x.dtype), bias)
+def _reference(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight.dequantize().to(x.dtype), bias)
 
 
-def _fake(x: torch.Tensor, qweight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+def _fake(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _check_grad_x(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> None:
-    _check_float(grad, "grad", qweight.shape[0])
-    k = qweight.shape[-1] * 8 // get_format(format).bits
-    _check_weight(qweight, scales, zeros, scale_scales, scale_offset, format, group_size, k, grad.device)
+def _check_grad_x(grad: torch.Tensor, weight: WeightTensors) -> None:
+    check_float(grad, "grad", weight.qweight.shape[0])
+    check_weight(weight, weight.qweight.shape[-1] * 8 // get_format(weight.format).bits, grad.device)
 
 
-def _reference_grad_x(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    format: str,
-    group_size: int,
-) -> torch.Tensor:
-    w = dequantize_rows(
-        qweight, resolve_scales(scales, scale_scales, scale_offset), zeros, get_format(format)
-    )
-    return grad @ w.to(grad.dtype)
+def _reference_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
+    return grad @ weight.dequantize().to(grad.dtype)
 
 
-def _fake_grad_x(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: Any,
-    scale_scales: Any,
-    scale_offset: Any,
-    format: str,
-    group_size: int,
-) -> torch.Tensor:
-    return grad.new_empty(*grad.shape[:-1], qweight.shape[1] * 8 // get_format(format).bits)
+def _fake_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? scale_scales, Tensor? scale_offset"
@@ -191,6 +127,8 @@ forward_op = Op(
         Backend("cuda", ("cuda",), cuda.supports, cuda.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
+    flatten=lambda x, weight, bias: (x, *weight[:5], bias, *weight[5:]),
+    unflatten=lambda x, *flat: (x, WeightTensors(*flat[:5], *flat[6:]), flat[5]),
 )
 lowbit_linear_grad_x = Op(
     f"lowbit_linear_grad_x(Tensor grad, {_WEIGHT}, str format, int group_size) -> Tensor",
@@ -201,6 +139,8 @@ lowbit_linear_grad_x = Op(
         Backend("cpp", ("cpu",), cpp.supports_grad_x, cpp.run_grad_x),
         Backend("triton", ("cuda",), triton.supports_grad_x, triton.run_grad_x),
     ),
+    flatten=lambda grad, weight: (grad, *weight),
+    unflatten=lambda grad, *flat: (grad, WeightTensors(*flat)),
 )
 
 
@@ -213,14 +153,12 @@ class _LowBitLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None,
-        weight: tuple[Any, ...],
+        weight: WeightTensors,
         perm: torch.Tensor | None,
     ) -> torch.Tensor:
         *tensors, ctx.format, ctx.group_size = weight
         ctx.save_for_backward(*tensors, perm)
-        return forward_op(
-            x if perm is None else x.index_select(-1, perm), *tensors, bias, ctx.format, ctx.group_size
-        )
+        return forward_op(x if perm is None else x.index_select(-1, perm), weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -229,7 +167,7 @@ class _LowBitLinear(torch.autograd.Function):
         *tensors, perm = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = lowbit_linear_grad_x(grad, *tensors, ctx.format, ctx.group_size)
+            grad_x = lowbit_linear_grad_x(grad, WeightTensors._make((*tensors, ctx.format, ctx.group_size)))
             if perm is not None:
                 grad_x = torch.empty_like(grad_x).index_copy_(-1, perm, grad_x)
         if ctx.needs_input_grad[1]:
@@ -238,7 +176,7 @@ class _LowBitLinear(torch.autograd.Function):
 
 
 def apply_lowbit(
-    x: torch.Tensor, weight: tuple[Any, ...], perm: torch.Tensor | None, bias: torch.Tensor | None
+    x: torch.Tensor, weight: WeightTensors, perm: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`lowbit_linear` on the parts of a weight, as `LowBitWeight.op_args` gives them: what layers call."""
     device = "cpu" if x.is_cpu else x.device.type  # the shorter way is a sixth of the longer
@@ -246,11 +184,10 @@ def apply_lowbit(
         dtype = torch.get_autocast_dtype(device)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if perm is not None:
-        _check_float(x, "x", perm.shape[0])
+        check_float(x, "x", perm.shape[0])
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _LowBitLinear.apply(x, bias, weight, perm)
-    *tensors, format, group_size = weight
-    return forward_op(x if perm is None else x.index_select(-1, perm), *tensors, bias, format, group_size)
+    return forward_op(x if perm is None else x.index_select(-1, perm), weight, bias)
 
 
 def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -287,5 +224,4 @@ def _check_types(x: object, w: object) -> None:
 @explains(lowbit_linear)
 def _explain(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = None) -> Explanation:
     _check_types(x, w)
-    *tensors, format, group_size = w.op_args
-    return forward_op.explain(x, *tensors, bias, format, group_size)
+    return forward_op.explain(x, w.op_args, bias)
