@@ -11,12 +11,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
     **dict.fromkeys(("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook"), 0),
-    **dict.fromkeys(("dropout", "lora_args"), 0),
+    **dict.fromkeys(("activations", "dropout", "lora_args"), 0),
     **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
     "ops": 2,
-    "nn": 3,
+    **dict.fromkeys(("nn", "optim"), 3),
     "quantization": 4,
-    **dict.fromkeys(("info", "demo", "cli", "__main__", "__init__"), 5),
+    **dict.fromkeys(("info", "demo", "finetune", "cli", "__main__", "__init__"), 5),
 }
 # the order inside the lowest room
 PEERS = {"formats": 0, "packing": 0, "dropout": 0, "op": 1, "weight": 2, "lora_args": 3}

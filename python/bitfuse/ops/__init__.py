@@ -1,6 +1,18 @@
 """The operators, one file each."""
 
+from .bottleneck_adapter import bottleneck_adapter
+from .gated_activation import gated_activation
 from .lora_linear import lora_linear
+from .lora_mlp import Projection, lora_mlp, lora_qkv
 from .lowbit_linear import lowbit_linear, lowbit_linear_grad_x
 
-__all__ = ["lora_linear", "lowbit_linear", "lowbit_linear_grad_x"]
+__all__ = [
+    "Projection",
+    "bottleneck_adapter",
+    "gated_activation",
+    "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
+    "lowbit_linear",
+    "lowbit_linear_grad_x",
+]

@@ -7,6 +7,7 @@ h = drop(x) A^T, and one gradient to x comes back.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ def _dropped(x: torch.Tensor, p: LoraArgs, dropout_p: float) -> torch.Tensor:
     if not dropout_p:
         return x
     assert p.seed is not None
-    return torch.where(keep(p.seed, *x.shape, dropout_p), x / (1 - dropout_p), 0)
+    return torch.where(keep(p.seed, x.shape[0], x.shape[1], dropout_p), x / (1 - dropout_p), 0)
 
 
 def _reference(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) -> list[torch.Tensor]:
@@ -278,6 +279,71 @@ lora_linear_backward = Op(
 )
 
 
+def taken_apart(projections: tuple[LoraArgs, ...]) -> tuple[list[torch.Tensor | None], list[Any]]:
+    """The tensors that the backward needs, for `save_for_backward`; and what is not a tensor."""
+    tensors: list[torch.Tensor | None] = []
+    rest: list[Any] = []
+    for p in projections:
+        few_bit = isinstance(p.weight, WeightTensors)
+        tensors += p.weight[:5] if isinstance(p.weight, WeightTensors) else [p.weight]
+        tensors += [p.lora_A, p.lora_B, p.scale_by, p.seed]
+        rest.append((p.scaling, *(p.weight[5:] if few_bit else (None, 0))))
+    return tensors, rest
+
+
+def put_together(tensors: Iterator[Any], rest: list[Any]) -> tuple[LoraArgs, ...]:
+    """What `taken_apart` took apart; takes its tensors from the iterator."""
+    projections = []
+    for scaling, format, group_size in rest:
+        if format is None:
+            weight = next(tensors)
+        else:
+            weight = WeightTensors._make((*(next(tensors) for _ in range(5)), format, group_size))
+        lora_A, lora_B, scale_by, seed = (next(tensors) for _ in range(4))
+        projections.append(LoraArgs(weight, lora_A, lora_B, scaling, scale_by, seed=seed))
+    return tuple(projections)
+
+
+def learnt(projections: tuple[LoraArgs, ...]) -> list[torch.Tensor | None]:
+    """The tensors that a gradient may flow to, four a projection: a dense W, lora_A, lora_B, bias."""
+    found: list[torch.Tensor | None] = []
+    for p in projections:
+        dense = p.weight if isinstance(p.weight, torch.Tensor) else None
+        found += [dense, p.lora_A, p.lora_B, p.bias]
+    return found
+
+
+def gradients(
+    grads: tuple[torch.Tensor, ...],
+    x: torch.Tensor | None,
+    projections: tuple[LoraArgs, ...],
+    hs: Hs,
+    dropout_p: float,
+    x_wanted: bool,
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Of x, and of what `learnt` lists; `needs` says which."""
+    wanted = Wanted(x_wanted, tuple(needs[1::4]), tuple(needs[2::4]))
+    found: list[torch.Tensor] = []
+    if wanted.x or any(wanted.lora_A) or any(wanted.lora_B):
+        found = lora_linear_backward(grads, x, projections, hs, dropout_p, wanted)
+    each: list[torch.Tensor | None] = []
+    for i, grad in enumerate(grads):
+        w_wanted, a_wanted, b_wanted, bias_wanted = needs[4 * i : 4 * i + 4]
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_w = None
+        if w_wanted:
+            assert x is not None
+            grad_w = rows.t() @ x.reshape(-1, x.shape[-1])
+        each += [
+            grad_w,
+            found[1 + 2 * i] if a_wanted else None,
+            found[2 + 2 * i] if b_wanted else None,
+            rows.sum(0, dtype=torch.float32).to(grad.dtype) if bias_wanted else None,
+        ]
+    return found[0] if x_wanted else None, each
+
+
 class _LoraLinear(torch.autograd.Function):
     """Keeps the few-bit tensors, A and B; x only for A's (or a dense W's) gradient, h only for B's."""
 
@@ -287,95 +353,66 @@ class _LoraLinear(torch.autograd.Function):
         x: torch.Tensor,
         projections: tuple[LoraArgs, ...],
         dropout_p: float,
-        *learnt: torch.Tensor | None,
+        *_learnt: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        # `learnt` are the tensors of the projections that a gradient may flow to, W, A, B and bias of each
         count = len(projections)
         out = lora_linear_op(x, projections, dropout_p)
         needs = ctx.needs_input_grad[3:]
-        ctx.dropout_p, ctx.scaling = dropout_p, [p.scaling for p in projections]
-        ctx.read = [p.weight[5:] if isinstance(p.weight, WeightTensors) else None for p in projections]
-        kept: list[torch.Tensor | None] = [x if any(needs[0::4]) or any(needs[1::4]) else None]
-        for i, p in enumerate(projections):
-            kept += p.weight[:5] if isinstance(p.weight, WeightTensors) else [p.weight]
-            kept += [p.lora_A, p.lora_B, p.scale_by, p.seed, out[count + i] if needs[4 * i + 2] else None]
-        ctx.save_for_backward(*kept)
+        tensors, ctx.rest = taken_apart(projections)
+        ctx.dropout_p = dropout_p
+        hs = [h if needed else None for h, needed in zip(out[count:], needs[2::4], strict=True)]
+        ctx.save_for_backward(x if any(needs[0::4]) or any(needs[1::4]) else None, *hs, *tensors)
         return tuple(out[:count])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
-        projections, hs = [], []
-        for read, scaling in zip(ctx.read, ctx.scaling, strict=True):
-            weight = (
-                kept.pop(0)
-                if read is None
-                else WeightTensors._make((*(kept.pop(0) for _ in range(5)), *read))
-            )
-            lora_A, lora_B, scale_by, seed, h = (kept.pop(0) for _ in range(5))
-            projections.append(LoraArgs(weight, lora_A, lora_B, scaling, scale_by, seed=seed))
-            hs.append(h)
-        needs = ctx.needs_input_grad[3:]
-        wanted = Wanted(ctx.needs_input_grad[0], tuple(needs[1::4]), tuple(needs[2::4]))
-        found: list[torch.Tensor] = [grads[0]] * (1 + 2 * len(projections))
-        if wanted.x or any(wanted.lora_A) or any(wanted.lora_B):
-            found = lora_linear_backward(grads, x, tuple(projections), tuple(hs), ctx.dropout_p, wanted)
-        learnt: list[torch.Tensor | None] = []
-        for i, grad in enumerate(grads):
-            w_wanted, a_wanted, b_wanted, bias_wanted = needs[4 * i : 4 * i + 4]
-            rows = grad.reshape(-1, grad.shape[-1])
-            learnt += [
-                rows.t() @ x.reshape(-1, x.shape[-1]) if w_wanted else None,
-                found[1 + 2 * i] if a_wanted else None,
-                found[2 + 2 * i] if b_wanted else None,
-                rows.sum(0, dtype=torch.float32).to(grad.dtype) if bias_wanted else None,
-            ]
-        return found[0] if wanted.x else None, None, None, *learnt
+        count = len(grads)
+        projections = put_together(iter(kept[count:]), ctx.rest)
+        x_wanted, _, _, *needs = ctx.needs_input_grad
+        grad_x, each = gradients(
+            grads, x, projections, tuple(kept[:count]), ctx.dropout_p, x_wanted, tuple(needs)
+        )
+        return grad_x, None, None, *each
+
+
+def autocast(x: torch.Tensor, projections: tuple[LoraArgs, ...]) -> tuple[torch.Tensor, tuple[LoraArgs, ...]]:
+    """Under `torch.autocast` x, biases and dense weights in its dtype; adapters stay in their own."""
+    device = "cpu" if x.is_cpu else x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x, projections
+    dtype = torch.get_autocast_dtype(device)
+    cast = []
+    for p in projections:
+        weight = p.weight.to(dtype) if isinstance(p.weight, torch.Tensor) else p.weight
+        cast.append(p._replace(weight=weight, bias=None if p.bias is None else p.bias.to(dtype)))
+    return x.to(dtype), tuple(cast)
 
 
 def apply_lora(
     x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float
 ) -> tuple[torch.Tensor, ...]:
-    """The projections of one x, with gradients: what the public functions and the layers call.
-
-    An out_scale takes no gradient here: who learns one multiplies by it apart.
-    """
-    device = "cpu" if x.is_cpu else x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
-        projections = tuple(
-            p._replace(
-                weight=p.weight.to(dtype) if isinstance(p.weight, torch.Tensor) else p.weight,
-                bias=None if p.bias is None else p.bias.to(dtype),
-            )
-            for p in projections
-        )
+    """The projections of one x, with gradients: what the public functions and the layers call."""
+    x, projections = autocast(x, projections)
     if torch.is_grad_enabled():
-        learnt: list[torch.Tensor | None] = []
-        wanted = x.requires_grad
-        for p in projections:
-            dense = p.weight if isinstance(p.weight, torch.Tensor) else None
-            four = (dense, p.lora_A, p.lora_B, p.bias)
-            wanted = wanted or any(t is not None and t.requires_grad for t in four)
-            learnt += four
-        if wanted:
-            scales = [p.out_scale for p in projections]
+        tensors = learnt(projections)
+        scales = [p.out_scale for p in projections]
+        if x.requires_grad or any(t is not None and t.requires_grad for t in (*tensors, *scales)):
             if all(scale is None for scale in scales):
-                return _LoraLinear.apply(x, projections, dropout_p, *learnt)
+                return _LoraLinear.apply(x, projections, dropout_p, *tensors)
+            # a gradient to out_scale needs what it multiplies, so that is made, and kept, apart
             plain = tuple(
                 p if p.out_scale is None else p._replace(out_scale=None, bias=None) for p in projections
             )
             ys = apply_lora(x, plain, dropout_p)
-            return tuple(
-                y if p.out_scale is None else _scale_out(y, p) for y, p in zip(ys, projections, strict=True)
-            )
+            return tuple(_scale_out(y, p) for y, p in zip(ys, projections, strict=True))
     return tuple(lora_linear_op(x, projections, dropout_p)[: len(projections)])
 
 
 def _scale_out(y: torch.Tensor, p: LoraArgs) -> torch.Tensor:
-    assert p.out_scale is not None
+    if p.out_scale is None:
+        return y
     scaled = y * p.out_scale
     return (scaled if p.bias is None else scaled + p.bias).to(y.dtype)
 
