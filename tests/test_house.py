@@ -15,8 +15,10 @@ RANK = {
     **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
     "ops": 2,
     **dict.fromkeys(("nn", "optim"), 3),
-    "quantization": 4,
-    **dict.fromkeys(("info", "demo", "finetune", "cli", "__main__", "__init__"), 5),
+    **dict.fromkeys(("quantization", "lora"), 4),
+    **dict.fromkeys(
+        ("checkpoints", "integrations", "info", "demo", "finetune", "cli", "__main__", "__init__"), 5
+    ),
 }
 # the order inside the lowest room
 PEERS = {"formats": 0, "packing": 0, "dropout": 0, "op": 1, "weight": 2, "lora_args": 3}

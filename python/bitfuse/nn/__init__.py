@@ -1,5 +1,18 @@
 """Drop-in layers."""
 
+from .adapters import AdapterLinear, Merged
+from .bottleneck import BottleneckAdapter
+from .ia3 import IA3Adapter, IA3Linear
 from .linear import Linear
+from .lora import LoRAAdapter, LoRALinear
 
-__all__ = ["Linear"]
+__all__ = [
+    "AdapterLinear",
+    "BottleneckAdapter",
+    "IA3Adapter",
+    "IA3Linear",
+    "Linear",
+    "LoRAAdapter",
+    "LoRALinear",
+    "Merged",
+]
