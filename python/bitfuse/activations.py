@@ -34,8 +34,7 @@ def derivative(z: torch.Tensor, name: str) -> torch.Tensor:
     if name == "relu":
         return (z > 0).to(z.dtype)
     if name == "gelu":
-        return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * torch.exp(-0.5 * z * z) / math.sqrt(
-            2 * math.pi
-        )
+        density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density
     t = torch.tanh(_TANH_SCALE * (z + _TANH_CUBE * z**3))
     return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBE * z * z)

@@ -226,7 +226,7 @@ def _reference_backward(
             grad_b = scaled.t().to(p.lora_B.dtype) @ h.to(p.lora_B.dtype)
         found += [grad_a, grad_b]
     first = grads[0]
-    return [first.new_empty(0) if grad_x is None else grad_x.view(*first.shape[:-1], -1), *found]
+    return [first.new_empty(0) if grad_x is None else grad_x.view(*first.shape[:-1], k), *found]
 
 
 def _fake_backward(
