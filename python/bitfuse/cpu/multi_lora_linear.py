@@ -1,13 +1,54 @@
-"""multi_lora_linear on CPU."""
+"""multi_lora_linear on the CPU: tensors to addresses. The kernel, and what bounds it:
+csrc/cpu/multi_lora_linear.cpp."""
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+
+from ..multi_lora_args import Adapters, count_of, is_stacked
+from . import lowbit_linear as shared
+from .lowbit_linear import _DTYPES, _cpu, _rows
 
 
-def supports(*args: Any) -> str | None:
-    return "it has no kernel for this op"
+def supports(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: Adapters,
+    lora_B: Adapters,
+    scaling: torch.Tensor,
+    adapter_ids: torch.Tensor,
+) -> str | None:
+    """None when `run` can serve the call, else the reason."""
+    return shared._missing if _cpu is None else None
 
 
-def run(*args: Any) -> Any:
-    raise NotImplementedError
+def run(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: Adapters,
+    lora_B: Adapters,
+    scaling: torch.Tensor,
+    adapter_ids: torch.Tensor,
+) -> None:
+    """y += the adapters' part, in place. The arguments have passed the op's check.
+
+    Raises:
+        ValueError: an id that is not there.
+    """
+    n, k = y.shape[-1], x.shape[-1]
+    if y.numel() == 0:
+        return
+    stride = k
+    if not x.is_contiguous():
+        x, stride = _rows(x)
+    # contiguous copies live until the function returns
+    lora_A, lora_B = [t.contiguous() for t in lora_A], [t.contiguous() for t in lora_B]
+    scaling, adapter_ids = scaling.contiguous(), adapter_ids.contiguous()
+    stacked = is_stacked(lora_A)
+    _cpu.multi_lora_add(
+        y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], y.numel() // n, stride, n, k,
+        [t.data_ptr() for t in lora_A], [t.data_ptr() for t in lora_B],
+        [lora_A[0].shape[1]] if stacked else [t.shape[0] for t in lora_A], count_of(lora_A), stacked,
+        _DTYPES[lora_A[0].dtype] if lora_A else 0, _DTYPES[lora_B[0].dtype] if lora_B else 0,
+        scaling.data_ptr(), adapter_ids.data_ptr(), adapter_ids.dtype == torch.int64,
+    )  # fmt: skip
