@@ -63,6 +63,7 @@ PYBIND11_MODULE(_cpu, m) {
   // exception of the module's own initialisation would become an ImportError. bitfuse asks as it is imported.
   m.def("isa", [] { return bitfuse::picked().name; }, "The instruction-set level in use.");
   bitfuse::bind_lowbit_linear(m);
+  bitfuse::bind_lora_linear(m);
   bitfuse::bind_multi_lora_linear(m);
   bitfuse::bind_adamw8bit(m);
 }

@@ -23,6 +23,7 @@ Level level();
 #endif
 
 void bind_lowbit_linear(py::module_& module);
+void bind_lora_linear(py::module_& module);
 void bind_multi_lora_linear(py::module_& module);
 void bind_adamw8bit(py::module_& module);
 

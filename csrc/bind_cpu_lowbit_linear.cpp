@@ -1,14 +1,12 @@
-#include "bind_cpu.h"
-#include "cpu/lowbit_linear.h"
+#include "bind_cpu_lowbit_linear.h"
 
 namespace bitfuse {
-namespace {
 
-LinearCall make_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, uintptr_t codes,
-                     uintptr_t scales, int scale_kind, uintptr_t zeros, uintptr_t scale_table,
-                     uintptr_t scale_scales, uintptr_t scale_offset, uintptr_t values, int code_kind,
-                     int zero_point, int64_t n, int64_t k, int64_t group_size, uintptr_t bias, uintptr_t out,
-                     bool gradient) {
+LinearCall make_linear_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, uintptr_t codes,
+                            uintptr_t scales, int scale_kind, uintptr_t zeros, uintptr_t scale_table,
+                            uintptr_t scale_scales, uintptr_t scale_offset, uintptr_t values, int code_kind,
+                            int zero_point, int64_t n, int64_t k, int64_t group_size, uintptr_t bias,
+                            uintptr_t out, bool gradient) {
   if (dtype < 0 || dtype > 2)
     refuse("dtype", std::to_string(dtype), "0 (float32), 1 (float16) or 2 (bfloat16)");
   if (scale_kind < 0 || scale_kind > 4) refuse("scale_kind", std::to_string(scale_kind), "0 to 4");
@@ -53,13 +51,15 @@ LinearCall make_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, u
   return call;
 }
 
+namespace {
+
 void lowbit_linear(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, uintptr_t codes,
                    uintptr_t scales, int scale_kind, uintptr_t zeros, uintptr_t scale_table,
                    uintptr_t scale_scales, uintptr_t scale_offset, uintptr_t values, int code_kind,
                    int zero_point, int64_t n, int64_t k, int64_t group_size, uintptr_t bias, uintptr_t out) {
-  const LinearCall call =
-      make_call(x, dtype, rows, row_stride, codes, scales, scale_kind, zeros, scale_table, scale_scales,
-                scale_offset, values, code_kind, zero_point, n, k, group_size, bias, out, false);
+  const LinearCall call = make_linear_call(x, dtype, rows, row_stride, codes, scales, scale_kind, zeros,
+                                           scale_table, scale_scales, scale_offset, values, code_kind,
+                                           zero_point, n, k, group_size, bias, out, false);
   if (rows == 0 || n == 0) return;
   py::gil_scoped_release release;
   BITFUSE_OF_LEVEL(lowbit_linear)(call);
@@ -69,9 +69,9 @@ void lowbit_linear_grad_x(uintptr_t grad, int dtype, int64_t rows, int64_t row_s
                           uintptr_t scales, int scale_kind, uintptr_t zeros, uintptr_t scale_table,
                           uintptr_t scale_scales, uintptr_t scale_offset, uintptr_t values, int code_kind,
                           int zero_point, int64_t n, int64_t k, int64_t group_size, uintptr_t out) {
-  const LinearCall call =
-      make_call(grad, dtype, rows, row_stride, codes, scales, scale_kind, zeros, scale_table, scale_scales,
-                scale_offset, values, code_kind, zero_point, n, k, group_size, 0, out, true);
+  const LinearCall call = make_linear_call(grad, dtype, rows, row_stride, codes, scales, scale_kind, zeros,
+                                           scale_table, scale_scales, scale_offset, values, code_kind,
+                                           zero_point, n, k, group_size, 0, out, true);
   if (rows == 0 || n == 0) return;  // with n = 0 the caller's out is all zeros
   py::gil_scoped_release release;
   BITFUSE_OF_LEVEL(lowbit_linear_grad_x)(call);

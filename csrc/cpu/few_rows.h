@@ -9,6 +9,7 @@
 #pragma once
 
 #include "codes.h"
+#include "low_rank.h"
 #include "scales.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -68,11 +69,42 @@ void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural
       }
 }
 
+// What an adapter adds to row n of W: t B[n]^T, summed in the same lanes. t is [Rows][t_stride], zeros past
+// rank.
+struct RowAddend {
+  const float* t = nullptr;  // null: no adapter
+  int64_t t_stride = 0, rank = 0;
+  const void* b = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+template <int Rows>
+BITFUSE_INLINE void add_rows(const RowAddend& addend, int64_t n, Vf (&total)[Rows][kQuad]) {
+  with_loads(addend.dtype, [&](auto loads) __attribute__((always_inline)) {
+    using Loads = decltype(loads);
+    const auto* b = static_cast<const typename Loads::Element*>(addend.b) + n * addend.rank;
+    for (int64_t j = 0; j < addend.rank; j += kLanes) {
+      Vf row[kQuad];
+#pragma GCC unroll 4
+      for (int q = 0; q < kQuad; ++q) {
+        const auto* at = b + q * addend.rank + j;
+        row[q] = j + kLanes <= addend.rank ? Loads::whole(at) : Loads::some(at, int(addend.rank - j));
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const Vf t = load(addend.t + r * addend.t_stride + j);
+#pragma GCC unroll 4
+        for (int q = 0; q < kQuad; ++q) total[r][q] = fma(t, row[q], total[r][q]);
+      }
+    }
+  });
+}
+
 // Rows [n, n + kQuad) of W times Rows rows of x. scales and zeros: [kQuad][groups].
 template <class Steps, int Rows, bool Uniform>
 void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename Steps::Element* x,
           int64_t x_stride, const LaneGroups& lanes, const float* scales, const float* zeros,
-          float (&out)[Rows][kQuad]) {
+          const RowAddend& addend, float (&out)[Rows][kQuad]) {
   using Code = typename Steps::Code;
   constexpr int kBytes = 4 * kLanes;
   const int64_t row_bytes = code_bytes<Code>(w.k), groups = groups_of(w);
@@ -119,6 +151,7 @@ void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename S
   const int64_t whole = row_bytes / kBytes, rest = row_bytes % kBytes;
   for (int64_t b = 0; b < whole; ++b) block(b, [](const uint8_t* at) { return load_dwords(at); });
   if (rest) block(whole, [&](const uint8_t* at) { return load_some(at, rest); });
+  if (addend.t) add_rows(addend, n, total);
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
@@ -127,7 +160,7 @@ void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename S
 
 template <class Steps, int Rows, bool Uniform>
 void quads(const Steps& steps, const LinearCall& call, Range range, const typename Steps::Element* x,
-           int64_t x_stride, const LaneGroups& lanes, float* scales, float* zeros) {
+           int64_t x_stride, const LaneGroups& lanes, const RowAddend& addend, float* scales, float* zeros) {
   const LowBitMatrix& w = call.w;
   const int64_t count = kQuad * groups_of(w);
   for (int64_t i = range.begin; i < range.end; ++i) {
@@ -136,16 +169,18 @@ void quads(const Steps& steps, const LinearCall& call, Range range, const typena
     if (Steps::Code::kZeros) read_zeros(w, i * count, count, zeros);
     prefetch_scales(w, (i + 1) * count, count);
     float y[Rows][kQuad], bias[kQuad] = {};
-    quad<Steps, Rows, Uniform>(steps, w, n, x, x_stride, lanes, scales, zeros, y);
+    quad<Steps, Rows, Uniform>(steps, w, n, x, x_stride, lanes, scales, zeros, addend, y);
     if (call.bias) to_float(element(call.bias, call.dtype, n), call.dtype, bias, kQuad);
     for (int r = 0; r < Rows; ++r) {
-      for (int q = 0; q < kQuad; ++q) y[r][q] += bias[q];
+      for (int q = 0; q < kQuad; ++q)
+        y[r][q] = (call.out_scale ? y[r][q] * call.out_scale[n + q] : y[r][q]) + bias[q];
       from_float(y[r], element(call.out, call.dtype, r * w.n + n), call.dtype, kQuad);
     }
   }
 }
 
-// Scratch: at most 12 bytes for each column of x and, on each thread, 32 for each group of a row.
+// Scratch: at most 12 bytes for each column of x and, on each thread, 32 for each group of a row; with an
+// adapter also what Shrink says, and 16 bytes for each rank.
 template <class Steps>
 void few_rows(const LinearCall& call) {
   using Code = typename Steps::Code;
@@ -158,38 +193,67 @@ void few_rows(const LinearCall& call) {
   const int64_t quad_count = w.n / kQuad;
   const int threads = int(least(threads_for(w.n * w.k * call.rows), quad_count));
 
+  const Adapter none{};
+  const Adapter& adapter = call.adapter ? *call.adapter : none;
+  const Shrink shrink(adapter, call.x, call.dtype, call.row_stride, w.k);
+  const int64_t t_stride = round_up(adapter.rank, kLanes);
+
+  struct Worker {
+    float *scales, *zeros, *t, *shrink;
+  };
+  auto carve_worker = [&](Carver& carver) {
+    Worker worker;
+    worker.scales = carver.take<float>(row_scales);
+    worker.zeros = carver.take<float>(Code::kZeros ? row_scales : 0);
+    worker.t = carver.take<float>(call.rows * t_stride);
+    worker.shrink = call.adapter ? shrink.carve_worker(carver) : nullptr;
+    return worker;
+  };
   LaneGroups lanes;
-  auto carve = [&](Carver& carver, Element*& x, float*& natural, float*& scales, float*& zeros) {
+  auto carve = [&](Carver& carver, Element*& x, float*& natural) {
     x = carver.take<Element>(call.rows * x_stride);
     natural = carver.take<float>(blocks * kBlock);
     lanes.first = carver.take<int32_t>(blocks);
     lanes.lane = carver.take<int32_t>(blocks * kLanes);
-    scales = carver.take<float>(threads * row_scales);
-    zeros = carver.take<float>(Code::kZeros ? threads * row_scales : 0);
   };
   Element* x;
-  float *natural, *scales, *zeros;
-  Carver need;
-  carve(need, x, natural, scales, zeros);
-  Carver carver(scratch(need.used()));
-  carve(carver, x, natural, scales, zeros);
+  float* natural;
+  Carver shared_need, worker_need;
+  carve(shared_need, x, natural);
+  carve_worker(worker_need);
+  char* workers = scratch(shared_need.used() + size_t(threads) * worker_need.used());
+  Carver carver(workers);
+  carve(carver, x, natural);
+  workers += shared_need.used();
   lanes.fill(w, Code::kPerDword, blocks);
   for (int64_t r = 0; r < call.rows; ++r) arrange<Steps>(call, r, blocks, natural, x + r * x_stride);
 
   parallel(threads, [&](int thread, int team) {
     const Range mine = share(quad_count, thread, team);
-    float* my_scales = scales + thread * row_scales;
-    float* my_zeros = zeros + (Code::kZeros ? thread * row_scales : 0);
+    Carver my_carver(workers + size_t(thread) * worker_need.used());
+    const Worker my = carve_worker(my_carver);
     for (int64_t i = 0; i < row_scales; ++i)
-      my_scales[i] = 0;  // what lies past the last group is loaded, not used
-    for (int64_t i = 0; Code::kZeros && i < row_scales; ++i) my_zeros[i] = 0;
+      my.scales[i] = 0;  // what lies past the last group is loaded, not used
+    for (int64_t i = 0; Code::kZeros && i < row_scales; ++i) my.zeros[i] = 0;
+    RowAddend addend;
+    if (call.adapter) {
+      shrink.run(0, call.rows, thread, team, my.shrink);
+      if (team > 1) {
+#pragma omp barrier
+      }
+      for (int64_t r = 0; r < call.rows; ++r)
+        for (int64_t j = 0; j < t_stride; ++j)
+          my.t[r * t_stride + j] =
+              j < adapter.rank ? adapter.h[r * adapter.rank + j] * (adapter.scale / Steps::kUnit) : 0;
+      addend = {my.t, t_stride, adapter.rank, adapter.b, adapter.b_dtype};
+    }
     unrolled<kFewRows>([&](auto r) {
       constexpr int Rows = decltype(r)::value + 1;
       if (call.rows != Rows) return;
       if (lanes.uniform) {
-        quads<Steps, Rows, true>(steps, call, mine, x, x_stride, lanes, my_scales, my_zeros);
+        quads<Steps, Rows, true>(steps, call, mine, x, x_stride, lanes, addend, my.scales, my.zeros);
       } else {
-        quads<Steps, Rows, false>(steps, call, mine, x, x_stride, lanes, my_scales, my_zeros);
+        quads<Steps, Rows, false>(steps, call, mine, x, x_stride, lanes, addend, my.scales, my.zeros);
       }
     });
   });

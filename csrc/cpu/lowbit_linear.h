@@ -30,14 +30,35 @@ struct LowBitMatrix {
   float scale_factor;         // kTable
 };
 
-// forward: out[rows, n] = x[rows, k] W^T + bias[n]; gradient: out[rows, k] = x[rows, n] W. x, bias and out
-// have one dtype.
+// Elements of a matrix that are dropped, as python/bitfuse/dropout.py says; p is 0 where none is.
+struct Dropout {
+  double p = 0;
+  uint64_t seed = 0;
+};
+
+// What a product with W carries along: `rank` more steps of its contraction.
+//   forward   h = drop(x) A^T, written; the product gains scale * h B^T.
+//   gradient  h = scale * y' B, read; the product gains drop'(h A).
+struct Adapter {
+  int64_t rank;
+  const void *a, *b;  // [rank, k] and [n, rank]; gradient: b is not read
+  Dtype a_dtype, b_dtype;
+  float scale;
+  float* h;  // [rows, rank]
+  Dropout dropout;
+};
+
+// forward: out[rows, n] = out_scale[n] * (x[rows, k] W^T + the adapter's) + bias[n]; gradient: out[rows, k] =
+// x[rows, n] W + the adapter's. x, bias and out have one dtype.
 struct LinearCall {
   LowBitMatrix w;
   Dtype dtype;
   int64_t rows, row_stride;  // row_stride counts elements of x; out is dense
   const void *x, *bias;      // bias may be null
   void* out;
+  const Adapter* adapter = nullptr;  // or null, for none
+  const float* out_scale = nullptr;  // or null, for 1
+  bool accumulate = false;           // gradient: out += what else it would be
 };
 
 #define BITFUSE_DECLARE_LEVEL(level)                 \

@@ -20,33 +20,34 @@ constexpr int kVecs = kLanes == 16 ? 4 : 2;
 constexpr int kWidth = kVecs * kLanes;
 constexpr int kMaxRows = 6;
 
-// c[Rows][kWidth] (+)= x[Rows][depth] panel[depth][kWidth]; `first` starts from zero. Callers give at most
-// kSegment steps at a time: summed apart, so that the rounding of a long sum grows with K / kSegment and not
-// with K.
+// c[Rows][Vecs * kLanes] (+)= x[Rows][depth] panel[depth][Vecs * kLanes]; `first` starts from zero. Callers
+// give at most kSegment steps at a time: summed apart, so that the rounding of a long sum grows with K /
+// kSegment and not with K. Narrow panels, fewer Vecs, take more rows. Turned: x is [depth][Rows].
 constexpr int64_t kSegment = 64;
-template <int Rows>
+template <int Rows, int Vecs = kVecs, bool Turned = false>
 void tile_float(const float* x, int64_t x_stride, const float* panel, int depth, float* c, bool first) {
-  Vf acc[Rows][kVecs];
-#pragma GCC unroll 8
+  constexpr int kPitch = Vecs * kLanes;
+  Vf acc[Rows][Vecs];
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
+    for (int v = 0; v < Vecs; ++v) acc[r][v] = zero();
   for (int i = 0; i < depth; ++i) {
-    Vf b[kVecs];
+    Vf b[Vecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) b[v] = load(panel + i * kWidth + v * kLanes);
-#pragma GCC unroll 8
+    for (int v = 0; v < Vecs; ++v) b[v] = load(panel + i * kPitch + v * kLanes);
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      Vf a = set1(x[r * x_stride + i]);
+      Vf a = set1(Turned ? x[i * x_stride + r] : x[r * x_stride + i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+      for (int v = 0; v < Vecs; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      float* at = c + r * kWidth + v * kLanes;
+    for (int v = 0; v < Vecs; ++v) {
+      float* at = c + r * kPitch + v * kLanes;
       store(at, first ? acc[r][v] : add(acc[r][v], load(at)));
     }
 }

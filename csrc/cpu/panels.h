@@ -7,10 +7,12 @@
 //   dword vector
 //             holds the codes of kPerDword steps, and scales are lane vectors;
 //   gradient  lanes are columns of W, read in memory order; the scale of a row's group is a broadcast.
-// The sums of a task, [rows][kWidth] floats, stay in L2; bias and rounding come at its end.
+// The sums of a task, [rows][kWidth] floats, stay in L2; an adapter's ranks, which are a few more steps of
+// the contraction, bias and rounding come at its end.
 #pragma once
 
 #include "codes.h"
+#include "low_rank.h"
 #include "scales.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -154,6 +156,7 @@ class Forward {
  public:
   using Steps = typename StepsOf<Code, Kind>::type;
   static constexpr Panel kKind = Kind;
+  static constexpr bool kGradient = false;
   static constexpr int P = Code::kPerDword;
   static constexpr int kOrder = in_pairs(Kind) ? P : 1;  // codes whose pairs x follows
   static constexpr int64_t kBlock = kPanelDwords / kWidth *
@@ -344,6 +347,7 @@ class Gradient {
  public:
   static_assert(Kind == Panel::kFloats || Kind == Panel::kRoundedPairs);
   static constexpr Panel kKind = Kind;
+  static constexpr bool kGradient = true;
   static constexpr int kOrder = 1;
   static constexpr int64_t kBlock = kPanelDwords / kWidth * (in_pairs(Kind) ? 2 : 1);
   static constexpr int kTileGroups = kWidth / 8 + 1;  // that a tile's columns can meet
@@ -479,8 +483,37 @@ void pack_rows(const LinearCall& call, int64_t row, int64_t count, int64_t depth
   }
 }
 
+// The adapter's share of a tile of outputs: t B^T, or drop'(t A).
+template <bool Gradient>
+void add_adapter(const Adapter& adapter, int64_t outs, int64_t row, int64_t rows, int64_t out, float* panel,
+                 float* sums, [[maybe_unused]] float* apart) {
+  const int64_t valid = least(kWidth, outs - out), rank = adapter.rank;
+  const float* t = adapter.h + row * rank;
+  if constexpr (!Gradient) {
+    auto fill = [&](int64_t first, int64_t count, float* to) {
+      turned_panel(adapter.b, adapter.b_dtype, rank, first, count, out, valid, adapter.scale, to);
+    };
+    add_low_rank(t, rank, rows, fill, panel, sums, false);
+  } else {
+    const bool masked = adapter.dropout.p > 0;
+    const Mask mask(adapter.dropout);
+    auto fill = [&](int64_t first, int64_t count, float* to) {
+      natural_panel<kWidth>(adapter.a, adapter.a_dtype, outs, first, count, out, valid, nullptr,
+                            masked ? mask.scale() : 1, to);
+    };
+    add_low_rank(t, rank, rows, fill, panel, masked ? apart : sums, masked);
+    for (int64_t r = 0; masked && r < rows; ++r) {
+      const Mask::Row kept = mask.row(row + r);
+      for (int v = 0; v < kWidth; v += kLanes) {
+        float* at = sums + r * kWidth + v;
+        store(at, add(load(at), kept.keep(out + v, load(apart + r * kWidth + v))));
+      }
+    }
+  }
+}
+
 // Scratch: at most kPackedBytes of x (or kMaxRows rows); on each thread 158 KiB, and 4 to 12 bytes x kWidth
-// for each group of a row.
+// for each group of a row; with an adapter what Shrink says, or 126 KiB for a gradient with dropout.
 template <class Panels>
 void multiply(const LinearCall& call) {
   constexpr bool kPairs = in_pairs(Panels::kKind);
@@ -498,10 +531,17 @@ void multiply(const LinearCall& call) {
   // rows are split too when there are fewer tiles than threads; each part decodes its own panels
   const int64_t parts = most(1, least((threads + tiles - 1) / tiles, chunk / (4 * kMaxRows)));
 
+  constexpr bool kGradient = Panels::kGradient;
+  const Adapter none{};
+  const Adapter& adapter = call.adapter ? *call.adapter : none;
+  const Shrink shrink(adapter, call.x, call.dtype, call.row_stride, depth);
+  const bool shrinks = call.adapter && !kGradient, apart = call.adapter && kGradient && adapter.dropout.p > 0;
+  static_assert(kAddendBlock * kWidth <= kPanelDwords);
+
   struct Worker {
     typename Panels::Worker panels;
     uint32_t* panel;
-    float *sums, *bias;
+    float *sums, *bias, *scale, *shrink, *apart;
   };
   auto carve_worker = [&](Carver& carver) {
     Worker worker;
@@ -509,6 +549,9 @@ void multiply(const LinearCall& call) {
     worker.panel = carver.take<uint32_t>(kPanelDwords);
     worker.sums = carver.take<float>(chunk * kWidth);
     worker.bias = carver.take<float>(kWidth);
+    worker.scale = carver.take<float>(kWidth);
+    worker.shrink = shrinks ? shrink.carve_worker(carver) : nullptr;
+    worker.apart = carver.take<float>(apart ? chunk * kWidth : 0);
     return worker;
   };
   auto carve_shared = [&](Carver& carver) {
@@ -529,18 +572,19 @@ void multiply(const LinearCall& call) {
     parallel(threads, [&](int thread, int team) {
       const char* from = static_cast<const char*>(element(call.x, call.dtype, row * call.row_stride));
       int64_t stride = call.row_stride;
-      if (packed) {
-        const Range mine = share(rows, thread, team);
-        pack_rows<kPairs, Panels::kOrder>(call, row + mine.begin, mine.end - mine.begin, depth,
-                                          x + mine.begin * packed_stride * kSize, packed_stride);
-        from = x;
-        stride = packed_stride;
-        if (team > 1) {
-#pragma omp barrier
-        }
-      }
       Carver mine(block + shared_bytes + size_t(thread) * worker_bytes);
       const Worker worker = carve_worker(mine);
+      if (shrinks) shrink.run(row, rows, thread, team, worker.shrink);
+      if (packed) {
+        const Range own = share(rows, thread, team);
+        pack_rows<kPairs, Panels::kOrder>(call, row + own.begin, own.end - own.begin, depth,
+                                          x + own.begin * packed_stride * kSize, packed_stride);
+        from = x;
+        stride = packed_stride;
+      }
+      if ((packed || shrinks) && team > 1) {
+#pragma omp barrier
+      }
       const Range tasks = share(tiles * parts, thread, team);
       for (int64_t task = tasks.begin; task < tasks.end; ++task) {
         const int64_t out = task / parts * kWidth, valid = least(kWidth, outs - out);
@@ -561,15 +605,14 @@ void multiply(const LinearCall& call) {
                         worker.sums + tile.begin * kWidth, ahead);
           }
         }
-        for (int i = 0; i < kWidth; ++i) worker.bias[i] = 0;
+        if (call.adapter)
+          add_adapter<kGradient>(adapter, outs, row + part.begin, part_rows, out,
+                                 reinterpret_cast<float*>(worker.panel), worker.sums, worker.apart);
+        for (int i = 0; i < kWidth; ++i) worker.bias[i] = 0, worker.scale[i] = 1;
         if (call.bias) to_float(element(call.bias, call.dtype, out), call.dtype, worker.bias, valid);
-        for (int64_t r = 0; r < part_rows; ++r) {
-          float* sums = worker.sums + r * kWidth;
-          for (int v = 0; v < kWidth; v += kLanes)
-            store(sums + v, add(load(sums + v), load(worker.bias + v)));
-          from_float(sums, element(call.out, call.dtype, (row + part.begin + r) * outs + out), call.dtype,
-                     valid);
-        }
+        if (call.out_scale) to_float(call.out_scale + out, Dtype::kFloat32, worker.scale, valid);
+        finish_rows(worker.sums, part_rows, valid, worker.scale, worker.bias, call.accumulate, call.dtype,
+                    element(call.out, call.dtype, (row + part.begin) * outs + out), outs);
       }
     });
   }

@@ -141,6 +141,31 @@ BITFUSE_INLINE void store_bfloat(uint16_t* p, Vf a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
 
+// The first `count` < kLanes elements at p, then zeros: nothing past them is touched.
+BITFUSE_INLINE Vf load_first(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+BITFUSE_INLINE Vf load_half_first(const uint16_t* p, int count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+}
+BITFUSE_INLINE Vf load_bfloat_first(const uint16_t* p, int count) {
+  const __m256i words = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+BITFUSE_INLINE Vi set1_dwords(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
+BITFUSE_INLINE Vi add_dwords(Vi a, Vi b) { return _mm512_add_epi32(a, b); }
+BITFUSE_INLINE Vi mul_dwords(Vi a, Vi b) { return _mm512_mullo_epi32(a, b); }
+BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b) { return _mm512_xor_si512(a, b); }
+// 0, 1, 2, ...
+BITFUSE_INLINE Vi lane_numbers() {
+  return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+}
+// value where a >= b as unsigned numbers, 0 elsewhere.
+BITFUSE_INLINE Vf where_at_least(Vi a, Vi b, Vf value) {
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(a, b), value);
+}
+
 BITFUSE_INLINE float sum(Vf a) {
   __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
@@ -276,6 +301,31 @@ BITFUSE_INLINE void store_bfloat(uint16_t* p, Vf a) {
       _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), as_dwords(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+}
+
+BITFUSE_INLINE Vf load_first(const float* p, int count) {
+  float buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * 4);
+  return load(buffer);
+}
+BITFUSE_INLINE Vf load_half_first(const uint16_t* p, int count) {
+  uint16_t buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * 2);
+  return load_half(buffer);
+}
+BITFUSE_INLINE Vf load_bfloat_first(const uint16_t* p, int count) {
+  uint16_t buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * 2);
+  return load_bfloat(buffer);
+}
+
+BITFUSE_INLINE Vi set1_dwords(uint32_t a) { return _mm256_set1_epi32(static_cast<int>(a)); }
+BITFUSE_INLINE Vi add_dwords(Vi a, Vi b) { return _mm256_add_epi32(a, b); }
+BITFUSE_INLINE Vi mul_dwords(Vi a, Vi b) { return _mm256_mullo_epi32(a, b); }
+BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b) { return _mm256_xor_si256(a, b); }
+BITFUSE_INLINE Vi lane_numbers() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
+BITFUSE_INLINE Vf where_at_least(Vi a, Vi b, Vf value) {
+  return _mm256_and_ps(as_float(_mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a)), value);
 }
 
 BITFUSE_INLINE float sum(Vf a) {
@@ -434,6 +484,36 @@ BITFUSE_INLINE void store_bfloat(uint16_t* p, Vf a) {
   Vi rounded = shift_right<16>(u + (shift_right<16>(u) & 1) + 0x7fff);
   rounded = a != a ? Vi{} + 0x7fc0 : rounded;
   for (int i = 0; i < 4; ++i) p[i] = uint16_t(rounded[i]);
+}
+
+BITFUSE_INLINE Vf load_first(const float* p, int count) {
+  float buffer[4] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * 4);
+  return load(buffer);
+}
+BITFUSE_INLINE Vf load_half_first(const uint16_t* p, int count) {
+  uint16_t buffer[4] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * 2);
+  return load_half(buffer);
+}
+BITFUSE_INLINE Vf load_bfloat_first(const uint16_t* p, int count) {
+  uint16_t buffer[4] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * 2);
+  return load_bfloat(buffer);
+}
+
+BITFUSE_INLINE Vi set1_dwords(uint32_t a) { return Vi{} + static_cast<int32_t>(a); }
+BITFUSE_INLINE Vi add_dwords(Vi a, Vi b) {
+  return reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) + reinterpret_cast<Vu>(b));
+}
+BITFUSE_INLINE Vi mul_dwords(Vi a, Vi b) {
+  return reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) * reinterpret_cast<Vu>(b));
+}
+BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b) { return a ^ b; }
+BITFUSE_INLINE Vi lane_numbers() { return Vi{0, 1, 2, 3}; }
+BITFUSE_INLINE Vf where_at_least(Vi a, Vi b, Vf value) {
+  return as_float(as_dwords(value) &
+                  reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) >= reinterpret_cast<Vu>(b)));
 }
 
 BITFUSE_INLINE float sum(Vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }

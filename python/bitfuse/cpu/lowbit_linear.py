@@ -101,7 +101,7 @@ def run_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
     return out
 
 
-def _call(function: Any, x: torch.Tensor, weight: WeightTensors, n: int, k: int, *rest: int) -> None:
+def _call(function: Any, x: torch.Tensor, weight: WeightTensors, n: int, k: int, *rest: float) -> None:
     """Call a compiled function. No helpers here: their calls would be a good part of a tiny product's time.
     Copies of what is not contiguous live until the function returns."""
     qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight

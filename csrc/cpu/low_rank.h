@@ -1,0 +1,380 @@
+// The pieces of an adapter: t = drop(x) A^T ahead of a product with W, and t P added to its sums.
+//
+//   Shrink       t[rows, rank]. A and x lie with the contraction in memory order, so lanes run along it: a
+//   tile
+//                is 4 rows of x by kDotRanks of A, their sums in registers, 8 loads to 16 multiply-adds at 16
+//                lanes, and lanes are added once a block. Nothing is transposed. Few rows: bound by reading
+//                A.
+//   panels       P as floats [rank][kWidth], for the microkernels of matmul.h: A lies so already, B is
+//                transposed kLanes x kLanes at a time.
+//
+// Everything is float32 but the products of bfloat16 x with bfloat16 A at the avx512bf16 level, which are
+// exact before they are summed in float32.
+#pragma once
+
+#include "matmul.h"
+
+namespace bitfuse::BITFUSE_ISA {
+
+// How a vector of elements of a dtype is read as floats.
+struct FloatLoads {
+  using Element = float;
+  static BITFUSE_INLINE Vf whole(const float* p) { return load(p); }
+  static BITFUSE_INLINE Vf some(const float* p, int count) { return load_first(p, count); }
+};
+struct HalfLoads {
+  using Element = uint16_t;
+  static BITFUSE_INLINE Vf whole(const uint16_t* p) { return load_half(p); }
+  static BITFUSE_INLINE Vf some(const uint16_t* p, int count) { return load_half_first(p, count); }
+};
+struct BfloatLoads {
+  using Element = uint16_t;
+  static BITFUSE_INLINE Vf whole(const uint16_t* p) { return load_bfloat(p); }
+  static BITFUSE_INLINE Vf some(const uint16_t* p, int count) { return load_bfloat_first(p, count); }
+};
+
+template <class F>
+BITFUSE_INLINE void with_loads(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(FloatLoads{});
+    case Dtype::kFloat16:
+      return f(HalfLoads{});
+    case Dtype::kBfloat16:
+      return f(BfloatLoads{});
+  }
+}
+
+// Which elements of a row survive, as `keep` of python/bitfuse/dropout.py: a hash of seed, row and column.
+class Mask {
+ public:
+  explicit Mask(const Dropout& dropout)
+      : low_(uint32_t(dropout.seed)),
+        high_(uint32_t(dropout.seed >> 32)),
+        scale_(float(1 / (1 - dropout.p))) {
+    const double words = __builtin_nearbyint(dropout.p * 4294967296.0);
+    threshold_ = words >= 4294967295.0 ? 0xffffffffu : uint32_t(words);
+  }
+  // Of what survives.
+  float scale() const { return scale_; }
+
+  struct Row {
+    Vi a, b, threshold;
+    // `value` in the lanes that survive, 0 in the others; lane 0 is column `column`.
+    BITFUSE_INLINE Vf keep(int64_t column, Vf value) const {
+      Vi v = xor_dwords(add_dwords(set1_dwords(uint32_t(column)), lane_numbers()), a);
+      v = mul_dwords(xor_dwords(v, shift_right<16>(v)), set1_dwords(kFirst));
+      v = xor_dwords(xor_dwords(v, shift_right<15>(v)), b);
+      v = mul_dwords(v, set1_dwords(kSecond));
+      return where_at_least(xor_dwords(v, shift_right<16>(v)), threshold, value);
+    }
+  };
+  BITFUSE_INLINE Row row(int64_t index) const {
+    const uint32_t a = mix(uint32_t(index) + low_);
+    return {set1_dwords(a), set1_dwords(mix(a ^ high_ ^ 0x9e3779b9u)), set1_dwords(threshold_)};
+  }
+
+ private:
+  static constexpr uint32_t kFirst = 0x7feb352d, kSecond = 0x846ca68b;
+  static BITFUSE_INLINE uint32_t mix(uint32_t v) {
+    v = (v ^ v >> 16) * kFirst;
+    v = (v ^ v >> 15) * kSecond;
+    return v ^ v >> 16;
+  }
+  uint32_t low_, high_, threshold_;
+  float scale_;
+};
+
+// Columns [from, from + count) of row `row` of drop(x) * scale as floats, then zeros up to `padded`; both are
+// multiples of kLanes but count.
+template <class Loads>
+BITFUSE_INLINE void read_row(const typename Loads::Element* x, int64_t row, int64_t from, int64_t count,
+                             int64_t padded, const Mask* mask, float scale, float* to) {
+  const Vf s = set1(mask ? scale * mask->scale() : scale);
+  const Mask::Row kept = mask ? mask->row(row) : Mask::Row{};
+  auto put = [&](int64_t i, Vf v)
+                 __attribute__((always_inline)) { store(to + i, mul(mask ? kept.keep(from + i, v) : v, s)); };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) put(i, Loads::whole(x + from + i));
+  if (i < count) put(i, Loads::some(x + from + i, int(count - i))), i += kLanes;
+  for (; i < padded; i += kLanes) store(to + i, zero());
+}
+
+// ------------------------------------------------------------------------------------------------- the
+// shrink
+
+constexpr int kDotRows = 4;
+constexpr int kDotRanks = kLanes == 16 ? 4 : 2;
+constexpr int64_t kDotSegment = 64 * kLanes;  // summed apart
+constexpr int64_t kDotBlock = 1024;           // of the contraction: kDotGroup rows of it stay in L2
+constexpr int64_t kDotGroup = 32;
+
+// out[Rows][Ranks] (+)= x[Rows][depth] A[Ranks][depth]^T.
+template <class Loads, int Rows, int Ranks>
+void dots(const float* x, int64_t x_stride, const void* matrix, int64_t a_stride, int64_t depth, float* out,
+          int64_t out_stride, bool first) {
+  const auto* a = static_cast<const typename Loads::Element*>(matrix);
+  const int64_t whole = depth / kLanes * kLanes;
+  Vf total[Rows][Ranks];
+  for (int64_t at = 0; at == 0 || at < whole; at += kDotSegment) {
+    Vf acc[Rows][Ranks];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < Ranks; ++j) acc[r][j] = zero();
+    auto step = [&](auto load_x, auto load_a) __attribute__((always_inline)) {
+      Vf b[Ranks];
+#pragma GCC unroll 4
+      for (int j = 0; j < Ranks; ++j) b[j] = load_a(a + j * a_stride);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const Vf v = load_x(x + r * x_stride);
+#pragma GCC unroll 4
+        for (int j = 0; j < Ranks; ++j) acc[r][j] = fma(v, b[j], acc[r][j]);
+      }
+    };
+    const int64_t end = least(at + kDotSegment, whole);
+    for (int64_t i = at; i < end; i += kLanes)
+      step([&](const float* p) { return load(p + i); }, [&](const auto* p) { return Loads::whole(p + i); });
+    if (end == whole && depth > whole) {
+      const int rest = int(depth - whole);
+      step([&](const float* p) { return load_first(p + whole, rest); },
+           [&](const auto* p) { return Loads::some(p + whole, rest); });
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < Ranks; ++j) total[r][j] = at ? add(total[r][j], acc[r][j]) : acc[r][j];
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < Ranks; ++j) {
+      float* to = out + r * out_stride + j;
+      *to = first ? sum(total[r][j]) : *to + sum(total[r][j]);
+    }
+}
+
+using Dots = void (*)(const float*, int64_t, const void*, int64_t, int64_t, float*, int64_t, bool);
+template <class Loads, int Ranks>
+constexpr Dots kDots[kDotRows + 1] = {nullptr, dots<Loads, 1, Ranks>, dots<Loads, 2, Ranks>,
+                                      dots<Loads, 3, Ranks>, dots<Loads, 4, Ranks>};
+
+#if defined(__AVX512BF16__)
+// The same for bfloat16 x and A, pairs of the contraction at a time.
+template <int Rows, int Ranks>
+void dots_pairs(const uint16_t* x, int64_t x_stride, const uint16_t* a, int64_t a_stride, int64_t depth,
+                float* out, int64_t out_stride, bool first) {
+  Vf acc[Rows][Ranks];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < Ranks; ++j) acc[r][j] = zero();
+  auto step = [&](auto read) __attribute__((always_inline)) {
+    Vi b[Ranks];
+#pragma GCC unroll 4
+    for (int j = 0; j < Ranks; ++j) b[j] = read(a + j * a_stride);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const Vi v = read(x + r * x_stride);
+#pragma GCC unroll 4
+      for (int j = 0; j < Ranks; ++j) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], (__m512bh)v, (__m512bh)b[j]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= depth; i += 2 * kLanes)
+    step([&](const uint16_t* p) { return load_dwords(p + i); });
+  if (i < depth) {
+    const __mmask32 rest = static_cast<__mmask32>((uint64_t(1) << (depth - i)) - 1);
+    step([&](const uint16_t* p) { return _mm512_maskz_loadu_epi16(rest, p + i); });
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < Ranks; ++j) {
+      float* to = out + r * out_stride + j;
+      *to = first ? sum(acc[r][j]) : *to + sum(acc[r][j]);
+    }
+}
+
+using DotsPairs = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, float*, int64_t,
+                           bool);
+template <int Ranks>
+constexpr DotsPairs kDotsPairs[kDotRows + 1] = {nullptr, dots_pairs<1, Ranks>, dots_pairs<2, Ranks>,
+                                                dots_pairs<3, Ranks>, dots_pairs<4, Ranks>};
+#endif
+
+// h = drop(x) A^T of some rows, shared by a team. Which thread computes an element changes no bit of it.
+// Scratch, on each thread: 128 KiB, and 16 bytes for each column of x.
+class Shrink {
+ public:
+  Shrink(const Adapter& adapter, const void* x, Dtype dtype, int64_t row_stride, int64_t depth)
+      : adapter_(adapter),
+        mask_(adapter.dropout),
+        masked_(adapter.dropout.p > 0),
+        x_(x),
+        dtype_(dtype),
+        row_stride_(row_stride),
+        depth_(depth) {
+    const bool bfloats = dtype == Dtype::kBfloat16 && adapter.a_dtype == Dtype::kBfloat16;
+#if defined(__AVX512BF16__)
+    pairs_ = bfloats && !masked_;
+#endif
+    (void)bfloats;
+    packed_ = !pairs_ && (masked_ || dtype != Dtype::kFloat32);
+  }
+
+  float* carve_worker(Carver& carver) const {
+    return carver.take<float>(packed_ ? most(kDotGroup * kDotBlock, kDotRows * round_up(depth_, kLanes)) : 0);
+  }
+
+  // Rows [first, first + rows), the part of `thread` of a team.
+  void run(int64_t first, int64_t rows, int thread, int team, float* buffer) const {
+    const int64_t rank_tiles = round_up(adapter_.rank, kDotRanks) / kDotRanks;
+    const int64_t parts = most(1, least(rank_tiles, (team * kDotRows + rows - 1) / rows));
+    const int64_t most_rows = parts > 1 ? kDotRows : kDotGroup;
+    const int64_t groups =
+        most(least((rows + kDotRows - 1) / kDotRows, team), (rows + most_rows - 1) / most_rows);
+    const Range tasks = share(groups * parts, thread, team);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const Range mine = share(rows, task / parts, groups), tiles = share(rank_tiles, task % parts, parts);
+      block(first + mine.begin, mine.end - mine.begin, tiles.begin * kDotRanks,
+            least(tiles.end * kDotRanks, adapter_.rank), buffer);
+    }
+  }
+
+ private:
+  void block(int64_t row, int64_t rows, int64_t rank, int64_t rank_end, float* buffer) const {
+    const int64_t step = rows <= kDotRows ? most(depth_, 1) : kDotBlock;
+    for (int64_t k = 0; k < depth_ || k == 0; k += step) {
+      const int64_t count = least(step, depth_ - k), padded = round_up(count, kLanes);
+      const float* x = static_cast<const float*>(element(x_, dtype_, row * row_stride_ + k));
+      int64_t stride = row_stride_;
+      if (packed_) {
+        with_loads(dtype_, [&](auto loads) {
+          using Loads = decltype(loads);
+          const auto* from = static_cast<const typename Loads::Element*>(x_);
+          for (int64_t r = row; r < row + rows; ++r)
+            read_row<Loads>(from + r * row_stride_, r, k, count, padded, masked_ ? &mask_ : nullptr, 1,
+                            buffer + (r - row) * padded);
+        });
+        x = buffer;
+        stride = padded;
+      }
+      with_loads(adapter_.a_dtype, [&](auto loads) {
+        using Loads = decltype(loads);
+        for (int64_t j = rank, next; j < rank_end; j = next) {
+          const bool whole = j + kDotRanks <= rank_end;
+          next = j + (whole ? kDotRanks : 1);
+          const auto* a = static_cast<const typename Loads::Element*>(adapter_.a) + j * depth_ + k;
+          for (int64_t r = 0, tile; r < rows; r += tile) {
+            tile = least(kDotRows, rows - r);
+            float* out = adapter_.h + (row + r) * adapter_.rank + j;
+#if defined(__AVX512BF16__)
+            if (pairs_) {
+              const auto* words = static_cast<const uint16_t*>(x_) + (row + r) * row_stride_ + k;
+              const auto* a_words = static_cast<const uint16_t*>(adapter_.a) + j * depth_ + k;
+              (whole ? kDotsPairs<kDotRanks> : kDotsPairs<1>)[tile](words, row_stride_, a_words, depth_,
+                                                                    count, out, adapter_.rank, k == 0);
+              continue;
+            }
+#endif
+            (whole ? kDots<Loads, kDotRanks> : kDots<Loads, 1>)[tile](x + r* stride, stride, a, depth_, count,
+                                                                      out, adapter_.rank, k == 0);
+          }
+        }
+      });
+    }
+  }
+
+  const Adapter& adapter_;
+  Mask mask_;
+  bool masked_, packed_, pairs_ = false;
+  const void* x_;
+  Dtype dtype_;
+  int64_t row_stride_, depth_;
+};
+
+// ------------------------------------------------------------------------------------------------- panels of
+// P
+
+// panel[count][Width] = scale * drop(P)[first, first + count)[out, out + valid), zeros past it; P is
+// row-major.
+template <int Width>
+void natural_panel(const void* p, Dtype dtype, int64_t stride, int64_t first, int64_t count, int64_t out,
+                   int64_t valid, const Mask* mask, float scale, float* panel) {
+  with_loads(dtype, [&](auto loads) {
+    using Loads = decltype(loads);
+    const auto* from = static_cast<const typename Loads::Element*>(p);
+    for (int64_t i = 0; i < count; ++i)
+      read_row<Loads>(from + (first + i) * stride, first + i, out, valid, Width, mask, scale,
+                      panel + i * Width);
+  });
+}
+
+// panel[count][kWidth] = scale * P[out, out + valid)[first, first + count)^T; P is row-major. Columns past
+// `valid` hold what meets no output.
+inline void turned_panel(const void* p, Dtype dtype, int64_t stride, int64_t first, int64_t count,
+                         int64_t out, int64_t valid, float scale, float* panel) {
+  with_loads(dtype, [&](auto loads) {
+    using Loads = decltype(loads);
+    const auto* from = static_cast<const typename Loads::Element*>(p) + out * stride + first;
+    const Vf s = set1(scale);
+    for (int v = 0; v < kWidth; v += kLanes)
+      for (int64_t at = 0; at < count; at += kLanes) {
+        Vi a[kLanes];
+        const int steps = int(least(kLanes, count - at));
+        if (steps == kLanes && v + kLanes <= valid) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i)
+            a[i] = as_dwords(mul(Loads::whole(from + (v + i) * stride + at), s));
+        } else {
+          for (int i = 0; i < kLanes; ++i) {
+            const auto* row = from + least(v + i, valid - 1) * stride + at;
+            a[i] = as_dwords(mul(steps == kLanes ? Loads::whole(row) : Loads::some(row, steps), s));
+          }
+        }
+        transpose(a);
+        for (int i = 0; i < steps; ++i) store_dwords(panel + (at + i) * kWidth + v, a[i]);
+      }
+  });
+}
+
+constexpr int64_t kAddendBlock = kLanes == 16 ? 128 : 512;  // ranks to a panel: 32 KiB, 16 at 4 lanes
+
+// sums[rows][kWidth] (+)= t[rows, rank] P. fill(first, count, panel) makes a panel of P.
+template <class Fill>
+void add_low_rank(const float* t, int64_t rank, int64_t rows, Fill fill, float* panel, float* sums,
+                  bool first) {
+  const int64_t row_tiles = round_up(rows, kMaxRows) / kMaxRows;
+  for (int64_t j = 0; j < rank; j += kAddendBlock) {
+    const int64_t count = least(kAddendBlock, rank - j);
+    fill(j, count, panel);
+    for (int64_t i = 0; i < row_tiles; ++i) {
+      const Range tile = share(rows, i, row_tiles);
+      for (int64_t s = 0; s < count; s += kSegment)
+        kTileFloat[tile.end - tile.begin](t + tile.begin * rank + j + s, rank, panel + s * kWidth,
+                                          int(least(kSegment, count - s)), sums + tile.begin * kWidth,
+                                          first && j + s == 0);
+    }
+  }
+}
+
+// out[rows, out_stride at column 0] = (sums (+ out)) * scale + bias, rounded once; scale and bias are
+// [kWidth].
+inline void finish_rows(float* sums, int64_t rows, int64_t valid, const float* scale, const float* bias,
+                        bool accumulate, Dtype dtype, void* out, int64_t out_stride) {
+  float before[kWidth] = {};
+  for (int64_t r = 0; r < rows; ++r, sums += kWidth) {
+    void* to = element(out, dtype, r * out_stride);
+    if (accumulate) {
+      to_float(to, dtype, before, valid);
+      for (int v = 0; v < kWidth; v += kLanes) store(sums + v, add(load(sums + v), load(before + v)));
+    }
+    for (int v = 0; v < kWidth; v += kLanes)
+      store(sums + v, fma(load(sums + v), load(scale + v), load(bias + v)));
+    from_float(sums, to, dtype, valid);
+  }
+}
+
+}  // namespace bitfuse::BITFUSE_ISA
