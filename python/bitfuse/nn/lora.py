@@ -3,59 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch.compiler import is_compiling
 
 from ..op import Explanation, explain
 from ..ops.lora_linear import MAX_RANK, lora_linear
-from ..ops.lowbit_linear import lowbit_linear
-from .adapters import AdapterLinear, float_rows, options_from_bytes, options_to_bytes
+from ..weight import LowBitWeight
+from .adapters import AdapterLinear, options_from_bytes, options_to_bytes
+from .dora import RowNorms, dora_scale
 from .linear import Linear
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class _Kept:
-    """A value found from tensors, and what they were then."""
-
-    def __init__(self) -> None:
-        self.value: torch.Tensor | None = None
-        self._seen: list[tuple[torch.Tensor, int, int, torch.Tensor | None]] = []
-
-    def keep(self, value: torch.Tensor, versioned: list[torch.Tensor], compared: list[torch.Tensor]) -> None:
-        """Keep a value. Of `compared` the CPU keeps copies, small ones, because a write through `.data`
-        moves no version; a GPU would have to wait for the comparison."""
-        if any(t.is_inference() for t in (*versioned, *compared)):  # they have no version
-            self.clear()
-            return
-        if self.value is not None and self.value.shape == value.shape and self.value.device == value.device:
-            self.value.copy_(value)  # a captured graph reads it where it stands
-        else:
-            self.value = value.clone()
-        self._seen = [(t, t.data_ptr(), t._version, None) for t in versioned]
-        self._seen += [
-            (t, t.data_ptr(), t._version, t.detach().clone() if t.is_cpu else None) for t in compared
-        ]
-
-    def get(self, tensors: list[torch.Tensor]) -> torch.Tensor | None:
-        """The value, if the tensors, first those versioned, are what they were."""
-        if self.value is None or len(tensors) != len(self._seen):
-            return None
-        for t, (seen, address, version, copy) in zip(tensors, self._seen, strict=True):
-            if t is not seen or t.data_ptr() != address or t._version != version:
-                return None
-            if copy is not None and not torch.equal(t, copy):
-                return None
-        return self.value
-
-    def clear(self) -> None:
-        self.value, self._seen = None, []
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy of a layer finds its own
-        return {"value": None, "_seen": []}
 
 
 class LoRAAdapter(torch.nn.Module):
@@ -133,11 +93,6 @@ class LoRAAdapter(torch.nn.Module):
             self._write_scaling()
         return self
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        """scaling * x A^T B^T."""
-        h = torch.nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A)
-        return torch.nn.functional.linear(h.to(self.lora_B.dtype), self.lora_B) * self.scaling
-
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options().items())
 
@@ -166,6 +121,47 @@ def check_dtype(dtype: object) -> None:
     """Raise ValueError for a dtype that no adapter has."""
     if dtype not in _FLOATS:
         raise ValueError(f"dtype is {dtype}, expected {' or '.join(map(str, _FLOATS))}")
+
+
+class LowRank(NamedTuple):
+    """One adapter as a call of a layer takes it: dropout is 0 outside training, out_scale is DoRA's."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float | torch.Tensor
+    dropout: float = 0.0
+    out_scale: torch.Tensor | None = None
+
+
+def adapted_linear(
+    x: torch.Tensor, base: torch.nn.Linear | Linear, adapters: Sequence[LowRank]
+) -> torch.Tensor:
+    """A linear layer under one or several adapters; a DoRA one scales the sum of those before it too, as in
+    PEFT. One adapter, or several without dropout and DoRA, are one fused call."""
+    weight: torch.Tensor | LowBitWeight = base.weight
+    bias: torch.Tensor | None = base.bias
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
+    first, *others = adapters
+    if not others:
+        lora_A, lora_B, scaling, dropout, out_scale = first
+        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout, out_scale=out_scale)
+    rank = sum(a.lora_A.shape[0] for a in adapters)
+    if rank <= MAX_RANK and not any(a.dropout or a.out_scale is not None for a in adapters):
+        # the sum of adapters is an adapter of the sum of their ranks
+        lora_A = torch.cat([a.lora_A for a in adapters])
+        return lora_linear(
+            x, weight, lora_A, torch.cat([a.lora_B * a.scaling for a in adapters], 1), 1.0, bias
+        )
+    lora_A, lora_B, scaling, dropout, out_scale = first
+    y = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout, out_scale=out_scale)
+    for lora_A, lora_B, scaling, dropout, out_scale in others:
+        dropped = torch.nn.functional.dropout(x, dropout)
+        h = torch.nn.functional.linear(dropped.to(lora_A.dtype), lora_A).to(lora_B.dtype)
+        y = y + (torch.nn.functional.linear(h, lora_B) * scaling).to(y.dtype)
+        if out_scale is not None:
+            y = (y * out_scale).to(y.dtype)
+    return y if bias is None else y + bias
 
 
 class LoRALinear(AdapterLinear):
@@ -212,8 +208,7 @@ class LoRALinear(AdapterLinear):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(base)
-        self._base_squares = _Kept()
-        self._norms: dict[str, _Kept] = {}
+        self._norms = RowNorms()
         self.register_load_state_dict_post_hook(_clear_norms)
         if r is not None:
             self.add_adapter(
@@ -248,7 +243,7 @@ class LoRALinear(AdapterLinear):
         device = self._place()
         lora_A, lora_B = lora_A.to(device, dtype), lora_B.to(device, dtype)
         # with B = 0 the norm is W's own
-        magnitude = self._squares().sqrt().to(dtype) if use_dora else None
+        magnitude = self._norms.squares(self.base_layer).sqrt().to(dtype) if use_dora else None
         adapter = LoRAAdapter(lora_A, lora_B, alpha, float(dropout), use_rslora, magnitude)
         self._hold(adapter_name, adapter)
         return adapter
@@ -313,130 +308,45 @@ class LoRALinear(AdapterLinear):
         adapter.alpha, adapter.dropout = alpha, float(dropout)
         adapter.use_rslora = adapter.use_rslora if use_rslora is None else use_rslora
         adapter._write_scaling()
-        if name in self._norms:  # renewed where it stands, for captured graphs
-            self._renew_norm(name, adapter)
+        if self._norms.holds(name):  # renewed where they stand, for captured graphs
+            self._norms.renew(name, self.base_layer, adapter.lora_A, adapter.lora_B, adapter.scaling)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled or not self.active_adapters:
             return self.base_layer.forward(x)
         if self.merged_layer is not None:
             return self.merged_layer.forward(x)
-        names = self.active_adapters
-        active = self._active()
-        bias: torch.Tensor | None = self.base_layer.bias
-        if len(active) == 1:
-            return self._base_with(names[0], active[0], x, bias)
-        if not any(a.use_dora or (a.dropout and self.training) for a in active):
-            # the sum of adapters is an adapter of the sum of their ranks
-            lora_A = torch.cat([a.lora_A for a in active])
-            lora_B = torch.cat([a.lora_B * a.scaling for a in active], 1)
-            if lora_A.shape[0] <= MAX_RANK:
-                return lora_linear(x, self.base_layer.weight, lora_A, lora_B, 1.0, _like(bias, x))
-        y = self._base_with(names[0], active[0], x, None)
-        for name, adapter in zip(names[1:], active[1:], strict=True):
-            dropped = torch.nn.functional.dropout(x, adapter.dropout, self.training)
-            y = y + adapter.delta(dropped).to(y.dtype)
-            out_scale = self._out_scale(name, adapter)
-            if out_scale is not None:
-                y = (y * out_scale).to(y.dtype)
-        return y if bias is None else y + bias.to(y.dtype)
+        return adapted_linear(x, self.base_layer, [self._low_rank(name) for name in self.active_adapters])
 
-    def _active(self) -> list[LoRAAdapter]:
-        found = self.adapters._modules
-        return [found[name] for name in self.active_adapters]  # type: ignore[misc]
-
-    def _base_with(
-        self, name: str, a: LoRAAdapter, x: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _low_rank(self, name: str) -> LowRank:
+        a = self.adapters._modules[name]
+        assert isinstance(a, LoRAAdapter)
         dropout = a.dropout if self.training else 0.0
-        out_scale = self._out_scale(name, a)
-        return lora_linear(
-            x,
-            self.base_layer.weight,
-            a.lora_A,
-            a.lora_B,
-            a.scaling,
-            _like(bias, x),
-            dropout,
-            out_scale=out_scale,
-        )
+        if a.lora_magnitude_vector is None:
+            return LowRank(a.lora_A, a.lora_B, a.scaling, dropout)
+        norm = self._norms.norm(name, self.base_layer, a.lora_A, a.lora_B, a.scaling, self.training)
+        return LowRank(a.lora_A, a.lora_B, a.scaling, dropout, dora_scale(a.lora_magnitude_vector, norm))
 
     def explain(self, x: torch.Tensor) -> Explanation:
         """Who would serve `forward(x)`, and why the others would not; of several adapters, the first."""
-        base, bias = self.base_layer, _like(self.bias, x)
-        if not self.enabled or not self.active_adapters or self.merged_layer is not None:
-            layer = base if not self.enabled or self.merged_layer is None else self.merged_layer
-            if isinstance(layer, Linear):
-                return layer.explain(x)
-            empty = x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0)
-            return explain(lora_linear, x, layer.weight, *empty, 1.0, bias)
-        a = self._active()[0]
-        dropout = a.dropout if self.training else 0.0
-        return explain(lora_linear, x, base.weight, a.lora_A, a.lora_B, a.scaling, bias, dropout)
-
-    # DoRA
-
-    def _out_scale(self, name: str, a: LoRAAdapter) -> torch.Tensor | None:
-        """magnitude / norm, the norm taken for a constant; a row of zeros stays one."""
-        if a.lora_magnitude_vector is None:
-            return None
-        norm = self._norm(name, a)
-        return a.lora_magnitude_vector.float() / torch.where(norm == 0, 1.0, norm)
-
-    def _norm(self, name: str, a: LoRAAdapter) -> torch.Tensor:
-        """||W_n + scaling * (B A)_n|| of each row n, float32, kept where that is safe."""
-        if self.training or is_compiling() or torch.is_grad_enabled():
-            return self._fresh_norm(a)
-        kept = self._norms.get(name)
-        found = None if kept is None else kept.get([*self._base_tensors(), a.scaling, a.lora_A, a.lora_B])
-        return self._renew_norm(name, a) if found is None else found
-
-    def _renew_norm(self, name: str, a: LoRAAdapter) -> torch.Tensor:
-        norm = self._fresh_norm(a)
-        kept = self._norms.setdefault(name, _Kept())
-        kept.keep(norm, self._base_tensors(), [a.scaling, a.lora_A, a.lora_B])
-        return norm if kept.value is None else kept.value
-
-    def _base_tensors(self) -> list[torch.Tensor]:
-        base = self.base_layer
-        return [p for name, p in base._parameters.items() if p is not None and name != "bias"]
-
-    @torch.no_grad()
-    def _fresh_norm(self, a: LoRAAdapter) -> torch.Tensor:
-        device = a.lora_A.device.type
-        with torch.autocast(device, enabled=False):
-            lora_A, lora_B = a.lora_A.float(), a.lora_B.float() * a.scaling
-            base = self.base_layer
-            if isinstance(base, torch.nn.Linear):
-                rows = [(w + lora_B[at] @ lora_A).norm(dim=1) for at, w in float_rows(base)]
-                return torch.cat(rows) if rows else lora_B.new_empty(0)
-            # ||W_n||^2 + 2 (W A^T)_n . B_n + B_n (A A^T) B_n^T, B scaled; summed in float64: they may cancel
-            wa = lowbit_linear(lora_A, base.weight).t().double()
-            b = lora_B.double()
-            square = self._squares() + 2 * (wa * b).sum(1) + ((b @ (lora_A @ lora_A.t()).double()) * b).sum(1)
-            return square.clamp_min(0).sqrt().float()
-
-    @torch.no_grad()
-    def _squares(self) -> torch.Tensor:
-        """||W_n||^2 of each row, float64; kept while a few-bit W is what it was."""
-        tensors = self._base_tensors()
-        # compiled code can't look: what changes the base as torch knows it calls `clear_norms`
-        kept = self._base_squares.value if is_compiling() else self._base_squares.get(tensors)
-        if kept is not None:
-            return kept
-        rows = [w.double().square().sum(1) for _, w in float_rows(self.base_layer)]
-        squares = torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64, device=self._place())
-        if not is_compiling() and isinstance(self.base_layer, Linear):
-            self._base_squares.keep(squares, tensors, [])
-        return squares
+        layer = self.base_layer
+        if self.enabled and self.merged_layer is not None:
+            layer = self.merged_layer
+        elif self.enabled and self.active_adapters:
+            lora_A, lora_B, scaling, dropout, out_scale = self._low_rank(self.active_adapters[0])
+            bias = None if layer.bias is None else layer.bias.to(x.dtype)
+            args = (x, layer.weight, lora_A, lora_B, scaling, bias, dropout)
+            return explain(lora_linear, *args, out_scale=out_scale)
+        if isinstance(layer, Linear):
+            return layer.explain(x)
+        return Explanation("torch.nn.Linear", x.device.type, "torch", {})
 
     def clear_norms(self) -> None:
         """Find DoRA's kept norms anew: for a change that torch does not see."""
         self._norms.clear()
-        self._base_squares.clear()
         few_bit = isinstance(self.base_layer, Linear) and self._place().type != "meta"
         if few_bit and any(a.lora_magnitude_vector is not None for a in self.adapters.children()):
-            self._squares()
+            self._norms.squares(self.base_layer)  # compiled code does not find them by itself
 
     def train(self, mode: bool = True) -> LoRALinear:
         self.clear_norms()
@@ -450,13 +360,13 @@ class LoRALinear(AdapterLinear):
 
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
-        self._norms.pop(name, None)
+        self._norms.forget(name)
 
     def _merger(self, names: tuple[str, ...]) -> Callable[[slice, torch.Tensor], torch.Tensor]:
         parts = []
         for name in names:
-            a = self.adapter(name)
-            parts.append((a.lora_A.float(), a.lora_B.float() * a.scaling, self._out_scale(name, a)))
+            a = self._low_rank(name)
+            parts.append((a.lora_A.float(), a.lora_B.float() * a.scaling, a.out_scale))
 
         def merge(rows: slice, w: torch.Tensor) -> torch.Tensor:
             for lora_A, lora_B, out_scale in parts:
@@ -471,7 +381,3 @@ class LoRALinear(AdapterLinear):
 def _clear_norms(layer: torch.nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, LoRALinear)
     layer.clear_norms()
-
-
-def _like(bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    return bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)
