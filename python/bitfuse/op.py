@@ -248,7 +248,8 @@ def _first(args: tuple[Any, ...]) -> torch.Tensor:
 
 
 def _without_tensors(argument: Any) -> Any:
-    """What of an argument is neither a tensor nor a sequence of them: names, sizes, numbers."""
+    """What of an argument says which kernel it takes: names and sizes, not tensors nor the floats (a learning
+    rate) that change from call to call."""
     if isinstance(argument, (tuple, list)):
         return tuple(_without_tensors(a) for a in argument)
-    return None if isinstance(argument, torch.Tensor) else argument
+    return None if isinstance(argument, (torch.Tensor, float)) else argument
