@@ -457,7 +457,7 @@ def test_other_refusals() -> None:
 
 @pytest.mark.filterwarnings("ignore:paged=True changes nothing")
 def test_paged_state_lives_in_host_memory() -> None:
-    """The same bits as with state on the device, checkpoints included; on the CPU there is nothing to page."""
+    """The same bits as with state on the device, checkpoints included; on the CPU nothing to page."""
     gpu = torch.cuda.is_available()
     values = torch.randn(300, 64, device="cuda" if gpu else "cpu")
     grads = [torch.randn_like(values) for _ in range(3)]
