@@ -16,6 +16,11 @@ Where the scale goes:
   largest run of columns in a step that shares a scale, so the same lines serve any group size that is a
   multiple of 8.
 
+A low-rank term (`LowRank`: an adapter of `lora_linear`) is R more columns of the contraction, read from
+tensors that are small beside W: h [M, R], whose float32 sums are scaled and rounded to x's dtype, and a
+factor, B [N, R] or A [R, K]. The forward adds it after the loop; grad W begins with it, because dropout
+masks it alone and no second accumulator fits the registers.
+
 What bounds it: up to some 32 tokens the bytes of W, so programs split the contraction until the machine is
 full and a second kernel adds their float32 partial sums in a fixed order; beyond, the tensor cores and the
 decoding, which TileM tokens share.
@@ -30,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from bitfuse import dropout
 from bitfuse.codebook import unbiased_levels
 from bitfuse.formats import E2M1, FORMATS, NESTED_BLOCK, NF4, nested_code
 from bitfuse.op import simulated_gpu
@@ -40,6 +46,7 @@ try:
     import triton.language as tl
 
     jit: Any = triton.jit
+    FIRST, SECOND, GOLDEN = map(tl.constexpr, (dropout.FIRST, dropout.SECOND, dropout.GOLDEN))
 except ImportError:  # the package is whole without Triton; supports() says why this backend is not used
     triton = tl = None
 
@@ -389,6 +396,58 @@ def _multiply_add(a, b, acc):
 
 
 @jit
+def _mix(v):
+    v = (v ^ (v >> 16)) * FIRST
+    v = (v ^ (v >> 15)) * SECOND
+    return v ^ (v >> 16)
+
+
+@jit
+def row_keys(seed, rows):
+    """The two words of each row that `keep` wants (see `bitfuse.dropout`); anything where nothing is
+    dropped."""
+    first = rows.to(tl.uint32)
+    second = first
+    if seed is not None:
+        words = tl.load(seed)
+        first = _mix(first + words.to(tl.uint32))
+        second = _mix(first ^ (words >> 32).to(tl.uint32) ^ GOLDEN)
+    return first, second
+
+
+@jit
+def keep(first, second, columns, threshold):
+    """Which elements of [rows, columns] survive dropout; threshold is the unsigned one in an int32."""
+    v = columns.to(tl.uint32)[None, :] ^ first[:, None]
+    v = (v ^ (v >> 16)) * FIRST
+    v = (v ^ (v >> 15) ^ second[:, None]) * SECOND
+    return (v ^ (v >> 16)) >= threshold.to(tl.uint32, bitcast=True)
+
+
+@jit
+def add_low_rank(
+    acc, h, factor, scaling, m, n, M, N, R, Float: tl.constexpr, Wide: tl.constexpr, TileR: tl.constexpr
+):  # fmt: skip
+    """acc + scaling h factor at rows m and columns n, multiplied in Float: h is float32 [M, R], factor [R, N]
+    if Wide, else its transpose."""
+    rank = tl.arange(0, TileR)
+    h_at = h + m.to(tl.int64)[:, None] * R + rank[None, :]
+    if Wide:
+        factor_at = factor + rank.to(tl.int64)[:, None] * N + n[None, :]
+    else:
+        factor_at = factor + n.to(tl.int64)[:, None] * R + rank[None, :]
+    for r in tl.range(0, R, TileR, num_stages=1):
+        there = rank < R - r
+        t = tl.load(h_at + r, mask=(m < M)[:, None] & there[None, :], other=0.0)
+        if Wide:
+            f = tl.load(factor_at + r.to(tl.int64) * N, mask=there[:, None] & (n < N)[None, :], other=0.0)
+        else:
+            f = tl.load(factor_at + r, mask=(n < N)[:, None] & there[None, :], other=0.0).T
+        acc = _multiply_add((t * scaling).to(Float), f.to(Float), acc)
+    return acc
+
+
+@jit
 def _tile(m_tiles, n_tiles, Band: tl.constexpr):
     """Tile of this program: down a band of Band row tiles, then to the next column, so that a wave shares W
     in L2."""
@@ -400,35 +459,42 @@ def _tile(m_tiles, n_tiles, Band: tl.constexpr):
 
 
 @jit
-def _store(acc, out, bias, m, n, M, N, Splits: tl.constexpr):
+def _store(acc, out, out_scale, bias, m, n, M, N, Splits: tl.constexpr):
     mask = (m < M)[:, None] & (n < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     if Splits:
         at += tl.program_id(1).to(tl.int64) * M * N
-    elif bias is not None:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    else:
+        if out_scale is not None:
+            acc *= tl.load(out_scale + n, mask=n < N, other=0.0)[None, :]
+        if bias is not None:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-# A new length is no reason to compile. N, K and stride come divided by their Align, which is all that a
+# A new length is no reason to compile. N, K, R and stride come divided by their Align, which is all that a
 # compiler needs to know: how wide a vector may be.
-_INTEGERS = ["M", "N", "K", "stride", "steps", "splits"]
+_INTEGERS = ["threshold", "M", "N", "K", "R", "stride", "steps", "splits"]
 
 
 @jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
-    x, qweight, scales, zeros, scale_scales, scale_offset, code, codebook, bias, out, M, N, K, stride, steps,
+    x, qweight, scales, zeros, scale_scales, scale_offset, code, codebook, h, factor, scale_by, out_scale,
+    bias, out, scaling, M, N, K, R, stride, steps,
     Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr, Scale: tl.constexpr,
     GroupSize: tl.constexpr, Block: tl.constexpr, NAlign: tl.constexpr, KAlign: tl.constexpr,
-    StrideAlign: tl.constexpr, Even: tl.constexpr, TileM: tl.constexpr, TileN: tl.constexpr,
-    TileK: tl.constexpr, Sub: tl.constexpr, ScaleProduct: tl.constexpr, Splits: tl.constexpr,
-    Band: tl.constexpr, ):  # fmt: skip
+    RAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr, TileM: tl.constexpr,
+    TileN: tl.constexpr, TileK: tl.constexpr, TileR: tl.constexpr, Sub: tl.constexpr,
+    ScaleProduct: tl.constexpr, Splits: tl.constexpr, Band: tl.constexpr,
+):  # fmt: skip
     """x [M, K] in rows of `stride` elements, times W^T: out [M, N], or if Splits float32 sums [splits, M, N].
 
-    Program (tile, split) takes `steps` steps of TileK columns. Even says that the last step is whole.
+    Program (tile, split) takes `steps` steps of TileK columns. Even says that the last step is whole. The
+    first split adds the low-rank term, h [M, R] times factor [N, R] transposed.
     """
     N *= NAlign
     K *= KAlign
+    R *= RAlign
     stride = stride.to(tl.int64) * StrideAlign
     Float: tl.constexpr = x.dtype.element_ty
     Count: tl.constexpr = TileK // Sub
@@ -473,25 +539,35 @@ def _forward_kernel(
             )  # fmt: skip
     if GroupSize == 0:
         acc *= scale[None, :]
-    _store(acc, out, bias, m, n, M, N, Splits)
+    if h is not None:
+        rank = tl.where(tl.program_id(1) == 0, R, 0) if Splits else R
+        if scale_by is not None:
+            scaling *= tl.load(scale_by)
+        acc = add_low_rank(acc, h, factor, scaling, m, n, M, N, rank, Float, False, TileR)
+    _store(acc, out, out_scale, bias, m, n, M, N, Splits)
 
 
 @jit(do_not_specialize=_INTEGERS)
 def _grad_x_kernel(
-    grad, qweight, scales, zeros, scale_scales, scale_offset, code, codebook, out, M, N, K, stride, steps,
+    grad, qweight, scales, zeros, scale_scales, scale_offset, code, codebook, h, factor, seed, previous, out,
+    scaling, threshold, M, N, K, R, stride, steps,
     Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr, Scale: tl.constexpr,
     GroupSize: tl.constexpr, Block: tl.constexpr, NAlign: tl.constexpr, KAlign: tl.constexpr,
-    StrideAlign: tl.constexpr, Even: tl.constexpr, TileM: tl.constexpr, TileN: tl.constexpr,
-    TileK: tl.constexpr, Sub: tl.constexpr, Splits: tl.constexpr, Band: tl.constexpr,
+    RAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr, TileM: tl.constexpr,
+    TileN: tl.constexpr, TileK: tl.constexpr, TileR: tl.constexpr, Sub: tl.constexpr, Splits: tl.constexpr,
+    Band: tl.constexpr,
 ):  # fmt: skip
     """grad [M, N] in rows of `stride` elements, times W: out [M, K], or if Splits float32 sums [splits, M,
     K].
 
     The tile is [TileM, TileN] of out, so TileN columns of W (Even: none past the end); a step contracts TileK
-    rows of W. A scale belongs to a row that is summed over, so it always goes on the weight.
+    rows of W. A scale belongs to a row that is summed over, so it always goes on the weight. The sum begins,
+    in the first split, with the low-rank term, h [M, R] times factor [R, K], dropped elements 0, and with
+    previous.
     """
     N *= NAlign
     K *= KAlign
+    R *= RAlign
     stride = stride.to(tl.int64) * StrideAlign
     Float: tl.constexpr = grad.dtype.element_ty
     Count: tl.constexpr = TileN // Sub
@@ -513,6 +589,15 @@ def _grad_x_kernel(
         Count, Center, Block,
     )  # fmt: skip
     acc = tl.zeros((TileM, TileN), tl.float32)
+    if h is not None:
+        rank = tl.where(tl.program_id(1) == 0, R, 0) if Splits else R
+        acc = add_low_rank(acc, h, factor, scaling, m, k, M, K, rank, Float, True, TileR)
+        if seed is not None:
+            first, second = row_keys(seed, m)
+            acc = tl.where(keep(first, second, k, threshold), acc, 0.0)
+    if previous is not None and not Splits:
+        mask = (m < M)[:, None] & (k < K)[None, :]
+        acc += tl.load(previous + m.to(tl.int64)[:, None] * K + k[None, :], mask=mask, other=0.0)
     for n in range(begin, end, TileK):
         grad_tile = tl.load(grad_at + n, mask=(m < M)[:, None] & (row < N - n)[None, :], other=0.0)
         w_at = qweight + tl.minimum(n + row, N - 1).to(tl.int64)[:, None] * width + byte[None, :]
@@ -526,13 +611,15 @@ def _grad_x_kernel(
             scales, zeros, scale_scales, scale_offset, code, rows, tile_k * TileN, groups, Scale, GroupSize,
             Sub, Count, Center, Block,
         )  # fmt: skip
-    _store(acc, out, None, m, k, M, K, Splits)
+    _store(acc, out, None, None, m, k, M, K, Splits)
 
 
 @jit(do_not_specialize=_INTEGERS)
-def _reduce_kernel(partial, bias, out, M, N, splits, NAlign: tl.constexpr, Width: tl.constexpr):
-    """out = bias + the sum of partial [splits, M, N] over its first dimension, in order; a program has a
-    stretch of a row."""
+def _reduce_kernel(
+    partial, out_scale, bias, previous, out, M, N, splits, NAlign: tl.constexpr, Width: tl.constexpr
+):  # fmt: skip
+    """out = previous + bias + out_scale times the sum of partial [splits, M, N] over its first dimension, in
+    order; a program has a stretch of a row."""
     N *= NAlign
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * Width + tl.arange(0, Width)
@@ -540,6 +627,10 @@ def _reduce_kernel(partial, bias, out, M, N, splits, NAlign: tl.constexpr, Width
     acc = tl.zeros((Width,), tl.float32)
     for split in range(splits):
         acc += tl.load(partial + (split * M + row) * N + n, mask=mask, other=0.0)
+    if out_scale is not None:
+        acc *= tl.load(out_scale + n, mask=mask, other=0.0)
+    if previous is not None:
+        acc += tl.load(previous + row * N + n, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         acc += tl.load(bias + n, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * N + n, acc.to(out.dtype.element_ty), mask=mask)
@@ -569,6 +660,7 @@ class Config(NamedTuple):
 MIN_SPLIT = 512  # contracted at least by a program: for less, partial sums cost more than their weights
 BAND = 8  # row tiles that go through W together
 REDUCE_WIDTH = 512
+MOST_RANK = 64  # columns of a low-rank term in one step
 
 
 @functools.lru_cache(maxsize=4096)
@@ -709,16 +801,48 @@ def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     return None
 
 
-def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
-    """y = x W^T + bias, of x's dtype and leading shape."""
+class LowRank(NamedTuple):
+    """What is added to a product: scaling * scale_by * h factor, rank R at least 1; all contiguous.
+
+    Attributes:
+        h: float32 [M, R].
+        factor: any float dtype; B [N, R] for the forward (transposed there), A [R, K] for the gradient.
+        scaling, scale_by: a number on the host, and one on the device or None; the gradient takes none.
+        seed, threshold: the gradient: of the mask on the term (`bitfuse.dropout`), None and 0 for none. The
+            threshold is an int32 that holds the unsigned one.
+    """
+
+    h: torch.Tensor
+    factor: torch.Tensor
+    scaling: float = 1.0
+    scale_by: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    threshold: int = 0
+
+
+def run(
+    x: torch.Tensor,
+    weight: WeightTensors,
+    bias: torch.Tensor | None,
+    out_scale: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> torch.Tensor:
+    """y = out_scale (x W^T + low_rank) + bias, of x's dtype and leading shape; out_scale is float32 [N]."""
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    return _run(x, weight, bias, grad_x=False)
+    if out_scale is not None and out_scale.stride(0) != 1:
+        out_scale = out_scale.contiguous()
+    return _run(x, weight, False, bias, out_scale, low_rank, None)
 
 
-def run_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
-    """grad W, of grad's dtype and leading shape."""
-    return _run(grad, weight, None, grad_x=True)
+def run_grad_x(
+    grad: torch.Tensor,
+    weight: WeightTensors,
+    low_rank: LowRank | None = None,
+    previous: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """previous + grad W + low_rank, of grad's dtype and leading shape; `previous` is overwritten with it."""
+    return _run(grad, weight, True, None, None, low_rank, previous)
 
 
 class Plan(NamedTuple):
@@ -736,12 +860,13 @@ class Plan(NamedTuple):
     partial: tuple[int, int, int] | None
     reduce: Plan | None
 
-    def launch(self, tensors: tuple[torch.Tensor | None, ...], alignment: Any) -> None:
+    def launch(self, inputs: tuple[torch.Tensor | float | None, ...], alignment: Any) -> None:
+        """Launch on these tensors, and numbers that vary from call to call."""
         handle = self.handles.get(alignment)
         if handle is not None:  # Triton's own lookup costs several times the launch
-            handle[self.grid](*tensors, *self.arguments)
+            handle[self.grid](*inputs, *self.arguments)
         else:
-            self.handles[alignment] = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
+            self.handles[alignment] = self.kernel[self.grid](*inputs, *self.arguments, **self.options)
 
 
 _handles: dict[tuple[Any, ...], dict[Any, Any]] = {}
@@ -760,8 +885,11 @@ def _plan(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
     given: tuple[bool, ...],
+    rank: int,
+    factor: torch.dtype | None,
 ) -> Plan:
-    """`given`: which of zeros, scale_scales, scale_offset and bias there are."""
+    """`given`: which of zeros, scale_scales, scale_offset, scale_by, seed, out_scale, bias and previous there
+    are; `factor`: the dtype of the low-rank term's."""
     code, scale = CODES[format], _SCALES[scale_dtype]
     group_size = 0 if group_size == k else group_size
     width, depth = (k, n) if grad_x else (n, k)
@@ -770,10 +898,12 @@ def _plan(
     even = width % tile_n == 0 if grad_x else depth % tile_k == 0
     # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
     n_align, k_align, stride_align = 8, math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
+    r_align = math.gcd(rank, 8)
+    tile_r = min(max(16, 1 << (rank - 1).bit_length()), MOST_RANK) if rank else 0
     constants = (
         _decoding(format, dtype), code.bits, code.center, scale, group_size, NESTED_BLOCK,
-        n_align, k_align, stride_align, even,
-        tile_m, tile_n, tile_k, sub, *(() if grad_x else (scale_product,)), splits > 1, BAND,
+        n_align, k_align, r_align, stride_align, even,
+        tile_m, tile_n, tile_k, tile_r, sub, *(() if grad_x else (scale_product,)), splits > 1, BAND,
     )  # fmt: skip
     reduce = None
     if splits > 1:
@@ -783,59 +913,82 @@ def _plan(
             (-(-width // REDUCE_WIDTH), m, 1),
             (m, width // align, splits, align, REDUCE_WIDTH),
             dict(num_warps=4, enable_fp_fusion=True),
-            _handles.setdefault((device.number, "reduce", dtype, align, given[-1]), {}),
+            _handles.setdefault((device.number, "reduce", dtype, align, given[-3:]), {}),
             None,
             None,
         )
     return Plan(
         _grad_x_kernel if grad_x else _forward_kernel,
         (-(-m // tile_m) * -(-width // tile_n), splits, 1),
-        (m, n // n_align, k // k_align, stride // stride_align, steps, *constants),
+        (m, n // n_align, k // k_align, rank // (r_align or 1), stride // stride_align, steps, *constants),
         dict(num_warps=warps, num_stages=stages, maxnreg=registers, enable_fp_fusion=True),
-        _handles.setdefault((device.number, grad_x, dtype, scale_dtype, given, constants), {}),
+        _handles.setdefault((device.number, grad_x, dtype, scale_dtype, given, factor, constants), {}),
         None if splits == 1 else (splits, m, width),
         reduce,
     )
 
 
-def _run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None, grad_x: bool) -> torch.Tensor:
+def _run(
+    x: torch.Tensor,
+    weight: WeightTensors,
+    grad_x: bool,
+    bias: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    low_rank: LowRank | None,
+    previous: torch.Tensor | None,
+) -> torch.Tensor:
     """x times W [n, k]: transposed for the forward; as it is for the gradient, where x is grad."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return _run(x, weight, bias, grad_x)
+            return _run(x, weight, grad_x, bias, out_scale, low_rank, previous)
     qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
     n, k = weight.shape
     width, depth = (k, n) if grad_x else (n, k)
-    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+    out = previous
+    if out is None:
+        out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     if depth == 0:
-        return out.zero_()
+        return out.zero_() if previous is None else out
     x = _rows(x)
     m = x.shape[0]
-    given = (zeros is not None, scale_scales is not None, scale_offset is not None, bias is not None)
+    h, factor, scaling, scale_by, seed, threshold = low_rank or _NO_TERM
+    given = (
+        zeros is not None, scale_scales is not None, scale_offset is not None, scale_by is not None,
+        seed is not None, out_scale is not None, bias is not None, previous is not None,
+    )  # fmt: skip
     plan = _plan(
         _device(x.device), grad_x, m, n, k, x.stride(0) if m > 1 else depth, format, group_size, x.dtype,
-        scales.dtype, given,
+        scales.dtype, given, 0 if h is None else h.shape[1], None if factor is None else factor.dtype,
     )  # fmt: skip
     if scales.dtype.itemsize == 1:
         scales = scales.view(torch.uint8)  # Triton takes no eight-bit floats that the GPU lacks
     target = out if plan.partial is None else torch.empty(plan.partial, dtype=torch.float32, device=x.device)
     codebook = FORMATS[format].codebook is not None and CODES[format].center == 0 and x.dtype == torch.float32
     tensors = (x, qweight, scales, zeros, scale_scales, scale_offset)
+    terms: tuple[torch.Tensor | float | None, ...]
+    if grad_x:
+        terms = (h, factor, seed, previous, target, scaling, threshold)
+    elif plan.partial is None:
+        terms = (h, factor, scale_by, out_scale, bias, target, scaling)
+    else:
+        terms = (h, factor, scale_by, None, None, target, scaling)
     plan.launch(
         (
             *tensors,
             None if scale_offset is None else nested_code(x.device),
             FORMATS[format].values(x.device) if codebook else None,
-            *(() if grad_x else (bias if plan.partial is None else None,)),
-            target,
+            *terms,
         ),
-        _alignment(*tensors, bias),
+        _alignment(*tensors, h, factor, scale_by, seed, out_scale, bias, previous),
     )
     if plan.reduce is not None:
-        plan.reduce.launch((target, bias, out), _alignment(bias))
+        plan.reduce.launch((target, out_scale, bias, previous, out), _alignment(out_scale, bias, previous))
     return out
+
+
+_NO_TERM = (None, None, 1.0, None, None, 0)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
