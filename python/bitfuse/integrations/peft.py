@@ -144,11 +144,11 @@ def with_bitfuse_layers(config: _Config) -> _Config:
     layers = _layers()
     if not isinstance(config, layers.LoraConfig):
         raise TypeError(f"config is a {type(config).__name__}, expected a peft.LoraConfig")
-    if config.use_dora:  # type: ignore[attr-defined]
+    if config.use_dora:
         raise ValueError(
             "config.use_dora is True, which PEFT can't begin over a weight that it does not know"
         )
-    config._register_custom_module({Linear: layers.FusedLinear})  # type: ignore[attr-defined]
+    config._register_custom_module({Linear: layers.FusedLinear})
     return config
 
 

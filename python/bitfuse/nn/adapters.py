@@ -259,6 +259,14 @@ class AdapterLinear(torch.nn.Module):
             self._check_unmerged("load a state")
         for name, adapter in self.adapters.items():
             _check_adapter_state(adapter, state_dict, f"{prefix}adapters.{name}.")
+        if isinstance(self.base_layer, torch.nn.Linear):  # a bitfuse layer checks its own
+            for name, own in self.base_layer.named_parameters():
+                found = state_dict.get(f"{prefix}base_layer.{name}", own)
+                if getattr(found, "shape", None) != own.shape:
+                    shape = list(getattr(found, "shape", ()))
+                    raise ValueError(
+                        f"{prefix}base_layer.{name} has shape {shape}, expected {list(own.shape)}"
+                    )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
