@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
     **dict.fromkeys(("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook"), 0),
-    **dict.fromkeys(("activations", "blockwise", "dropout", "lora_args", "multi_lora_args"), 0),
+    **dict.fromkeys(("activations", "attention_args", "blockwise", "dropout", "lora_args", "multi_lora_args"), 0),
     **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
     "ops": 2,
     **dict.fromkeys(("nn", "optim"), 3),

@@ -7,6 +7,7 @@ from . import nn, ops
 from ._version import __version__
 from .formats import Format, register_format
 from .op import BackendError, Explanation, explain, use_backend
+from .ops.attention import attention, varlen_attention
 from .ops.bottleneck_adapter import bottleneck_adapter
 from .ops.gated_activation import gated_activation
 from .ops.lora_linear import lora_linear
@@ -23,6 +24,7 @@ __all__ = [
     "Projection",
     "QuantizationReport",
     "__version__",
+    "attention",
     "bottleneck_adapter",
     "explain",
     "gated_activation",
@@ -36,4 +38,5 @@ __all__ = [
     "quantize_",
     "register_format",
     "use_backend",
+    "varlen_attention",
 ]

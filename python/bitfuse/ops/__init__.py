@@ -1,5 +1,6 @@
 """The operators, one file each."""
 
+from .attention import attention, varlen_attention
 from .bottleneck_adapter import bottleneck_adapter
 from .gated_activation import gated_activation
 from .lora_linear import lora_linear
@@ -8,6 +9,7 @@ from .lowbit_linear import lowbit_linear, lowbit_linear_grad_x
 
 __all__ = [
     "Projection",
+    "attention",
     "bottleneck_adapter",
     "gated_activation",
     "lora_linear",
@@ -15,4 +17,5 @@ __all__ = [
     "lora_qkv",
     "lowbit_linear",
     "lowbit_linear_grad_x",
+    "varlen_attention",
 ]
