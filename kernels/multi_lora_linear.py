@@ -79,7 +79,7 @@ def _rank(ranks, e, R, RAlign: tl.constexpr):
 
 
 # a new length is no reason to compile: K, N, R and stride come divided by their Align
-_INTEGERS = ["M", "N", "K", "R", "E", "stride", "splits", "steps", "strip", "slots"]
+_INTEGERS = ["M", "N", "K", "R", "E", "stride", "steps", "strip", "slots"]
 
 
 @jit(do_not_specialize=_INTEGERS)
@@ -223,13 +223,39 @@ def _shrink_kernel(
     tl.store(to, acc, mask=there[:, None] & (r < rank)[None, :])
 
 
+@jit
+def _sums(partial, row, there, first, rank, M, R, TileR: tl.constexpr, Splits: tl.constexpr):
+    """h [TileM, TileR] of these rows from rank `first` on: the partial sums, in order of the splits."""
+    r = first + tl.arange(0, TileR)
+    at = partial + row[:, None] * R + r[None, :]
+    mask = there[:, None] & (r < rank)[None, :]
+    h = tl.load(at, mask=mask, other=0.0)
+    for split in tl.static_range(1, Splits):
+        h += tl.load(at + M.to(tl.int64) * R * split, mask=mask, other=0.0)
+    return h
+
+
+@jit
+def _times_b(h, b, n, first, rank, N, acc, Product: tl.constexpr, TileR: tl.constexpr):
+    """acc + h times rows n of b, transposed, from rank `first` on."""
+    r = first + tl.arange(0, TileR)
+    b_tile = tl.load(
+        b + n.to(tl.int64)[:, None] * rank + r[None, :],
+        mask=(n < N)[:, None] & (r < rank)[None, :],
+        other=0.0,
+    )
+    return _multiply_add(h.to(Product), b_tile.to(Product).T, acc)
+
+
 @jit(do_not_specialize=_INTEGERS)
 def _expand_kernel(
-    y, lora_B, addresses, ranks, scaling, ids, order, partial, M, N, R, splits, strip,
+    y, lora_B, addresses, ranks, scaling, ids, order, partial, M, N, R, strip,
     Float: tl.constexpr, Aligned: tl.constexpr, Product: tl.constexpr, NAlign: tl.constexpr,
     RAlign: tl.constexpr, TileM: tl.constexpr, TileN: tl.constexpr, TileR: tl.constexpr,
+    Splits: tl.constexpr, Single: tl.constexpr,
 ):  # fmt: skip
-    """y += s h B^T for the rows of a slot and `strip` tiles of columns, h the sum of the partial ones."""
+    """y += s h B^T for the rows of a slot and `strip` tiles of columns, h the sum of the partial ones.
+    Single: no rank is above TileR, so h stays in registers."""
     R *= RAlign
     N *= NAlign
     slot = tl.program_id(0)
@@ -243,26 +269,18 @@ def _expand_kernel(
     there = row >= 0
     row = tl.maximum(row, 0).to(tl.int64)
     b = _matrix(lora_B, addresses, e, rank.to(tl.int64) * N, Float, Aligned)
+    h = _sums(partial, row, there, 0, rank, M, R, TileR, Splits)
     first_tile = tl.program_id(1) * strip
     for tile in range(first_tile, tl.minimum(first_tile + strip, tl.cdiv(N, TileN))):
         n = tile * TileN + tl.arange(0, TileN)
         y_at = y + row[:, None] * N + n[None, :]
         inside = there[:, None] & (n < N)[None, :]
         before = tl.load(y_at, mask=inside, other=0.0)
-        acc = tl.zeros((TileM, TileN), tl.float32)
-        for first in range(0, rank, TileR):
-            r = first + tl.arange(0, TileR)
-            b_tile = tl.load(
-                b + n.to(tl.int64)[:, None] * rank + r[None, :],
-                mask=(n < N)[:, None] & (r < rank)[None, :],
-                other=0.0,
-            )
-            h_at = partial + row[:, None] * R + r[None, :]
-            h_mask = there[:, None] & (r < rank)[None, :]
-            h = tl.load(h_at, mask=h_mask, other=0.0)
-            for split in range(1, splits):
-                h += tl.load(h_at + M.to(tl.int64) * R * split, mask=h_mask, other=0.0)
-            acc = _multiply_add(h.to(Product), b_tile.to(Product).T, acc)
+        acc = _times_b(h, b, n, 0, rank, N, tl.zeros((TileM, TileN), tl.float32), Product, TileR)
+        if not Single:
+            for first in range(TileR, rank, TileR):
+                more = _sums(partial, row, there, first, rank, M, R, TileR, Splits)
+                acc = _times_b(more, b, n, first, rank, N, acc, Product, TileR)
         tl.store(y_at, (before.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=inside)
 
 
@@ -318,12 +336,13 @@ MIN_SPLIT = 512  # columns of x that a program sums at least
 def choose_many(
     m: int, n: int, k: int, count: int, rank: int, float_bytes: int, multiprocessors: int
 ) -> Many:
-    """Slots of 64 rows where adapters have as many on average, else of 16. K is split until two programs come
+    """Slots of 32 rows where adapters have as many on average, else of 16. K is split until two programs come
     to a multiprocessor. Columns of y go in strips, so that empty slots, of which there may be one an adapter,
     are few programs."""
-    tile_m = 64 if m >= 64 * count and float_bytes == 2 else 16
+    tile_m = 32 if m >= 32 * count and float_bytes == 2 else 16
     tile_r = max(16, _power(rank, 64))
-    tile_k, tile_n = (128, 128) if float_bytes == 2 else (32, 64)
+    tile_k = 128 if float_bytes == 2 else 32
+    tile_n = 128 if float_bytes == 2 else 64
     slots = m // tile_m + count
     programs = max(1, m // tile_m) * -(-rank // tile_r)
     splits = max(1, min(k // MIN_SPLIT, 2 * multiprocessors // programs))
@@ -451,9 +470,10 @@ def _plans(
     strips = -(-n // (many.tile_n * many.strip))
     expand = _plan(
         device, "expand", _expand_kernel, (many.slots, strips, 1),
-        (m, n // n_align, rank, many.splits, many.strip),
+        (m, n // n_align, rank, many.strip),
         (
             b_float, aligned, _product(dtype, b_dtype), n_align, align, many.tile_m, many.tile_n, many.tile_r,
+            many.splits, most <= many.tile_r,
         ),
         kind,
         stages=2,
