@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
+from ..lora_args import LoraArgs
 from ..op import Explanation, explain
-from ..ops.lora_linear import MAX_RANK, lora_linear
-from ..weight import LowBitWeight
+from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear, new_seed
+from ..ops.lowbit_linear import check_float
+from ..weight import WeightTensors
 from .adapters import AdapterLinear, options_from_bytes, options_to_bytes
 from .dora import RowNorms, dora_scale
 from .linear import Linear
@@ -25,13 +28,14 @@ class LoRAAdapter(torch.nn.Module):
         lora_A: [r, in_features].
         lora_B: [out_features, r].
         lora_magnitude_vector: [out_features] (DoRA), or None.
-        scaling: alpha / r, or alpha / sqrt(r) (rsLoRA), a float32 number on the adapter's device, so that a
-            captured graph sees another alpha.
+        scaling: alpha / r, or alpha / sqrt(r) (rsLoRA).
+        scale_by: scaling as a float32 number on the adapter's device, so that a captured graph and compiled
+            code see another one.
         r, alpha, dropout, use_rslora, use_dora: the options.
     """
 
     lora_magnitude_vector: torch.nn.Parameter | None
-    scaling: torch.Tensor
+    scale_by: torch.Tensor
 
     def __init__(
         self,
@@ -43,12 +47,12 @@ class LoRAAdapter(torch.nn.Module):
         magnitude: torch.Tensor | None,
     ) -> None:
         super().__init__()
-        self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
+        self.dropout = dropout
         self.lora_A = torch.nn.Parameter(lora_A)
         self.lora_B = torch.nn.Parameter(lora_B)
         self.lora_magnitude_vector = None if magnitude is None else torch.nn.Parameter(magnitude)
-        self.register_buffer("scaling", torch.empty((), device=lora_A.device), persistent=False)
-        self._write_scaling()
+        self.register_buffer("scale_by", torch.empty((), device=lora_A.device), persistent=False)
+        self.set_scaling(alpha, use_rslora)
 
     @property
     def r(self) -> int:
@@ -58,8 +62,24 @@ class LoRAAdapter(torch.nn.Module):
     def use_dora(self) -> bool:
         return self.lora_magnitude_vector is not None
 
-    def _write_scaling(self) -> None:
-        self.scaling.fill_(scaling_of(self.alpha, self.r, self.use_rslora))
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
+    @property
+    def use_rslora(self) -> bool:
+        return self._use_rslora
+
+    def set_scaling(self, alpha: float, use_rslora: bool) -> None:
+        """Take another alpha."""
+        self._alpha, self._use_rslora = alpha, use_rslora
+        self.scaling = scaling_of(alpha, self.r, use_rslora)
+        self.scale_by.fill_(self.scaling)
+
+    def scale(self) -> float | torch.Tensor:
+        """scaling as a call takes it: a number costs a CPU less, a GPU's graph or compiled code would keep
+        it."""
+        return self.scaling if self.lora_A.is_cpu and not is_compiling() else self.scale_by
 
     def options(self) -> dict[str, Any]:
         names = ("r", "alpha", "dropout", "use_rslora", "use_dora")
@@ -82,15 +102,13 @@ class LoRAAdapter(torch.nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Take over alpha, dropout and use_rslora; the layer has checked them."""
         found = options_from_bytes(state, "_extra_state")
-        self.alpha, self.dropout = found["alpha"], found["dropout"]
-        self.use_rslora = bool(found["use_rslora"])
-        self._write_scaling()
+        self.dropout = found["dropout"]
+        self.set_scaling(found["alpha"], bool(found["use_rslora"]))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoRAAdapter:
         super()._apply(fn, recurse)
-        if self.scaling.dtype != torch.float32:  # half() and the like must not round it
-            self.scaling = self.scaling.float()
-            self._write_scaling()
+        if self.scale_by.dtype != torch.float32:  # half() and the like must not round it
+            self.scale_by = self.scale_by.float().fill_(self.scaling)
         return self
 
     def extra_repr(self) -> str:
@@ -138,23 +156,19 @@ def adapted_linear(
 ) -> torch.Tensor:
     """A linear layer under one or several adapters; a DoRA one scales the sum of those before it too, as in
     PEFT. One adapter, or several without dropout and DoRA, are one fused call."""
-    weight: torch.Tensor | LowBitWeight = base.weight
-    bias: torch.Tensor | None = base.bias
+    bias = base._parameters["bias"]
     if bias is not None and bias.dtype is not x.dtype:
-        bias = bias.to(x.dtype)
+        bias = bias.to(x.dtype)  # type: ignore[assignment]
     first, *others = adapters
     if not others:
-        lora_A, lora_B, scaling, dropout, out_scale = first
-        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout, out_scale=out_scale)
+        return _fused(x, base, first, bias)
     rank = sum(a.lora_A.shape[0] for a in adapters)
     if rank <= MAX_RANK and not any(a.dropout or a.out_scale is not None for a in adapters):
         # the sum of adapters is an adapter of the sum of their ranks
         lora_A = torch.cat([a.lora_A for a in adapters])
-        return lora_linear(
-            x, weight, lora_A, torch.cat([a.lora_B * a.scaling for a in adapters], 1), 1.0, bias
-        )
-    lora_A, lora_B, scaling, dropout, out_scale = first
-    y = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout, out_scale=out_scale)
+        lora_B = torch.cat([a.lora_B * a.scaling for a in adapters], 1)
+        return _fused(x, base, LowRank(lora_A, lora_B, 1.0), bias)
+    y = _fused(x, base, first, None)
     for lora_A, lora_B, scaling, dropout, out_scale in others:
         dropped = torch.nn.functional.dropout(x, dropout)
         h = torch.nn.functional.linear(dropped.to(lora_A.dtype), lora_A).to(lora_B.dtype)
@@ -162,6 +176,28 @@ def adapted_linear(
         if out_scale is not None:
             y = (y * out_scale).to(y.dtype)
     return y if bias is None else y + bias
+
+
+def _fused(
+    x: torch.Tensor, base: torch.nn.Linear | Linear, a: LowRank, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`bitfuse.lora_linear` of a layer, whose tensors need no second look: a third of a small call's time."""
+    lora_A, lora_B, scaling, dropout, out_scale = a
+    p = base._parameters
+    if isinstance(base, Linear):
+        perm = base._buffers["perm"]
+        tensors = (p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"])
+        weight: Any = WeightTensors._make((*tensors, base.format.name, base.group_size))
+        if perm is not None:
+            check_float(x, "x", perm.shape[0])
+            x, lora_A = x.index_select(-1, perm), lora_A.index_select(1, perm)
+    else:
+        weight = p["weight"]
+    number, tensor = (1.0, scaling) if isinstance(scaling, torch.Tensor) else (scaling, None)
+    seed = new_seed(x) if dropout else None
+    return apply_lora(x, (LoraArgs(weight, lora_A, lora_B, number, tensor, bias, out_scale, seed),), dropout)[
+        0
+    ]
 
 
 class LoRALinear(AdapterLinear):
@@ -305,11 +341,10 @@ class LoRALinear(AdapterLinear):
             for key, t in given.items():
                 if t is not None:
                     getattr(adapter, key).copy_(t)
-        adapter.alpha, adapter.dropout = alpha, float(dropout)
-        adapter.use_rslora = adapter.use_rslora if use_rslora is None else use_rslora
-        adapter._write_scaling()
+        adapter.dropout = float(dropout)
+        adapter.set_scaling(alpha, adapter.use_rslora if use_rslora is None else use_rslora)
         if self._norms.holds(name):  # renewed where they stand, for captured graphs
-            self._norms.renew(name, self.base_layer, adapter.lora_A, adapter.lora_B, adapter.scaling)
+            self._norms.renew(name, self.base_layer, adapter.lora_A, adapter.lora_B, adapter.scale())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled or not self.active_adapters:
@@ -322,10 +357,11 @@ class LoRALinear(AdapterLinear):
         a = self.adapters._modules[name]
         assert isinstance(a, LoRAAdapter)
         dropout = a.dropout if self.training else 0.0
+        lora_A, lora_B, scale = a.lora_A, a.lora_B, a.scale()
         if a.lora_magnitude_vector is None:
-            return LowRank(a.lora_A, a.lora_B, a.scaling, dropout)
-        norm = self._norms.norm(name, self.base_layer, a.lora_A, a.lora_B, a.scaling, self.training)
-        return LowRank(a.lora_A, a.lora_B, a.scaling, dropout, dora_scale(a.lora_magnitude_vector, norm))
+            return LowRank(lora_A, lora_B, scale, dropout)
+        norm = self._norms.norm(name, self.base_layer, lora_A, lora_B, scale, self.training)
+        return LowRank(lora_A, lora_B, scale, dropout, dora_scale(a.lora_magnitude_vector, norm))
 
     def explain(self, x: torch.Tensor) -> Explanation:
         """Who would serve `forward(x)`, and why the others would not; of several adapters, the first."""
