@@ -64,6 +64,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return bitfuse::picked().name; }, "The instruction-set level in use.");
   bitfuse::bind_lowbit_linear(m);
   bitfuse::bind_lora_linear(m);
+  bitfuse::bind_gated_activation(m);
   bitfuse::bind_multi_lora_linear(m);
   bitfuse::bind_adamw8bit(m);
 }

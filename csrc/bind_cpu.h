@@ -24,6 +24,7 @@ Level level();
 
 void bind_lowbit_linear(py::module_& module);
 void bind_lora_linear(py::module_& module);
+void bind_gated_activation(py::module_& module);
 void bind_multi_lora_linear(py::module_& module);
 void bind_adamw8bit(py::module_& module);
 

@@ -1,27 +1,10 @@
-#include "bind_cpu_lowbit_linear.h"
+#include "bind_cpu_calls.h"
 #include "cpu/lora_linear.h"
 
 namespace bitfuse {
 namespace {
 
 constexpr int64_t kMaxRank = 512;
-
-Dtype make_dtype(const char* name, int dtype) {
-  if (dtype < 0 || dtype > 2) refuse(name, std::to_string(dtype), "0 (float32), 1 (float16) or 2 (bfloat16)");
-  return static_cast<Dtype>(dtype);
-}
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-// A dense or strided [rows, columns] of a dtype.
-template <class T>
-T* matrix(const char* name, uintptr_t value, Dtype dtype, int64_t rows, int64_t columns, int64_t stride) {
-  require(rows >= 0, name, rows, "0 rows or more");
-  require(columns >= 0, name, columns, "0 columns or more");
-  require(stride >= 0, name, stride, "a row stride of 0 or more");
-  check_bytes(name, {rows, stride > columns ? stride : columns, size_of(dtype)});
-  return address<T>(name, value, uintptr_t(size_of(dtype)), rows > 0 && columns > 0);
-}
 
 void check_rank(int64_t rank) {
   require(rank > 0 && rank <= kMaxRank, "rank", rank, "1 to " + std::to_string(kMaxRank));
@@ -85,8 +68,9 @@ void lora_linear_grad_x(uintptr_t grad, int dtype, int64_t rows, int64_t row_str
   BITFUSE_OF_LEVEL(lowbit_linear_grad_x)(call);
 }
 
-void lora_shrink(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth, uintptr_t a,
-                 int a_dtype, int64_t rank, uintptr_t h, double dropout_p, int64_t seed) {
+ShrinkCall make_shrink_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth,
+                            uintptr_t a, int a_dtype, int64_t rank, uintptr_t h, double dropout_p,
+                            int64_t seed) {
   check_rank(rank);
   ShrinkCall call{};
   call.dtype = make_dtype("dtype", dtype);
@@ -99,18 +83,18 @@ void lora_shrink(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64
   call.adapter.a = matrix<const void>("a", a, call.adapter.a_dtype, rank, depth, depth);
   call.adapter.h = matrix<float>("h", h, Dtype::kFloat32, rows, rank, rank);
   call.adapter.dropout = make_dropout(dropout_p, seed);
-  if (rows == 0) return;
-  py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(lora_shrink)(call);
+  return call;
 }
 
-void lora_expand(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t t, int64_t rank, uintptr_t p,
-                 int p_dtype, bool turned, double scale, double dropout_p, int64_t seed, uintptr_t out_scale,
-                 uintptr_t bias) {
+ExpandCall make_expand_call(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t t, int64_t rank,
+                            uintptr_t p, int p_dtype, bool turned, double scale, double dropout_p,
+                            int64_t seed, uintptr_t out_scale, uintptr_t bias) {
   check_rank(rank);
   ExpandCall call{};
   call.dtype = make_dtype("dtype", dtype);
   call.out = matrix<void>("out", out, call.dtype, rows, outs, outs);
+  call.base = call.out;
+  call.base_stride = outs;
   call.rows = rows;
   call.outs = outs;
   call.rank = rank;
@@ -122,9 +106,48 @@ void lora_expand(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t
   call.dropout = make_dropout(dropout_p, seed);
   call.out_scale = address<const float>("out_scale", out_scale, 4, false);
   call.bias = address<const void>("bias", bias, uintptr_t(size_of(call.dtype)), false);
+  call.bias_dtype = call.dtype;
+  return call;
+}
+
+void lora_shrink(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth, uintptr_t a,
+                 int a_dtype, int64_t rank, uintptr_t h, double dropout_p, int64_t seed) {
+  const ShrinkCall call =
+      make_shrink_call(x, dtype, rows, row_stride, depth, a, a_dtype, rank, h, dropout_p, seed);
+  if (rows == 0) return;
+  py::gil_scoped_release release;
+  BITFUSE_OF_LEVEL(lora_shrink)(call);
+}
+
+void lora_expand(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t t, int64_t rank, uintptr_t p,
+                 int p_dtype, bool turned, double scale, double dropout_p, int64_t seed, uintptr_t out_scale,
+                 uintptr_t bias) {
+  const ExpandCall call = make_expand_call(out, dtype, rows, outs, t, rank, p, p_dtype, turned, scale,
+                                           dropout_p, seed, out_scale, bias);
   if (rows == 0 || outs == 0) return;
   py::gil_scoped_release release;
   BITFUSE_OF_LEVEL(lora_expand)(call);
+}
+
+void bottleneck_adapter(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth,
+                        uintptr_t down, int down_dtype, uintptr_t down_bias, int down_bias_dtype,
+                        int activation, int64_t rank, uintptr_t h, uintptr_t t, uintptr_t up, int up_dtype,
+                        uintptr_t up_bias, int up_bias_dtype, bool residual, int64_t outs, uintptr_t out) {
+  BottleneckCall call{};
+  call.down = make_shrink_call(x, dtype, rows, row_stride, depth, down, down_dtype, rank, h, 0, 0);
+  call.bias_dtype = make_dtype("down_bias_dtype", down_bias_dtype);
+  call.bias = address<const void>("down_bias", down_bias, uintptr_t(size_of(call.bias_dtype)), false);
+  call.activation = make_activation(activation);
+  call.t = matrix<float>("t", t, Dtype::kFloat32, rows, rank, rank);
+  call.up = make_expand_call(out, dtype, rows, outs, t, rank, up, up_dtype, true, 1, 0, 0, 0, 0);
+  call.up.bias_dtype = make_dtype("up_bias_dtype", up_bias_dtype);
+  call.up.bias = address<const void>("up_bias", up_bias, uintptr_t(size_of(call.up.bias_dtype)), false);
+  if (residual) require(outs == depth, "outs", outs, "depth = " + std::to_string(depth) + " to add x");
+  call.up.base = residual ? call.down.x : nullptr;
+  call.up.base_stride = row_stride;
+  if (rows == 0 || outs == 0) return;
+  py::gil_scoped_release release;
+  BITFUSE_OF_LEVEL(bottleneck_adapter)(call);
 }
 
 void lora_times(uintptr_t y, int dtype, int64_t rows, int64_t row_stride, int64_t depth, uintptr_t b,
@@ -176,6 +199,7 @@ void bind_lora_linear(py::module_& module) {
   module.def("lora_linear_grad_x", lora_linear_grad_x);
   module.def("lora_shrink", lora_shrink);
   module.def("lora_expand", lora_expand);
+  module.def("bottleneck_adapter", bottleneck_adapter);
   module.def("lora_times", lora_times);
   module.def("lora_outer", lora_outer);
 }

@@ -1,4 +1,4 @@
-#include "bind_cpu_lowbit_linear.h"
+#include "bind_cpu_calls.h"
 
 namespace bitfuse {
 

@@ -80,15 +80,15 @@ struct RowAddend {
 
 template <int Rows>
 BITFUSE_INLINE void add_rows(const RowAddend& addend, int64_t n, Vf (&total)[Rows][kQuad]) {
-  with_loads(addend.dtype, [&](auto loads) __attribute__((always_inline)) {
-    using Loads = decltype(loads);
-    const auto* b = static_cast<const typename Loads::Element*>(addend.b) + n * addend.rank;
+  with_elements(addend.dtype, [&](auto elements) __attribute__((always_inline)) {
+    using Elements = decltype(elements);
+    const auto* b = static_cast<const typename Elements::Type*>(addend.b) + n * addend.rank;
     for (int64_t j = 0; j < addend.rank; j += kLanes) {
       Vf row[kQuad];
 #pragma GCC unroll 4
       for (int q = 0; q < kQuad; ++q) {
         const auto* at = b + q * addend.rank + j;
-        row[q] = j + kLanes <= addend.rank ? Loads::whole(at) : Loads::some(at, int(addend.rank - j));
+        row[q] = j + kLanes <= addend.rank ? Elements::whole(at) : Elements::some(at, int(addend.rank - j));
       }
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {

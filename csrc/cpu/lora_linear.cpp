@@ -16,13 +16,13 @@
 
 #include <utility>
 
+#include "activations.h"
 #include "low_rank.h"
 
 namespace bitfuse::BITFUSE_ISA {
 namespace {
 
-constexpr int64_t kChunkRows = 504;  // whose sums, kWidth floats each, stay in L2
-constexpr int64_t kDepth = 128;      // steps to a panel
+constexpr int64_t kDepth = 128;  // steps to a panel
 
 // Rows of a tile as wide as Vecs vectors: as many sums as registers hold, or 12.
 template <int Vecs>
@@ -84,22 +84,29 @@ void lora_shrink(const ShrinkCall& call) {
 }
 
 void lora_expand(const ExpandCall& call) {
-  const int64_t tiles = round_up(call.outs, kWidth) / kWidth;
   const int threads = threads_for(call.rows * call.outs * call.rank);
-  const int64_t parts = most((call.rows + kChunkRows - 1) / kChunkRows,
-                             least((threads + tiles - 1) / tiles, (call.rows + kMaxRows - 1) / kMaxRows));
-  const bool masked = call.dropout.p > 0;
-  const Mask mask(call.dropout);
+  const Expand expand(call, threads);
+  Carver need;
+  expand.carve_worker(need);
+  char* block = scratch(size_t(threads) * need.used());
+  parallel(threads, [&](int thread, int team) {
+    Carver mine(block + size_t(thread) * need.used());
+    expand.run(thread, team, expand.carve_worker(mine));
+  });
+}
+
+void bottleneck_adapter(const BottleneckCall& call) {
+  const Adapter& adapter = call.down.adapter;
+  const int64_t rows = call.down.rows, rank = adapter.rank;
+  const int threads = threads_for(rows * rank * most(call.down.depth, call.up.outs));
+  const Shrink shrink(adapter, call.down.x, call.down.dtype, call.down.row_stride, call.down.depth);
+  const Expand expand(call.up, threads);
   struct Worker {
-    float *panel, *sums, *scale, *bias;
+    float* shrink;
+    Expand::Worker expand;
   };
   auto carve_worker = [&](Carver& carver) {
-    Worker worker;
-    worker.panel = carver.take<float>(kAddendBlock * kWidth);
-    worker.sums = carver.take<float>(least(kChunkRows, call.rows) * kWidth);
-    worker.scale = carver.take<float>(kWidth);
-    worker.bias = carver.take<float>(kWidth);
-    return worker;
+    return Worker{shrink.carve_worker(carver), expand.carve_worker(carver)};
   };
   Carver need;
   carve_worker(need);
@@ -107,31 +114,33 @@ void lora_expand(const ExpandCall& call) {
   parallel(threads, [&](int thread, int team) {
     Carver mine(block + size_t(thread) * need.used());
     const Worker my = carve_worker(mine);
-    const Range tasks = share(tiles * parts, thread, team);
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t out = task / parts * kWidth, valid = least(kWidth, call.outs - out);
-      const Range rows = share(call.rows, task % parts, parts);
-      const int64_t count = rows.end - rows.begin;
-      auto fill = [&](int64_t first, int64_t ranks, float* panel) {
-        if (call.turned)
-          return turned_panel(call.p, call.p_dtype, call.rank, first, ranks, out, valid, call.scale, panel);
-        natural_panel<kWidth>(call.p, call.p_dtype, call.outs, first, ranks, out, valid, nullptr,
-                              masked ? call.scale * mask.scale() : call.scale, panel);
-      };
-      add_low_rank(call.t + rows.begin * call.rank, call.rank, count, fill, my.panel, my.sums, true);
-      for (int64_t r = 0; masked && r < count; ++r) {
-        const Mask::Row kept = mask.row(rows.begin + r);
-        for (int v = 0; v < kWidth; v += kLanes) {
-          float* at = my.sums + r * kWidth + v;
-          store(at, kept.keep(out + v, load(at)));
-        }
+    auto wait = [&] {
+      if (team > 1) {
+#pragma omp barrier
       }
-      for (int i = 0; i < kWidth; ++i) my.scale[i] = 1, my.bias[i] = 0;
-      if (call.out_scale) to_float(call.out_scale + out, Dtype::kFloat32, my.scale, valid);
-      if (call.bias) to_float(element(call.bias, call.dtype, out), call.dtype, my.bias, valid);
-      finish_rows(my.sums, count, valid, my.scale, my.bias, true, call.dtype,
-                  element(call.out, call.dtype, rows.begin * call.outs + out), call.outs);
-    }
+    };
+    shrink.run(0, rows, thread, team, my.shrink);
+    wait();
+    const Range own = share(rows, thread, team);
+    with_activation(call.activation, [&](auto act) {
+      with_elements(call.bias_dtype, [&](auto elements) {
+        using Elements = decltype(elements);
+        const auto* bias = static_cast<const typename Elements::Type*>(call.bias);
+        for (int64_t r = own.begin; r < own.end; ++r) {
+          float *h = adapter.h + r * rank, *t = call.t + r * rank;
+          for (int64_t j = 0; j < rank; j += kLanes) {
+            const int count = int(least(kLanes, rank - j));
+            const bool whole = count == kLanes;
+            Vf v = whole ? load(h + j) : load_first(h + j, count);
+            if (bias) v = add(v, whole ? Elements::whole(bias + j) : Elements::some(bias + j, count));
+            put_some<Floats>(h + j, v, count);
+            put_some<Floats>(t + j, act(v).value, count);
+          }
+        }
+      });
+    });
+    wait();
+    expand.run(thread, team, my.expand);
   });
 }
 

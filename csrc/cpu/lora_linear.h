@@ -1,6 +1,7 @@
 // What the binding hands to the products of an adapter that ride along no product with a few-bit W.
 #pragma once
 
+#include "gated_activation.h"
 #include "lowbit_linear.h"
 
 namespace bitfuse {
@@ -13,10 +14,12 @@ struct ShrinkCall {
   Adapter adapter;  // rank, a, h, dropout
 };
 
-// out[rows, outs] = (out + scale * drop'(t P)) * out_scale + bias. P is B turned, [outs, rank], or A, [rank,
+// out[rows, outs] = (base + scale * drop'(t P)) * out_scale + bias. P is B turned, [outs, rank], or A, [rank,
 // outs].
 struct ExpandCall {
   void* out;
+  const void* base;  // [rows, outs] of out's dtype, also out itself; or null
+  int64_t base_stride;
   Dtype dtype;
   int64_t rows, outs, rank;
   const float* t;  // [rows, rank]
@@ -26,7 +29,18 @@ struct ExpandCall {
   float scale;
   Dropout dropout;         // where P is A
   const float* out_scale;  // or null
-  const void* bias;        // of out's dtype, or null
+  const void* bias;        // or null
+  Dtype bias_dtype;
+};
+
+// down: h = x D^T, to which `bias` is added; t = act(h), which `up` reads.
+struct BottleneckCall {
+  ShrinkCall down;
+  const void* bias;  // [rank], or null
+  Dtype bias_dtype;
+  Activation activation;
+  float* t;
+  ExpandCall up;
 };
 
 // out[rows, rank] = scale * y B, for y [rows, depth] and B [depth, rank].
@@ -53,12 +67,13 @@ struct OuterCall {
   bool turned;
 };
 
-#define BITFUSE_DECLARE_LEVEL(level)        \
-  namespace level {                         \
-  void lora_shrink(const ShrinkCall& call); \
-  void lora_expand(const ExpandCall& call); \
-  void lora_times(const TimesCall& call);   \
-  void lora_outer(const OuterCall& call);   \
+#define BITFUSE_DECLARE_LEVEL(level)                   \
+  namespace level {                                    \
+  void lora_shrink(const ShrinkCall& call);            \
+  void lora_expand(const ExpandCall& call);            \
+  void bottleneck_adapter(const BottleneckCall& call); \
+  void lora_times(const TimesCall& call);              \
+  void lora_outer(const OuterCall& call);              \
   }
 BITFUSE_DECLARE_LEVEL(portable)
 BITFUSE_DECLARE_LEVEL(avx2)

@@ -12,38 +12,11 @@
 // exact before they are summed in float32.
 #pragma once
 
+#include "elements.h"
+#include "lora_linear.h"
 #include "matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
-
-// How a vector of elements of a dtype is read as floats.
-struct FloatLoads {
-  using Element = float;
-  static BITFUSE_INLINE Vf whole(const float* p) { return load(p); }
-  static BITFUSE_INLINE Vf some(const float* p, int count) { return load_first(p, count); }
-};
-struct HalfLoads {
-  using Element = uint16_t;
-  static BITFUSE_INLINE Vf whole(const uint16_t* p) { return load_half(p); }
-  static BITFUSE_INLINE Vf some(const uint16_t* p, int count) { return load_half_first(p, count); }
-};
-struct BfloatLoads {
-  using Element = uint16_t;
-  static BITFUSE_INLINE Vf whole(const uint16_t* p) { return load_bfloat(p); }
-  static BITFUSE_INLINE Vf some(const uint16_t* p, int count) { return load_bfloat_first(p, count); }
-};
-
-template <class F>
-BITFUSE_INLINE void with_loads(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(FloatLoads{});
-    case Dtype::kFloat16:
-      return f(HalfLoads{});
-    case Dtype::kBfloat16:
-      return f(BfloatLoads{});
-  }
-}
 
 // Which elements of a row survive, as `keep` of python/bitfuse/dropout.py: a hash of seed, row and column.
 class Mask {
@@ -87,16 +60,16 @@ class Mask {
 
 // Columns [from, from + count) of row `row` of drop(x) * scale as floats, then zeros up to `padded`; both are
 // multiples of kLanes but count.
-template <class Loads>
-BITFUSE_INLINE void read_row(const typename Loads::Element* x, int64_t row, int64_t from, int64_t count,
+template <class Elements>
+BITFUSE_INLINE void read_row(const typename Elements::Type* x, int64_t row, int64_t from, int64_t count,
                              int64_t padded, const Mask* mask, float scale, float* to) {
   const Vf s = set1(mask ? scale * mask->scale() : scale);
   const Mask::Row kept = mask ? mask->row(row) : Mask::Row{};
   auto put = [&](int64_t i, Vf v)
                  __attribute__((always_inline)) { store(to + i, mul(mask ? kept.keep(from + i, v) : v, s)); };
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) put(i, Loads::whole(x + from + i));
-  if (i < count) put(i, Loads::some(x + from + i, int(count - i))), i += kLanes;
+  for (; i + kLanes <= count; i += kLanes) put(i, Elements::whole(x + from + i));
+  if (i < count) put(i, Elements::some(x + from + i, int(count - i))), i += kLanes;
   for (; i < padded; i += kLanes) store(to + i, zero());
 }
 
@@ -110,10 +83,10 @@ constexpr int64_t kDotBlock = 1024;           // of the contraction: kDotGroup r
 constexpr int64_t kDotGroup = 32;
 
 // out[Rows][Ranks] (+)= x[Rows][depth] A[Ranks][depth]^T.
-template <class Loads, int Rows, int Ranks>
+template <class Elements, int Rows, int Ranks>
 void dots(const float* x, int64_t x_stride, const void* matrix, int64_t a_stride, int64_t depth, float* out,
           int64_t out_stride, bool first) {
-  const auto* a = static_cast<const typename Loads::Element*>(matrix);
+  const auto* a = static_cast<const typename Elements::Type*>(matrix);
   const int64_t whole = depth / kLanes * kLanes;
   Vf total[Rows][Ranks];
   for (int64_t at = 0; at == 0 || at < whole; at += kDotSegment) {
@@ -135,11 +108,12 @@ void dots(const float* x, int64_t x_stride, const void* matrix, int64_t a_stride
     };
     const int64_t end = least(at + kDotSegment, whole);
     for (int64_t i = at; i < end; i += kLanes)
-      step([&](const float* p) { return load(p + i); }, [&](const auto* p) { return Loads::whole(p + i); });
+      step([&](const float* p) { return load(p + i); },
+           [&](const auto* p) { return Elements::whole(p + i); });
     if (end == whole && depth > whole) {
       const int rest = int(depth - whole);
       step([&](const float* p) { return load_first(p + whole, rest); },
-           [&](const auto* p) { return Loads::some(p + whole, rest); });
+           [&](const auto* p) { return Elements::some(p + whole, rest); });
     }
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
@@ -156,9 +130,9 @@ void dots(const float* x, int64_t x_stride, const void* matrix, int64_t a_stride
 }
 
 using Dots = void (*)(const float*, int64_t, const void*, int64_t, int64_t, float*, int64_t, bool);
-template <class Loads, int Ranks>
-constexpr Dots kDots[kDotRows + 1] = {nullptr, dots<Loads, 1, Ranks>, dots<Loads, 2, Ranks>,
-                                      dots<Loads, 3, Ranks>, dots<Loads, 4, Ranks>};
+template <class Elements, int Ranks>
+constexpr Dots kDots[kDotRows + 1] = {nullptr, dots<Elements, 1, Ranks>, dots<Elements, 2, Ranks>,
+                                      dots<Elements, 3, Ranks>, dots<Elements, 4, Ranks>};
 
 #if defined(__AVX512BF16__)
 // The same for bfloat16 x and A, pairs of the contraction at a time.
@@ -251,22 +225,22 @@ class Shrink {
       const float* x = static_cast<const float*>(element(x_, dtype_, row * row_stride_ + k));
       int64_t stride = row_stride_;
       if (packed_) {
-        with_loads(dtype_, [&](auto loads) {
-          using Loads = decltype(loads);
-          const auto* from = static_cast<const typename Loads::Element*>(x_);
+        with_elements(dtype_, [&](auto elements) {
+          using Elements = decltype(elements);
+          const auto* from = static_cast<const typename Elements::Type*>(x_);
           for (int64_t r = row; r < row + rows; ++r)
-            read_row<Loads>(from + r * row_stride_, r, k, count, padded, masked_ ? &mask_ : nullptr, 1,
-                            buffer + (r - row) * padded);
+            read_row<Elements>(from + r * row_stride_, r, k, count, padded, masked_ ? &mask_ : nullptr, 1,
+                               buffer + (r - row) * padded);
         });
         x = buffer;
         stride = padded;
       }
-      with_loads(adapter_.a_dtype, [&](auto loads) {
-        using Loads = decltype(loads);
+      with_elements(adapter_.a_dtype, [&](auto elements) {
+        using Elements = decltype(elements);
         for (int64_t j = rank, next; j < rank_end; j = next) {
           const bool whole = j + kDotRanks <= rank_end;
           next = j + (whole ? kDotRanks : 1);
-          const auto* a = static_cast<const typename Loads::Element*>(adapter_.a) + j * depth_ + k;
+          const auto* a = static_cast<const typename Elements::Type*>(adapter_.a) + j * depth_ + k;
           for (int64_t r = 0, tile; r < rows; r += tile) {
             tile = least(kDotRows, rows - r);
             float* out = adapter_.h + (row + r) * adapter_.rank + j;
@@ -279,8 +253,8 @@ class Shrink {
               continue;
             }
 #endif
-            (whole ? kDots<Loads, kDotRanks> : kDots<Loads, 1>)[tile](x + r* stride, stride, a, depth_, count,
-                                                                      out, adapter_.rank, k == 0);
+            (whole ? kDots<Elements, kDotRanks> : kDots<Elements, 1>)[tile](
+                x + r* stride, stride, a, depth_, count, out, adapter_.rank, k == 0);
           }
         }
       });
@@ -303,12 +277,12 @@ class Shrink {
 template <int Width>
 void natural_panel(const void* p, Dtype dtype, int64_t stride, int64_t first, int64_t count, int64_t out,
                    int64_t valid, const Mask* mask, float scale, float* panel) {
-  with_loads(dtype, [&](auto loads) {
-    using Loads = decltype(loads);
-    const auto* from = static_cast<const typename Loads::Element*>(p);
+  with_elements(dtype, [&](auto elements) {
+    using Elements = decltype(elements);
+    const auto* from = static_cast<const typename Elements::Type*>(p);
     for (int64_t i = 0; i < count; ++i)
-      read_row<Loads>(from + (first + i) * stride, first + i, out, valid, Width, mask, scale,
-                      panel + i * Width);
+      read_row<Elements>(from + (first + i) * stride, first + i, out, valid, Width, mask, scale,
+                         panel + i * Width);
   });
 }
 
@@ -316,9 +290,9 @@ void natural_panel(const void* p, Dtype dtype, int64_t stride, int64_t first, in
 // `valid` hold what meets no output.
 inline void turned_panel(const void* p, Dtype dtype, int64_t stride, int64_t first, int64_t count,
                          int64_t out, int64_t valid, float scale, float* panel) {
-  with_loads(dtype, [&](auto loads) {
-    using Loads = decltype(loads);
-    const auto* from = static_cast<const typename Loads::Element*>(p) + out * stride + first;
+  with_elements(dtype, [&](auto elements) {
+    using Elements = decltype(elements);
+    const auto* from = static_cast<const typename Elements::Type*>(p) + out * stride + first;
     const Vf s = set1(scale);
     for (int v = 0; v < kWidth; v += kLanes)
       for (int64_t at = 0; at < count; at += kLanes) {
@@ -327,11 +301,11 @@ inline void turned_panel(const void* p, Dtype dtype, int64_t stride, int64_t fir
         if (steps == kLanes && v + kLanes <= valid) {
 #pragma GCC unroll 16
           for (int i = 0; i < kLanes; ++i)
-            a[i] = as_dwords(mul(Loads::whole(from + (v + i) * stride + at), s));
+            a[i] = as_dwords(mul(Elements::whole(from + (v + i) * stride + at), s));
         } else {
           for (int i = 0; i < kLanes; ++i) {
             const auto* row = from + least(v + i, valid - 1) * stride + at;
-            a[i] = as_dwords(mul(steps == kLanes ? Loads::whole(row) : Loads::some(row, steps), s));
+            a[i] = as_dwords(mul(steps == kLanes ? Elements::whole(row) : Elements::some(row, steps), s));
           }
         }
         transpose(a);
@@ -360,21 +334,86 @@ void add_low_rank(const float* t, int64_t rank, int64_t rows, Fill fill, float* 
   }
 }
 
-// out[rows, out_stride at column 0] = (sums (+ out)) * scale + bias, rounded once; scale and bias are
-// [kWidth].
+// out[rows] at its stride = (sums (+ base)) * scale + bias, rounded once; scale and bias are [kWidth]. base
+// is null or of out's dtype, and can be out itself.
 inline void finish_rows(float* sums, int64_t rows, int64_t valid, const float* scale, const float* bias,
-                        bool accumulate, Dtype dtype, void* out, int64_t out_stride) {
+                        const void* base, int64_t base_stride, Dtype dtype, void* out, int64_t out_stride) {
   float before[kWidth] = {};
   for (int64_t r = 0; r < rows; ++r, sums += kWidth) {
-    void* to = element(out, dtype, r * out_stride);
-    if (accumulate) {
-      to_float(to, dtype, before, valid);
+    if (base) {
+      to_float(element(base, dtype, r * base_stride), dtype, before, valid);
       for (int v = 0; v < kWidth; v += kLanes) store(sums + v, add(load(sums + v), load(before + v)));
     }
     for (int v = 0; v < kWidth; v += kLanes)
       store(sums + v, fma(load(sums + v), load(scale + v), load(bias + v)));
-    from_float(sums, to, dtype, valid);
+    from_float(sums, element(out, dtype, r * out_stride), dtype, valid);
   }
 }
+
+// ------------------------------------------------------------------------------------------------- the
+// expansion
+
+// An ExpandCall, shared by a team in tiles of kWidth outputs. Scratch, on each thread: 32 KiB and the sums of
+// kExpandRows rows, 126 KiB.
+class Expand {
+ public:
+  static constexpr int64_t kExpandRows = 504;
+
+  Expand(const ExpandCall& call, int threads)
+      : call_(call), mask_(call.dropout), masked_(call.dropout.p > 0) {
+    tiles_ = round_up(call.outs, kWidth) / kWidth;
+    parts_ = most((call.rows + kExpandRows - 1) / kExpandRows,
+                  least((threads + tiles_ - 1) / tiles_, (call.rows + kMaxRows - 1) / kMaxRows));
+  }
+
+  struct Worker {
+    float *panel, *sums, *scale, *bias;
+  };
+  Worker carve_worker(Carver& carver) const {
+    Worker worker;
+    worker.panel = carver.take<float>(kAddendBlock * kWidth);
+    worker.sums = carver.take<float>(least(kExpandRows, call_.rows) * kWidth);
+    worker.scale = carver.take<float>(kWidth);
+    worker.bias = carver.take<float>(kWidth);
+    return worker;
+  }
+
+  void run(int thread, int team, const Worker& my) const {
+    const Range tasks = share(tiles_ * parts_, thread, team);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task)
+      tile(task / parts_ * kWidth, share(call_.rows, task % parts_, parts_), my);
+  }
+
+ private:
+  void tile(int64_t out, Range rows, const Worker& my) const {
+    const int64_t valid = least(kWidth, call_.outs - out), count = rows.end - rows.begin;
+    auto fill = [&](int64_t first, int64_t ranks, float* panel) {
+      if (call_.turned)
+        return turned_panel(call_.p, call_.p_dtype, call_.rank, first, ranks, out, valid, call_.scale, panel);
+      natural_panel<kWidth>(call_.p, call_.p_dtype, call_.outs, first, ranks, out, valid, nullptr,
+                            masked_ ? call_.scale * mask_.scale() : call_.scale, panel);
+    };
+    add_low_rank(call_.t + rows.begin * call_.rank, call_.rank, count, fill, my.panel, my.sums, true);
+    for (int64_t r = 0; masked_ && r < count; ++r) {
+      const Mask::Row kept = mask_.row(rows.begin + r);
+      for (int v = 0; v < kWidth; v += kLanes) {
+        float* at = my.sums + r * kWidth + v;
+        store(at, kept.keep(out + v, load(at)));
+      }
+    }
+    for (int i = 0; i < kWidth; ++i) my.scale[i] = 1, my.bias[i] = 0;
+    if (call_.out_scale) to_float(call_.out_scale + out, Dtype::kFloat32, my.scale, valid);
+    if (call_.bias) to_float(element(call_.bias, call_.bias_dtype, out), call_.bias_dtype, my.bias, valid);
+    const void* base =
+        call_.base ? element(call_.base, call_.dtype, rows.begin * call_.base_stride + out) : nullptr;
+    finish_rows(my.sums, count, valid, my.scale, my.bias, base, call_.base_stride, call_.dtype,
+                element(call_.out, call_.dtype, rows.begin * call_.outs + out), call_.outs);
+  }
+
+  const ExpandCall& call_;
+  Mask mask_;
+  bool masked_;
+  int64_t tiles_, parts_;
+};
 
 }  // namespace bitfuse::BITFUSE_ISA

@@ -611,8 +611,9 @@ void multiply(const LinearCall& call) {
         for (int i = 0; i < kWidth; ++i) worker.bias[i] = 0, worker.scale[i] = 1;
         if (call.bias) to_float(element(call.bias, call.dtype, out), call.dtype, worker.bias, valid);
         if (call.out_scale) to_float(call.out_scale + out, Dtype::kFloat32, worker.scale, valid);
-        finish_rows(worker.sums, part_rows, valid, worker.scale, worker.bias, call.accumulate, call.dtype,
-                    element(call.out, call.dtype, (row + part.begin) * outs + out), outs);
+        void* to = element(call.out, call.dtype, (row + part.begin) * outs + out);
+        finish_rows(worker.sums, part_rows, valid, worker.scale, worker.bias, call.accumulate ? to : nullptr,
+                    outs, call.dtype, to, outs);
       }
     });
   }

@@ -166,6 +166,18 @@ BITFUSE_INLINE Vf where_at_least(Vi a, Vi b, Vf value) {
   return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(a, b), value);
 }
 
+BITFUSE_INLINE Vf div(Vf a, Vf b) { return _mm512_div_ps(a, b); }
+// The smaller and the larger; b where either is NaN.
+BITFUSE_INLINE Vf minimum(Vf a, Vf b) { return _mm512_min_ps(a, b); }
+BITFUSE_INLINE Vf maximum(Vf a, Vf b) { return _mm512_max_ps(a, b); }
+BITFUSE_INLINE Vf absolute(Vf a) { return _mm512_abs_ps(a); }
+// a in the lanes where sign has none, b where it is negative.
+BITFUSE_INLINE Vf by_sign(Vf sign, Vf a, Vf b) {
+  return _mm512_mask_mov_ps(a, _mm512_movepi32_mask(as_dwords(sign)), b);
+}
+// p * 2^n, for whole n from -2^22 to 2^22; rounded once, to 0 and to infinity too.
+BITFUSE_INLINE Vf scale_by_power(Vf p, Vf n) { return _mm512_scalef_ps(p, n); }
+
 BITFUSE_INLINE float sum(Vf a) {
   __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
@@ -326,6 +338,28 @@ BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b) { return _mm256_xor_si256(a, b); }
 BITFUSE_INLINE Vi lane_numbers() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
 BITFUSE_INLINE Vf where_at_least(Vi a, Vi b, Vf value) {
   return _mm256_and_ps(as_float(_mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a)), value);
+}
+
+template <int Bits>
+BITFUSE_INLINE Vi shift_left(Vi a) {
+  return _mm256_slli_epi32(a, Bits);
+}
+BITFUSE_INLINE Vf div(Vf a, Vf b) { return _mm256_div_ps(a, b); }
+BITFUSE_INLINE Vf minimum(Vf a, Vf b) { return _mm256_min_ps(a, b); }
+BITFUSE_INLINE Vf maximum(Vf a, Vf b) { return _mm256_max_ps(a, b); }
+BITFUSE_INLINE Vf absolute(Vf a) { return _mm256_andnot_ps(set1(-0.0f), a); }
+BITFUSE_INLINE Vf by_sign(Vf sign, Vf a, Vf b) { return _mm256_blendv_ps(a, b, sign); }
+// 2^n for whole n from -126 to 127: n as the low bits of n + 1.5 * 2^23, moved to the exponent.
+BITFUSE_INLINE Vf power_of_two(Vf n) {
+  const Vi bits = as_dwords(add(n, set1(12582912.0f)));
+  return as_float(add_dwords(shift_left<23>(bits), set1_dwords(0x3f800000)));
+}
+BITFUSE_INLINE Vf scale_by_power(Vf p, Vf n) {
+  const Vf magic =
+      set1(12582912.0f);  // half of n, a whole number; n is clamped to where both halves are normal
+  n = minimum(set1(252), maximum(set1(-252), n));
+  const Vf half = sub(add(mul(n, set1(0.5f)), magic), magic);
+  return mul(mul(p, power_of_two(half)), power_of_two(sub(n, half)));
 }
 
 BITFUSE_INLINE float sum(Vf a) {
@@ -514,6 +548,27 @@ BITFUSE_INLINE Vi lane_numbers() { return Vi{0, 1, 2, 3}; }
 BITFUSE_INLINE Vf where_at_least(Vi a, Vi b, Vf value) {
   return as_float(as_dwords(value) &
                   reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) >= reinterpret_cast<Vu>(b)));
+}
+
+template <int Bits>
+BITFUSE_INLINE Vi shift_left(Vi a) {
+  return a << Bits;
+}
+BITFUSE_INLINE Vf div(Vf a, Vf b) { return a / b; }
+BITFUSE_INLINE Vf minimum(Vf a, Vf b) { return a < b ? a : b; }
+BITFUSE_INLINE Vf maximum(Vf a, Vf b) { return a > b ? a : b; }
+BITFUSE_INLINE Vf absolute(Vf a) { return as_float(as_dwords(a) & 0x7fffffff); }
+BITFUSE_INLINE Vf by_sign(Vf sign, Vf a, Vf b) { return as_dwords(sign) < 0 ? b : a; }
+BITFUSE_INLINE Vf power_of_two(Vf n) {
+  const Vi bits = as_dwords(add(n, set1(12582912.0f)));
+  return as_float(add_dwords(shift_left<23>(bits), set1_dwords(0x3f800000)));
+}
+BITFUSE_INLINE Vf scale_by_power(Vf p, Vf n) {
+  const Vf magic =
+      set1(12582912.0f);  // half of n, a whole number; n is clamped to where both halves are normal
+  n = minimum(set1(252), maximum(set1(-252), n));
+  const Vf half = sub(add(mul(n, set1(0.5f)), magic), magic);
+  return mul(mul(p, power_of_two(half)), power_of_two(sub(n, half)));
 }
 
 BITFUSE_INLINE float sum(Vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }

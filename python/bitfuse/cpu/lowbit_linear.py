@@ -13,6 +13,7 @@ from ..formats import FORMATS, nested_code
 from ..weight import WeightTensors
 
 _cpu: Any = None
+_missing = ""
 try:
     _cpu = importlib.import_module("bitfuse._cpu")
     _cpu.isa()  # a bad BITFUSE_CPU_ISA is an error now, not at the first call

@@ -1,0 +1,53 @@
+"""bottleneck_adapter on the CPU: tensors to addresses. The kernel: csrc/cpu/lora_linear.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from .gated_activation import _NUMBERS
+from .lowbit_linear import _DTYPES, _cpu, _missing, _rows
+
+MAX_RANK = 512  # of csrc/bind_cpu_lora_linear.cpp
+
+
+def supports(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    activation: str,
+    residual: bool,
+) -> str | None:
+    """None when `run` can serve the call, else the reason."""
+    if _cpu is None:
+        return _missing
+    if not 0 < down.shape[0] <= MAX_RANK:
+        return f"its kernel takes a bottleneck of 1 to {MAX_RANK}, not {down.shape[0]}"
+    return None
+
+
+def run(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    activation: str,
+    residual: bool,
+) -> list[torch.Tensor]:
+    """y [..., N], and h = x D^T + c. The arguments have passed the op's check and `supports`."""
+    *outer, k = x.shape
+    rows, rank, n = x.shape[:-1].numel(), down.shape[0], up.shape[0]
+    y, h = x.new_empty(*outer, n), torch.empty(rows, rank)
+    activated = torch.empty(rows, rank)
+    x, stride = (x, k) if x.is_contiguous() else _rows(x)
+    down, up = down.contiguous(), up.contiguous()
+    biases = [None if b is None else b.contiguous() for b in (down_bias, up_bias)]
+    (c, c_dtype), (b, b_dtype) = [(0, 0) if b is None else (b.data_ptr(), _DTYPES[b.dtype]) for b in biases]
+    _cpu.bottleneck_adapter(
+        x.data_ptr(), _DTYPES[x.dtype], rows, stride, k, down.data_ptr(), _DTYPES[down.dtype], c, c_dtype,
+        _NUMBERS[activation], rank, h.data_ptr(), activated.data_ptr(), up.data_ptr(), _DTYPES[up.dtype], b,
+        b_dtype, residual, n, y.data_ptr(),
+    )  # fmt: skip
+    return [y, h]
