@@ -1037,6 +1037,37 @@ def test_ia3_over_a_model() -> None:
         add_ia3_(model, "v_proj", adapter_name="second")
 
 
+def test_quantising_under_adapters() -> None:
+    model: Any = Model()
+    add_lora_(model, "all-linear", R, use_dora=True)
+    fill(model)
+    model.eval()
+    with torch.no_grad():
+        model(IDS)
+        bitfuse.quantize_(model, "int8", progress=False)
+        y = model(IDS)
+    layer = model.layers[0].q_proj
+    assert isinstance(layer, LoRALinear) and type(layer.base_layer) is Linear
+    for m in model.modules():
+        if isinstance(m, LoRALinear):
+            m.clear_norms()
+    with torch.no_grad():
+        assert torch.equal(model(IDS), y)
+
+
+def test_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model: Any = Model()
+        bitfuse_layer = Linear(K, N, format="nf4")
+    add_lora_(model, "all-linear", R, use_dora=True)
+    layer = LoRALinear(bitfuse_layer, R, use_dora=True)
+    assert {p.device.type for p in [*model.parameters(), *layer.parameters()]} == {"meta"}
+    layer.to_empty(device="cpu")
+    assert float(layer.adapter("default").scale_by) == 1
+    layer.load_state_dict(make(dict(format="nf4"), use_dora=True).state_dict())
+    assert torch.isfinite(layer(torch.randn(2, K))).all()
+
+
 def test_removing_frees_the_wrapped_layers() -> None:
     model: Any = Model()
     add_lora_(model, "all-linear", R)

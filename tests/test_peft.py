@@ -172,6 +172,51 @@ def test_dora_and_ia3_both_ways(kind: str, tmp_path: Path) -> None:
     assert torch.equal(back(X), theirs(X))
 
 
+def test_modules_to_save_both_ways(tmp_path: Path) -> None:
+    base = Model()
+    theirs = adapt(base, peft.LoraConfig(**LORA["plain"], modules_to_save=["head"])).eval()
+    with torch.no_grad():
+        for p in theirs.base_model.model.head.parameters():
+            p.add_(torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base).eval()
+    report = load_peft_(ours, tmp_path / "theirs", trainable=True)
+    assert ours.head.weight.requires_grad and report.trainable == sum(
+        p.numel() for p in ours.parameters() if p.requires_grad
+    )
+    with bitfuse.use_backend("reference"):
+        assert torch.equal(ours(X), theirs(X))
+    save_peft(ours, tmp_path / "ours", modules_to_save="head")
+    assert same(load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS))
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert torch.equal(back(X), theirs(X))
+    # what does not fit
+    quantised, tied, short = Model(), Model(), Model()
+    bitfuse.quantize_(quantised, "int8", progress=False)
+    tied.other = torch.nn.Linear(K, 8)
+    tied.other.weight = tied.head.weight
+    short.head = torch.nn.Linear(K, 7)
+    for model, match in (
+        (quantised, "'head', which is quantised"),
+        (tied, "tied to 'other'"),
+        (short, r"head\.weight is of shape \[8, 128\], expected a tensor \[7, 128\]"),
+    ):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=match):
+            load_peft_(model, tmp_path / "theirs")
+        assert same(snapshot(model), before)
+    for name, match in (
+        ("tail", "no module of the model"),
+        ("layers.0", "quantised or adapted"),
+        ("d", "no module"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            save_peft(ours, tmp_path / "ours", modules_to_save=[name])
+    ours.forehead = torch.nn.Identity()
+    with pytest.raises(ValueError, match="means 'forehead' too"):
+        save_peft(ours, tmp_path / "ours", modules_to_save=["head"])
+
+
 def test_quantised_bases_take_the_same_files(tmp_path: Path) -> None:
     base = Model()
     adapt(base, peft.LoraConfig(**LORA["plain"])).save_pretrained(tmp_path)
@@ -311,7 +356,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "bias": (lambda f: rewrite(f, bias="all"), ValueError, "bias is 'all'"),
     "pissa": (lambda f: rewrite(f, init_lora_weights="pissa"), ValueError, "changed the base weight too"),
     "transposed": (lambda f: rewrite(f, fan_in_fan_out=True), ValueError, "fan_in_fan_out is True"),
-    "modules_to_save": (lambda f: rewrite(f, modules_to_save=["head"]), ValueError, "modules_to_save is"),
+    "a whole module": (
+        lambda f: rewrite(f, modules_to_save=["head"]),
+        ValueError,
+        r"head\.weight is missing, expected a tensor \[8, 128\]",
+    ),
+    "an unknown module": (lambda f: rewrite(f, modules_to_save=["x"]), ValueError, "'x', which no module"),
+    "no list of modules": (lambda f: rewrite(f, modules_to_save="head"), ValueError, "expected names"),
     "lora_bias": (lambda f: rewrite(f, lora_bias=True), ValueError, "lora_bias is True"),
     "a field of tomorrow": (lambda f: rewrite(f, use_warp=1), ValueError, "use_warp is 1, which bitfuse"),
     "replicated": (lambda f: rewrite(f, layer_replication=[[0, 1]]), ValueError, "layer_replication is"),

@@ -340,8 +340,9 @@ def wrap_(
         report.layers.append(describe(name, layer, adapter_name))
     freeze_base_(model)
     if not trainable:
+        layers = adapted_layers(model)
         for name in chosen:
-            adapted_layers(model)[name].adapters[adapter_name].requires_grad_(False)
+            layers[name].adapters[adapter_name].requires_grad_(False)
     count_(report, model)
     return report
 

@@ -49,9 +49,9 @@ _IGNORED = {
 _READ = {
     "LORA": {
         "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-        "target_modules", "init_lora_weights", "bias",
+        "target_modules", "modules_to_save", "init_lora_weights", "bias",
     },
-    "IA3": {"target_modules", "feedforward_modules"},
+    "IA3": {"target_modules", "feedforward_modules", "modules_to_save"},
 }  # fmt: skip
 # inits that leave the base weight alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from it
 _KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -78,7 +78,7 @@ def load_peft_(
     dtype: torch.dtype = torch.float32,
 ) -> AdapterReport:
     """Put an adapter that PEFT saved (LoRA with rsLoRA, DoRA, rank and alpha patterns; IA3) into a model, in
-    place.
+    place. What its `modules_to_save` hold (a head) is written over the model's own.
 
     Everything is read and checked before the model is touched. A model that has an adapter of this name, of
     the same kind on the same layers, gets its content swapped in place (see `LoRALinear.load_adapter_`);
@@ -88,7 +88,7 @@ def load_peft_(
         model: the base model, over `torch.nn.Linear` or `bitfuse.nn.Linear`, with PEFT's module names.
         folder: holds adapter_config.json and adapter_model.safetensors.
         adapter_name: the name to give it.
-        trainable: let the adapter require gradients.
+        trainable: let the adapter and modules_to_save require gradients.
         dtype: of the adapter's parameters.
 
     Raises:
@@ -105,12 +105,14 @@ def load_peft_(
     tensors = _read_tensors(folder / WEIGHTS)
     layers = layers_of(model)
     try:
-        found = _by_layer(tensors, config, kind)
+        whole = _whole_modules(model, layers, tensors, config.get("modules_to_save") or [])
+        found = _by_layer({k: t for k, t in tensors.items() if k not in whole}, config, kind)
         chosen = _check_layers(model, layers, found, config, kind)
     except (TypeError, ValueError, re.error) as why:
         raise ValueError(f"{folder}: {why}") from None
     if any(adapter_name in layer.adapters for layer in adapted_layers(model).values()):
-        return _swap_(model, chosen, found, config, adapter_name, trainable)
+        report = _swap_(model, chosen, found, config, adapter_name, trainable)
+        return _write_whole_(whole, tensors, report, model, trainable)
 
     def make(name: str, base: torch.nn.Linear | Linear) -> AdapterLinear:
         if kind == "LORA":
@@ -138,9 +140,59 @@ def load_peft_(
 
     state = torch.get_rng_state()  # the draws of adapters that are overwritten at once
     try:
-        return wrap_(model, chosen, {}, adapter_name, make, add, trainable)
+        report = wrap_(model, chosen, {}, adapter_name, make, add, trainable)
     finally:
         torch.set_rng_state(state)
+    return _write_whole_(whole, tensors, report, model, trainable)
+
+
+def _whole_modules(
+    model: torch.nn.Module,
+    layers: Mapping[str, torch.nn.Module],
+    tensors: Mapping[str, torch.Tensor],
+    names: list[str],
+) -> dict[str, torch.Tensor]:
+    """The model's tensors that modules_to_save replace, by key in the file; ValueError for ones that don't
+    fit."""
+    found: dict[str, torch.Tensor] = {}
+    modules = {n: m for n, m in layers.items() if n and n.endswith(tuple(names))}  # PEFT's rule
+    for name in names:
+        if not any(n.endswith(name) for n in modules):
+            raise ValueError(f"modules_to_save holds {name!r}, which no module of the model is called")
+    for name, module in modules.items():
+        inside = {id(p) for p in module.parameters()}
+        if any(isinstance(m, (Linear, AdapterLinear)) for m in module.modules()):
+            raise ValueError(
+                f"modules_to_save replaces {name!r}, which is quantised or adapted in this model"
+            )
+        for other, m in layers.items():
+            apart = other != name and not other.startswith(f"{name}.")
+            if apart and any(id(p) in inside for p in m._parameters.values()):
+                raise ValueError(f"modules_to_save replaces {name!r}, whose weight is tied to {other!r}")
+        for key, own in module.state_dict(keep_vars=True).items():
+            at = f"{_PREFIX}{name}.{key}"
+            t = tensors.get(at)
+            if t is None or t.shape != own.shape:
+                held = "missing" if t is None else f"of shape {list(t.shape)}"
+                raise ValueError(f"{at} is {held}, expected a tensor {list(own.shape)}")
+            found[at] = own
+    return found
+
+
+def _write_whole_(
+    whole: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    report: AdapterReport,
+    model: torch.nn.Module,
+    trainable: bool,
+) -> AdapterReport:
+    with torch.no_grad():
+        for key, own in whole.items():
+            own.copy_(tensors[key])
+            if isinstance(own, torch.nn.Parameter):
+                own.requires_grad_(trainable)
+    count_(report, model)
+    return report
 
 
 def _fill_(layer: AdapterLinear, adapter_name: str, one: _Found, config: Mapping[str, Any]) -> None:
@@ -222,6 +274,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changed the base weight "
             "too: make it plain LoRA when saving it (PEFT's path_initial_model_for_weight_conversion)"
         )
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
+        raise ValueError(f"{path}: modules_to_save is {whole!r}, expected names")
     targets = config.get("target_modules")
     if not isinstance(targets, (str, list)) or not targets:
         raise ValueError(f"{path}: target_modules is {targets!r}, expected names or a pattern")
@@ -383,23 +438,25 @@ def save_peft(
     folder: str | os.PathLike[str],
     adapter_name: str = "default",
     *,
+    modules_to_save: Iterable[str] = (),
     base_model_name_or_path: str | None = None,
 ) -> None:
     """Write an adapter as PEFT does, for `peft.PeftModel.from_pretrained` or `load_peft_`.
 
     Both files are written aside, whole, and then renamed. Ranks and alphas that differ between layers become
-    patterns. The base model is not written.
+    patterns. Of the base model only modules_to_save are written.
 
     Args:
         model: holds `LoRALinear` or `IA3Linear` layers.
         folder: made if it is not there.
         adapter_name: the adapter to save.
+        modules_to_save: full names of modules that were trained themselves, such as a head.
         base_model_name_or_path: what the config says of the base model.
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: no such adapter; layers that differ in a way that the format can't hold (dropout,
-            use_rslora, use_dora, LoRA beside IA3), or one layer in several places.
+        ValueError: no such adapter or module; layers that differ in a way that the format can't hold
+            (dropout, use_rslora, use_dora, LoRA beside IA3), or one layer in several places.
     """
     try:
         from safetensors.torch import save
@@ -412,12 +469,21 @@ def save_peft(
     for name, layer in layers.items():
         if len(places.get(id(layer), ())) > 1:
             raise ValueError(f"{name} stands in several places of the model, which PEFT adapts in one only")
+    whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
+    every = layers_of(model)
+    for name in whole:
+        if name not in every:
+            raise ValueError(f"modules_to_save holds {name!r}, which no module of the model is called")
+        if any(isinstance(m, (Linear, AdapterLinear)) for m in every[name].modules()):
+            raise ValueError(f"modules_to_save holds {name!r}, which is quantised or adapted")
+        if alike := [n for n in every if n.endswith(name) and n != name]:
+            raise ValueError(f"modules_to_save holds {name!r}, which in PEFT means {alike[0]!r} too")
     config: dict[str, Any] = {
         "base_model_name_or_path": base_model_name_or_path,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "modules_to_save": None,
-        "target_modules": _targets_for(set(layers), layers_of(model)),
+        "modules_to_save": whole or None,
+        "target_modules": _targets_for(set(layers), every),
         "task_type": None,
     }
     lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
@@ -443,6 +509,8 @@ def save_peft(
         for name, one in ia3.items():
             vector = one.adapter(adapter_name).ia3_l
             tensors[f"{_PREFIX}{name}.ia3_l"] = vector.view(1, -1) if one.feedforward else vector.view(-1, 1)
+    for name in whole:
+        tensors |= {f"{_PREFIX}{name}.{key}": t for key, t in every[name].state_dict().items()}
     plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     _write(
         Path(folder),

@@ -107,8 +107,8 @@ class LoRAAdapter(torch.nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoRAAdapter:
         super()._apply(fn, recurse)
-        if self.scale_by.dtype != torch.float32:  # half() and the like must not round it
-            self.scale_by = self.scale_by.float().fill_(self.scaling)
+        # half() and the like must not round it, and to_empty() leaves it unwritten
+        self.scale_by = self.scale_by.float().fill_(self.scaling)
         return self
 
     def extra_repr(self) -> str:
