@@ -75,7 +75,7 @@ def _piece(a, Index: tl.constexpr):
 
 
 @jit
-def _dot(a, b, acc, APieces: tl.constexpr, BPieces: tl.constexpr):
+def dot_exactly(a, b, acc, APieces: tl.constexpr, BPieces: tl.constexpr):
     """acc + a b, a of a kernel's x and b of its small operand; BPieces 0: both in x's dtype."""
     if a.dtype == tl.float32:
         acc -= tl.dot(a, -b.to(tl.float32), input_precision="ieee")  # `acc + dot` would become one chain
@@ -107,7 +107,7 @@ def _shrink(
         f = tl.load(factor + at, mask=(rank < R)[:, None] & there[None, :], other=0.0).T
     if seed is not None:
         tile = tl.where(keep(first, second, k + column, threshold), tile, 0.0)
-    return _dot(tile, f, acc, XPieces, Pieces)
+    return dot_exactly(tile, f, acc, XPieces, Pieces)
 
 
 @jit
@@ -177,7 +177,7 @@ def _column_sum(
     if seed is not None:
         first, second = row_keys(seed, row)
         tile = tl.where(keep(first, second, column, threshold), tile, 0.0)
-    return _dot(tile.T, low, acc, XPieces, Pieces)
+    return dot_exactly(tile.T, low, acc, XPieces, Pieces)
 
 
 @jit
@@ -231,16 +231,18 @@ def _column_sums_kernel(
         m = at + row
         mask = (m < M)[:, None] & (column < C)[None, :]
         tile = tl.load(x_at + m.to(tl.int64)[:, None] * row_stride, mask=mask, other=0.0)
-        acc0 = _column_sum(acc0, tile, h0, seed0, threshold, m, column, rank, M, R0, XPieces, Pieces)
+        if h0 is not None:
+            acc0 = _column_sum(acc0, tile, h0, seed0, threshold, m, column, rank, M, R0, XPieces, Pieces)
         if h1 is not None:
             acc1 = _column_sum(acc1, tile, h1, seed1, threshold, m, column, rank, M, R1, XPieces, Pieces)
         if h2 is not None:
             acc2 = _column_sum(acc2, tile, h2, seed2, threshold, m, column, rank, M, R2, XPieces, Pieces)
         if factor is not None:
-            part = _dot(tile, f, tl.zeros((TileM, TileR), tl.float32), XPieces, FactorPieces)
+            part = dot_exactly(tile, f, tl.zeros((TileM, TileR), tl.float32), XPieces, FactorPieces)
             part_mask = (m < M)[:, None] & (rank < R0)[None, :]
             tl.store(product + m.to(tl.int64)[:, None] * R0 + rank[None, :], part * scaling, mask=part_mask)
-    _store_sums(acc0, out0, scaling, column, rank, C, R0, Across, Splits)
+    if h0 is not None:
+        _store_sums(acc0, out0, scaling, column, rank, C, R0, Across, Splits)
     if h1 is not None:
         _store_sums(acc1, out1, scaling, column, rank, C, R1, Across, Splits)
     if h2 is not None:
@@ -299,7 +301,6 @@ MOST_RANK = 64  # ranks of a tile
 MOST_JOINT = 96  # and of all projections of a pass together: sums that fit the registers
 MOST_FUSED = 32  # rank up to which the partial sums of GB are fewer bytes than a second pass over dY
 SUM_WIDTH = 1024
-STAGE = 24 << 10  # bytes of one stage of a shrink: four fit any multiprocessor since 8.6
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -307,7 +308,12 @@ def _tile_r(rank: int) -> int:
     return min(max(16, 1 << (rank - 1).bit_length()), MOST_RANK)
 
 
-def _pieces(x: torch.dtype, others: tuple[torch.dtype, ...]) -> int:
+def _stage(device: Device) -> int:
+    """Bytes of a stage of a shrink of which four fit a program; on the way, they hide memory's latency."""
+    return (32 if device.capability in (80, 87, 90, 100, 103) else 20) << 10
+
+
+def pieces(x: torch.dtype, others: tuple[torch.dtype, ...]) -> int:
     """In how many pieces of bfloat16 an operand beside x is multiplied; 0: in x's dtype."""
     if x == torch.float32 or all(other == x for other in others):
         return 0
@@ -336,11 +342,11 @@ def _shrink_plan(
         tile_k, stages = 16, 3
     else:
         column = tile_m * dtype.itemsize + tile_r * sum(f.itemsize for f in factors)
-        tile_k, stages = min(256, max(32, 1 << (STAGE // column).bit_length() - 1)), 4
+        tile_k, stages = min(512, max(32, 1 << (_stage(device) // column).bit_length() - 1)), 4
     c_align, stride_align = math.gcd(c, 8), math.gcd(stride, 8)
     r_align = math.gcd(*ranks, 8)
     constants = (
-        c_align, stride_align, r_align, across, 2 if dtype == torch.float16 else 1, _pieces(dtype, factors),
+        c_align, stride_align, r_align, across, 2 if dtype == torch.float16 else 1, pieces(dtype, factors),
         tile_m, tile_r, tile_k,
     )  # fmt: skip
     padded = (*(r // r_align for r in ranks), 0, 0)[:JOINT]
@@ -416,18 +422,19 @@ def _column_sums_plan(
         tile_m, tile_c, warps, stages = 16, 64, 4, 3
     else:
         tile_m, tile_c, warps, stages = 32, 256, 8 if tile_r * len(ranks) > 32 else 4, 4
-        if c <= 1024 or tile_r == MOST_RANK:
+        # the wider tile has fewer partial products; the narrower one fills the machine when rows are few
+        if tile_r == MOST_RANK or m * c < 2 * device.multiprocessors * 4 * tile_m * tile_c:
             tile_c = 128
     column_tiles = -(-c // tile_c)
-    # two programs to a multiprocessor, of eight steps at least
-    splits = max(1, min(m // (8 * tile_m), 2 * device.multiprocessors // (rank_tiles * column_tiles)))
+    # two programs to a multiprocessor, of four steps at least
+    splits = max(1, min(m // (4 * tile_m), 2 * device.multiprocessors // (rank_tiles * column_tiles)))
     steps = -(-m // (splits * tile_m))
     splits = -(-m // (steps * tile_m))
     c_align, stride_align = math.gcd(c, 8), math.gcd(stride, 8)
     r_align = math.gcd(*ranks, 8)
     constants = (
-        c_align, stride_align, r_align, across, 2 if dtype == torch.float16 else 1, _pieces(dtype, outs),
-        0 if factor is None else _pieces(dtype, (factor,)), splits > 1, tile_m, tile_r, tile_c,
+        c_align, stride_align, r_align, across, 2 if dtype == torch.float16 else 1, pieces(dtype, outs),
+        0 if factor is None else pieces(dtype, (factor,)), splits > 1, tile_m, tile_r, tile_c,
     )  # fmt: skip
     padded = (*(r // r_align for r in ranks), 0, 0)[:JOINT]
     stored = (torch.float32,) * len(outs) if splits > 1 else outs
@@ -468,7 +475,7 @@ def _summed(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _column_sums(
     x: torch.Tensor,
-    hs: Sequence[torch.Tensor],
+    hs: Sequence[torch.Tensor | None],
     seeds: Sequence[torch.Tensor | None],
     dtypes: Sequence[torch.dtype],
     across: bool,
@@ -478,21 +485,21 @@ def _column_sums(
     factor: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """scaling drop(x)^T h of each h, of these dtypes, [C, R] if across and else [R, C]; and, with a factor
-    [C, R], scaling x factor, float32 [M, R]."""
+    [C, R], scaling x factor, float32 [M, R]. With a factor there is one h, or None."""
     m, c = x.shape
-    ranks = [h.shape[1] for h in hs]
+    ranks = [factor.shape[1]] if factor is not None else [h.shape[1] for h in hs if h is not None]
     sums: list[torch.Tensor] = []
     product = None
     for together in _passes(len(hs), max(ranks, default=1)):
         own, masks = [hs[i] for i in together], [seeds[i] for i in together]
-        kinds = tuple(dtypes[i] for i in together)
+        kinds = () if own[0] is None else tuple(dtypes[i] for i in together)
         plan, splits, column_tiles = _column_sums_plan(
             _device(x.device), m, c, x.stride(0) if m > 1 else c, x.dtype, tuple(ranks[i] for i in together),
             kinds, None if factor is None else factor.dtype, across, scale_by is not None,
             masks[0] is not None,
         )  # fmt: skip
         outs = []
-        for i, dtype in zip(together, kinds, strict=True):
+        for i, dtype in zip(together, kinds, strict=False):
             shape = (c, ranks[i]) if across else (ranks[i], c)
             parts, kind = ((splits,), torch.float32) if splits > 1 else ((), dtype)
             outs.append(torch.empty(*parts, *shape, dtype=kind, device=x.device))
@@ -665,19 +672,18 @@ def run_backward(
     active = [i for i, p in enumerate(projections) if p.shape[2] and m]
     for i in active:
         p, lora_B = projections[i], projections[i].lora_B.contiguous()
-        gb = None
-        if wanted.lora_B[i]:
-            h = hs[i]
-            assert h is not None
-            fused = (wanted.x or wanted.lora_A[i]) and p.shape[2] <= MOST_FUSED
-            (grad_b[i],), gb = _column_sums(
-                rows[i], [h.contiguous()], [None], [lora_B.dtype], True, p.scaling, p.scale_by, 0,
-                lora_B if fused else None,
+        through = wanted.x or wanted.lora_A[i]
+        fused = through and p.shape[2] <= MOST_FUSED  # also without lora_B: GB is the same whatever is wanted
+        if wanted.lora_B[i] or fused:
+            sums, gb = _column_sums(
+                rows[i], [_contiguous(hs[i]) if wanted.lora_B[i] else None], [None], [lora_B.dtype], True,
+                p.scaling, p.scale_by, 0, lora_B if fused else None,
             )  # fmt: skip
-        if gb is None and (wanted.x or wanted.lora_A[i]):
-            (gb,) = _shrink_all(rows[i], [lora_B], [None], True, p.scaling, p.scale_by, 0)
-        if gb is not None:
-            gbs[i] = gb
+            grad_b[i : i + 1] = sums or grad_b[i : i + 1]
+            if gb is not None:
+                gbs[i] = gb
+        if through and not fused:
+            (gbs[i],) = _shrink_all(rows[i], [lora_B], [None], True, p.scaling, p.scale_by, 0)
     if learning := [i for i in active if wanted.lora_A[i]]:
         assert x is not None
         sums, _ = _column_sums(

@@ -459,7 +459,7 @@ def _tile(m_tiles, n_tiles, Band: tl.constexpr):
 
 
 @jit
-def _store(acc, out, out_scale, bias, m, n, M, N, Splits: tl.constexpr):
+def _store(acc, out, out_scale, bias, previous, m, n, M, N, Splits: tl.constexpr):
     mask = (m < M)[:, None] & (n < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     if Splits:
@@ -469,6 +469,8 @@ def _store(acc, out, out_scale, bias, m, n, M, N, Splits: tl.constexpr):
             acc *= tl.load(out_scale + n, mask=n < N, other=0.0)[None, :]
         if bias is not None:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if previous is not None:
+            acc += tl.load(previous + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -544,7 +546,7 @@ def _forward_kernel(
         if scale_by is not None:
             scaling *= tl.load(scale_by)
         acc = add_low_rank(acc, h, factor, scaling, m, n, M, N, rank, Float, False, TileR)
-    _store(acc, out, out_scale, bias, m, n, M, N, Splits)
+    _store(acc, out, out_scale, bias, None, m, n, M, N, Splits)
 
 
 @jit(do_not_specialize=_INTEGERS)
@@ -562,8 +564,8 @@ def _grad_x_kernel(
 
     The tile is [TileM, TileN] of out, so TileN columns of W (Even: none past the end); a step contracts TileK
     rows of W. A scale belongs to a row that is summed over, so it always goes on the weight. The sum begins,
-    in the first split, with the low-rank term, h [M, R] times factor [R, K], dropped elements 0, and with
-    previous.
+    in the first split, with the low-rank term, h [M, R] times factor [R, K], dropped elements 0; previous
+    [M, K] is added at the end.
     """
     N *= NAlign
     K *= KAlign
@@ -575,6 +577,13 @@ def _grad_x_kernel(
     tile_m, tile_k = _tile(tl.cdiv(M, TileM), tl.cdiv(K, TileN), Band)
     m = tile_m * TileM + tl.arange(0, TileM)
     k = tile_k * TileN + tl.arange(0, TileN)
+    acc = tl.zeros((TileM, TileN), tl.float32)
+    if h is not None:
+        rank = tl.where(tl.program_id(1) == 0, R, 0) if Splits else R
+        acc = add_low_rank(acc, h, factor, scaling, m, k, M, K, rank, Float, True, TileR)
+        if seed is not None:
+            first, second = row_keys(seed, m)
+            acc = tl.where(keep(first, second, k, threshold), acc, 0.0)
     byte = tile_k * (TileN * Bits // 8) + tl.arange(0, TileN * Bits // 8)
     width = K // 8 * Bits
     row = tl.arange(0, TileK)
@@ -588,16 +597,6 @@ def _grad_x_kernel(
         scales, zeros, scale_scales, scale_offset, code, rows, tile_k * TileN, groups, Scale, GroupSize, Sub,
         Count, Center, Block,
     )  # fmt: skip
-    acc = tl.zeros((TileM, TileN), tl.float32)
-    if h is not None:
-        rank = tl.where(tl.program_id(1) == 0, R, 0) if Splits else R
-        acc = add_low_rank(acc, h, factor, scaling, m, k, M, K, rank, Float, True, TileR)
-        if seed is not None:
-            first, second = row_keys(seed, m)
-            acc = tl.where(keep(first, second, k, threshold), acc, 0.0)
-    if previous is not None and not Splits:
-        mask = (m < M)[:, None] & (k < K)[None, :]
-        acc += tl.load(previous + m.to(tl.int64)[:, None] * K + k[None, :], mask=mask, other=0.0)
     for n in range(begin, end, TileK):
         grad_tile = tl.load(grad_at + n, mask=(m < M)[:, None] & (row < N - n)[None, :], other=0.0)
         w_at = qweight + tl.minimum(n + row, N - 1).to(tl.int64)[:, None] * width + byte[None, :]
@@ -611,7 +610,7 @@ def _grad_x_kernel(
             scales, zeros, scale_scales, scale_offset, code, rows, tile_k * TileN, groups, Scale, GroupSize,
             Sub, Count, Center, Block,
         )  # fmt: skip
-    _store(acc, out, None, None, m, k, M, K, Splits)
+    _store(acc, out, None, None, previous, m, k, M, K, Splits)
 
 
 @jit(do_not_specialize=_INTEGERS)
