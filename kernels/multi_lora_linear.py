@@ -325,6 +325,7 @@ class Many(NamedTuple):
     tile_k: int
     splits: int
     steps: int
+    shrink_warps: int
     tile_n: int
     strip: int
     slots: int
@@ -350,7 +351,9 @@ def choose_many(
     splits = max(1, -(-k // (tile_k * steps)))
     tiles = -(-n // tile_n)
     strip = max(1, min(tiles, slots * tiles // (8 * multiprocessors)))
-    return Many(tile_m, tile_r, tile_k, splits, steps, tile_n, strip, slots)
+    # a tensor core's instruction has 16 rows and 8 ranks: more warps would repeat one another
+    warps = min(4, tile_m * tile_r // 128)
+    return Many(tile_m, tile_r, tile_k, splits, steps, warps, tile_n, strip, slots)
 
 
 # the backend
@@ -466,6 +469,7 @@ def _plans(
             many.tile_m, many.tile_k, many.tile_r,
         ),
         kind,
+        many.shrink_warps,
     )  # fmt: skip
     strips = -(-n // (many.tile_n * many.strip))
     expand = _plan(

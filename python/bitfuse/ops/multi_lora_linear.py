@@ -342,8 +342,8 @@ def multi_lora_linear(
         lora_B: [E, out_features, r], or a list of E matrices [out_features, r_e], likewise.
         scaling: alpha / r: a number for all, a list of E, or a tensor [E] (or of one) on x's device.
         adapter_ids: int32 or int64 of x's leading shape: which adapter each row gets, -1 for none. An id that
-            is not there is refused on the CPU; on a GPU, where the host does not look at it, it is none, unless
-            the environment has BITFUSE_CHECK=1.
+            is not there is refused on the CPU; on a GPU, where the host does not look, it is none, unless the
+            environment has BITFUSE_CHECK=1.
         bias: [out_features], of x's dtype, or None.
 
     Returns:
@@ -429,7 +429,7 @@ def _scales(scaling: object, count: int, device: torch.device) -> torch.Tensor:
         if scaling.shape != (count,):
             raise ValueError(f"scaling has shape {list(scaling.shape)}, expected [{count}], one an adapter")
         return scaling.detach().to(torch.float32).contiguous()
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float, Sequence)):
+    if isinstance(scaling, (bool, str)) or not isinstance(scaling, (int, float, Sequence)):
         raise TypeError(f"scaling is {scaling!r}, expected a number, a list of numbers or a tensor")
     numbers = scaling if isinstance(scaling, (int, float)) else tuple(scaling)
     if isinstance(numbers, tuple) and len(numbers) != count:
