@@ -85,14 +85,19 @@ def _plan(
     residual: bool,
 ) -> Plan:
     """`dtypes`: of x, down, down_bias, up and up_bias."""
-    dtype, down = dtypes[0], dtypes[1]
-    assert dtype is not None and down is not None
+    dtype, down, _, up, _ = dtypes
+    assert dtype is not None and down is not None and up is not None
     tile_r = max(16, 1 << (rank - 1).bit_length())
     tile_m = 32 if m >= 24 * device.multiprocessors else 16
     if dtype == torch.float32:
         tile_k, tile_n, stages = 16, 32, 2
     else:
-        tile_k, tile_n, stages = (128, 128, 4) if tile_r <= 64 else (64, 64, 2)
+        # stages of a matrix's tile that fit the 99 KB of a program on compute capability 8.6
+        row = tile_r * max(down.itemsize, up.itemsize)
+        tile_k = tile_n = 128 if row <= 128 else 64
+        stages = 4 if row <= 128 else 3 if row <= 256 else 2
+    # sums [TileM, TileR] in registers, and no warp without sums of its own
+    warps = 8 if tile_r > 128 else min(4, tile_m * tile_r // 128)
     k_align, n_align, r_align, stride_align = (math.gcd(size, 8) for size in (k, n, rank, stride))
     constants = (
         k_align, n_align, r_align, stride_align, residual, activation, ROOT, CUBE,
@@ -102,11 +107,7 @@ def _plan(
         _kernel,
         (-(-m // tile_m), 1, 1),
         (m, k // k_align, n // n_align, rank // r_align, stride // stride_align, *constants),
-        dict(
-            num_warps=8 if tile_r > 128 else min(4, tile_m * tile_r // 128),
-            num_stages=stages,
-            enable_fp_fusion=True,
-        ),
+        dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
         _handles.setdefault((device.number, "bottleneck adapter", dtypes, constants), {}),
         None,
         None,
