@@ -146,7 +146,7 @@ def to_bitsandbytes(made: Linear, layer: torch.nn.Module) -> None:
         state.SCB, weight.SCB = scales.to(w.device), None
     else:
         _swap_nibbles(qweight)
-        weight.data = qweight.view(-1, 1).view(weight.dtype)
+        weight.data = qweight.view(-1).view(weight.dtype).view(-1, 1)
         quant: Any = weight.quant_state
         quant.absmax = w.scales.detach().view(-1)
         quant.code = quant.code.to(w.device)
