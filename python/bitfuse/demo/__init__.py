@@ -81,7 +81,7 @@ def run(options: Options, console: Console | None = None) -> Results:
     check_writable(options.out)
     from .chart import write_chart
 
-    with _threads(options.threads), _quiet_fallback(), _steps(len(options.formats)) as step:
+    with cpu_threads(options.threads), quiet_fallback(), _steps(len(options.formats)) as step:
         results = _measure(options, device, folder, step)
         step("saving", 0.0)
         saved = save(options.out, {JSON_NAME: write_json(results), CHART_NAME: write_chart(results)})
@@ -237,7 +237,7 @@ def _steps(formats: int) -> Iterator[Callable[[str, float], None]]:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def cpu_threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -247,7 +247,7 @@ def _threads(threads: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_fallback() -> Iterator[None]:
+def quiet_fallback() -> Iterator[None]:
     """The tables say which backend ran: the log need not say it in the middle of the bar."""
     logger = logging.getLogger("bitfuse")
     level = logger.level

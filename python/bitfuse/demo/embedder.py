@@ -116,6 +116,10 @@ class Embedder:
     @torch.inference_mode()
     def embed(self, model: torch.nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         """Unit vectors float32 [sentences, features]."""
+        return self.vectors(model, tokens)
+
+    def vectors(self, model: torch.nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`embed` for those who train: gradients flow."""
         hidden = model(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"].unsqueeze(-1).float()
         return torch.nn.functional.normalize(
