@@ -39,7 +39,7 @@ class IA3Adapter(torch.nn.Module):
 
 class IA3Linear(AdapterLinear):
     """y = l * (x W^T + b), or (l * x) W^T + b in the feed-forward way, with W frozen and l learnt (IA3; Liu
-    et al., 2022); see `bitfuse.ia3_linear`.
+    et al., 2022). The scale of outputs rides in `bitfuse.lora_linear`, as its out_scale.
 
     l begins as ones, so that a new adapter changes nothing. Several active adapters multiply, as in PEFT.
 

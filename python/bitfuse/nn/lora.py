@@ -195,9 +195,8 @@ def _fused(
         weight = p["weight"]
     number, tensor = (1.0, scaling) if isinstance(scaling, torch.Tensor) else (scaling, None)
     seed = new_seed(x) if dropout else None
-    return apply_lora(x, (LoraArgs(weight, lora_A, lora_B, number, tensor, bias, out_scale, seed),), dropout)[
-        0
-    ]
+    args = LoraArgs(weight, lora_A, lora_B, number, tensor, bias, out_scale, seed)
+    return apply_lora(x, (args,), dropout)[0]
 
 
 class LoRALinear(AdapterLinear):
