@@ -442,6 +442,18 @@ def test_generic_addresses() -> None:
     same(out, np.arange(32) + 1100)
 
 
+def test_a_function_defined_after_its_use() -> None:
+    out = np.zeros(32, dtype=np.uint32)
+    head = ".func (.param .b32 r) twice (.param .b32 v)"
+    body = "{ .reg .b32 %q<2>; ld.param.b32 %q1, [v]; add.u32 %q1, %q1, %q1; st.param.b32 [r], %q1; ret; }"
+    use = """{ .param .b32 v0; .param .b32 r0; st.param.b32 [v0], %t; call.uni (r0), twice, (v0);
+        ld.param.b32 %r1, [r0]; } mad.wide.u32 %rd1, %t, 4, %out; st.u32 [%rd1], %r1;"""
+    text = kernel(use, ["out"]).decode().replace(".visible", f"{head};\n.visible")
+    code = f"{text}{head}\n{body}\n".encode()
+    cusim.run_ptx(code, b"k", (1,), (32,), [pointer(out)])
+    same(out, 2 * np.arange(32))
+
+
 # ---- warps ----
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
 @pytest.mark.parametrize("width", [32, 8])

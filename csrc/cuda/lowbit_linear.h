@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/adapter.h"
+
 namespace bitfuse {
 
 enum class Float : int { Float16, BFloat16 };
@@ -22,6 +24,7 @@ struct LowbitLinearArgs {
   const float* nested_levels;  // the 256 values of a nested scale's code
   const void* pairs;           // of a codebook: the two levels of each byte, of x's type, [256, 4, 2]
   const void* bias;            // null: none
+  const float* out_scale;      // [n], times the sums before the bias; null: 1
   void* y;
   float* partial;      // [splits, m, n], when splits > 1
   unsigned* counters;  // one a tile, zero before and after, when splits > 1
@@ -53,9 +56,11 @@ constexpr int LowbitLinearMaxTokens = 64;
 DeviceInfo device_info(int device);
 // The architectures that the kernels were compiled for, as nvcc lists them: "800,900".
 const char* architectures();
-LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested, const DeviceInfo& device);
-// Queues the kernel. Throws std::runtime_error with the launch's shape when CUDA refuses it.
+LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested, const DeviceInfo& device,
+                                    bool adapter = false);
+// Queues the kernel, with or without an adapter to ride along. Throws std::runtime_error with the launch's
+// shape when CUDA refuses it.
 void lowbit_linear(const LowbitLinearArgs& args, const LowbitLinearPlan& plan, Float type, Code code,
-                   int device, std::uintptr_t stream);
+                   int device, std::uintptr_t stream, const AdapterArgs* adapter = nullptr);
 
 }  // namespace bitfuse

@@ -6,7 +6,7 @@ The kernel, its layout and what bounds it: csrc/cuda/lowbit_linear.cu.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,9 +55,15 @@ def _device(index: int) -> tuple[int, ...]:
     return _cuda.device_info(index) if simulated_gpu() else _gpu(index)
 
 
+def multiprocessors(device: torch.device) -> int:
+    return _device(device.index or 0)[0]
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(m: int, n: int, k: int, code: int | None, nested: bool, device: tuple[int, ...]) -> Any:
-    return _cuda.plan_lowbit_linear(m, n, k, code, nested, *device)
+def _plan(
+    m: int, n: int, k: int, code: int | None, nested: bool, device: tuple[int, ...], adapter: bool = False
+) -> Any:
+    return _cuda.plan_lowbit_linear(m, n, k, code, nested, *device, adapter)
 
 
 @functools.cache
@@ -71,20 +77,32 @@ def _nested_levels(device: torch.device) -> torch.Tensor:
 
 
 _counters: dict[tuple[int, int], torch.Tensor] = {}
+# what is left, by device, of zeroed counters for kernels in CUDA graphs
+_for_graphs: dict[int, torch.Tensor] = {}
+_EAGER, _GRAPHS = 1 << 13, 1 << 18
 
 
-def _zeroed_counters(count: int, device: torch.device, stream: int) -> torch.Tensor:
-    """Counters of the blocks that have finished a tile, zero; the kernel leaves them zero.
+def zeroed_counters(count: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Counters by which blocks of a kernel know how far the others are, zero, at a multiple of 8 bytes; the
+    kernel leaves them zero.
 
     Kept for each device and stream, within which one kernel follows the other. A kernel in a CUDA graph gets
-    its own, which the graph clears: when it is replayed, and beside what, is not known here.
+    its own, for good: when it is replayed, and beside what, is not known here. They come from a reserve that
+    the device's first call outside a graph makes; where there is none, the graph clears them each time.
     """
+    index = device.index or 0
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index or 0, stream)
-    kept = _counters.get(key)
+        reserve = _for_graphs.get(index)
+        if reserve is None or reserve.numel() < count:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _for_graphs[index] = reserve[count + count % 2 :]
+        return reserve[:count]
+    kept = _counters.get((index, stream))
     if kept is None or kept.numel() < count:
-        kept = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        kept = torch.zeros(max(count, _EAGER), dtype=torch.int32, device=device)
+        _counters[index, stream] = kept
+        if device.type == "cuda" and index not in _for_graphs:
+            _for_graphs[index] = torch.zeros(_GRAPHS, dtype=torch.int32, device=device)
     return kept
 
 
@@ -131,12 +149,44 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
 
 def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
     """y = x W^T + b. The arguments have passed the op's check and `supports`."""
+    call = prepare(x, weight, bias)
+    if call.plan is not None:
+        _cuda.lowbit_linear(*call.arguments)
+    return call.y
+
+
+class Call(NamedTuple):
+    """A launch of the kernel that is not queued yet.
+
+    Attributes:
+        y: the output, to be written.
+        plan: how the work is cut; None where there is no work.
+        arguments: of the binding.
+        counters: zero, as many as were asked for.
+        kept: tensors that must live until the launch is queued.
+    """
+
+    y: torch.Tensor
+    plan: Any = None
+    arguments: tuple[Any, ...] = ()
+    counters: torch.Tensor | None = None
+    kept: tuple[Any, ...] = ()
+
+
+def prepare(
+    x: torch.Tensor,
+    weight: WeightTensors,
+    bias: torch.Tensor | None,
+    adapter: bool = False,
+    more_counters: int = 0,
+) -> Call:
+    """All that a launch takes; with room for what rides along if there is an adapter."""
     qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
     device, n, k = x.device, qweight.shape[0], x.shape[-1]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
     m = x.numel() // k
     if m == 0 or n == 0:
-        return y
+        return Call(y)
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.reshape(m, k)
         if x.stride(1) != 1 or x.data_ptr() % 16 or (m > 1 and (x.stride(0) < k or x.stride(0) % 8)):
@@ -148,21 +198,24 @@ def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> to
     stream = torch._C._cuda_getCurrentRawStream(index) if x.is_cuda else 0
     nested = scale_offset is not None
     code = _code(format)
-    plan = _plan(m, n, k, code, nested, _device(index))
+    plan = _plan(m, n, k, code, nested, _device(index), adapter)
     partial = counters = None
     if plan.splits > 1:
         partial = torch.empty((plan.splits, m, n), dtype=torch.float32, device=device)
-        counters = _zeroed_counters(plan.tiles, device, stream)
-    _cuda.lowbit_linear(
+        counters = zeroed_counters(more_counters + plan.tiles, device, stream)
+    elif more_counters:
+        counters = zeroed_counters(more_counters, device, stream)
+    arguments = (
         x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
         scale_scales.data_ptr() if scale_scales is not None else 0,
         scale_offset.data_ptr() if scale_offset is not None else 0,
         _nested_levels(device).data_ptr() if nested else 0,
         _pairs(format, x.dtype, device).data_ptr() if code == _CODEBOOK4 else 0,
         0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        0 if partial is None else partial.data_ptr(), 0 if counters is None else counters.data_ptr(),
+        0 if partial is None else partial.data_ptr(),
+        0 if counters is None else counters.data_ptr() + 4 * more_counters,
         x.stride(0) if x.dim() == 2 else k, qweight.stride(0), scales.stride(0),
         0 if zeros is None else zeros.stride(0), m, n, k, group_size, FORMATS[format].zero_point,
         _SCALES[scales.dtype], _FLOATS[x.dtype], code, plan, index, stream,
     )  # fmt: skip
-    return y
+    return Call(y, plan, arguments, counters, (x, bias, partial))
