@@ -357,7 +357,7 @@ def quantize(
             )
     scale_scales = scale_offset = None
     if format.nested:
-        scales, scale_scales, scale_offset = _nest_scales(scales)
+        scales, scale_scales, scale_offset = nest_scales(scales)
     elif format.tensor_scale:
         scale_scales = torch.full((1,), tensor_scale, device=weight.device)
     return LowBitWeight(qweight, scales, format, (n, k), zeros, g_idx, scale_scales, scale_offset)
@@ -406,7 +406,7 @@ def _divisor(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scales in 8 bits, as bitsandbytes nests them: less their mean, blocks of 256, the dynamic map's nearest
     value."""
     flat = scales.flatten()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..weight import CHUNK, LowBitWeight, _nest_scales, dequantize_rows, quantize
+from ..weight import CHUNK, LowBitWeight, dequantize_rows, nest_scales, quantize
 from .linear import Linear
 
 # what of a module calls hooks: they move from a layer to the one around it
@@ -337,7 +337,7 @@ def _requantise(
     if not parts:
         return w
     scales = torch.cat([p.scales for p in parts])
-    nested = _nest_scales(scales) if w.format.nested else (scales, None, None)
+    nested = nest_scales(scales) if w.format.nested else (scales, None, None)
     zeros = None if w.zeros is None else torch.cat([p.zeros for p in parts if p.zeros is not None])
     qweight = torch.cat([p.qweight for p in parts])
     return LowBitWeight(qweight, nested[0], w.format, w.shape, zeros, w.g_idx, nested[1], nested[2])

@@ -6,6 +6,7 @@ from .gated_activation import gated_activation
 from .lora_linear import lora_linear
 from .lora_mlp import Projection, lora_mlp, lora_qkv
 from .lowbit_linear import lowbit_linear, lowbit_linear_grad_x
+from .multi_lora_linear import multi_lora_linear
 
 __all__ = [
     "Projection",
@@ -17,5 +18,6 @@ __all__ = [
     "lora_qkv",
     "lowbit_linear",
     "lowbit_linear_grad_x",
+    "multi_lora_linear",
     "varlen_attention",
 ]
