@@ -22,6 +22,15 @@ def supports(
     return shared._missing if _cpu is None else None
 
 
+_ADDRESS = torch.Tensor.data_ptr
+
+
+def _contiguous(adapters: Adapters) -> Adapters:
+    if all(map(torch.Tensor.is_contiguous, adapters)):
+        return adapters
+    return [t.contiguous() for t in adapters]
+
+
 def run(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -42,13 +51,13 @@ def run(
     if not x.is_contiguous():
         x, stride = _rows(x)
     # contiguous copies live until the function returns
-    lora_A, lora_B = [t.contiguous() for t in lora_A], [t.contiguous() for t in lora_B]
+    lora_A, lora_B = _contiguous(lora_A), _contiguous(lora_B)
     scaling, adapter_ids = scaling.contiguous(), adapter_ids.contiguous()
     stacked = is_stacked(lora_A)
     _cpu.multi_lora_add(
         y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], y.numel() // n, stride, n, k,
-        [t.data_ptr() for t in lora_A], [t.data_ptr() for t in lora_B],
-        [lora_A[0].shape[1]] if stacked else [t.shape[0] for t in lora_A], count_of(lora_A), stacked,
+        list(map(_ADDRESS, lora_A)), list(map(_ADDRESS, lora_B)),
+        [lora_A[0].shape[1]] if stacked else list(map(len, lora_A)), count_of(lora_A), stacked,
         _DTYPES[lora_A[0].dtype] if lora_A else 0, _DTYPES[lora_B[0].dtype] if lora_B else 0,
         scaling.data_ptr(), adapter_ids.data_ptr(), adapter_ids.dtype == torch.int64,
     )  # fmt: skip

@@ -53,12 +53,13 @@ def _check(
     if not y.is_contiguous():
         raise ValueError(f"y has strides {y.stride()}, expected a contiguous tensor")
     _check_adapters(x, lora_A, lora_B, y.shape[-1])
-    if scaling.dtype != torch.float32 or scaling.shape != (count_of(lora_A),) or scaling.device != x.device:
-        check_tensor("scaling", scaling, (torch.float32,), (count_of(lora_A),), x.device)
+    count = count_of(lora_A)
+    if scaling.dtype != torch.float32 or scaling.shape != (count,) or scaling.device != x.device:
+        check_tensor("scaling", scaling, (torch.float32,), (count,), x.device)
     if adapter_ids.dtype not in IDS or adapter_ids.shape != x.shape[:-1] or adapter_ids.device != x.device:
         check_tensor("adapter_ids", adapter_ids, IDS, tuple(x.shape[:-1]), x.device)
     if _CHECK_IDS:
-        check_ids(adapter_ids, count_of(lora_A))
+        check_ids(adapter_ids, count)
 
 
 def _check_adapters(x: torch.Tensor, lora_A: Adapters, lora_B: Adapters, n: int) -> None:
@@ -77,20 +78,31 @@ def _check_adapters(x: torch.Tensor, lora_A: Adapters, lora_B: Adapters, n: int)
         if rank > MAX_RANK:
             raise ValueError(f"lora_A has shape {list(a.shape)}, expected ranks of at most {MAX_RANK}")
         return
+    if not lora_A:
+        return
+    # most of a call's time with many adapters: no helpers, and one test of what is nearly always so
+    a_dtype, b_dtype = lora_A[0].dtype, lora_B[0].dtype
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
         shape = a.shape
+        if (
+            len(shape) == 2
+            and shape[1] == k
+            and b.shape == (n, shape[0])
+            and shape[0] <= MAX_RANK
+            and a.dtype is a_dtype in FLOATS
+            and b.dtype is b_dtype in FLOATS
+            and a.device == device
+            and b.device == device
+        ):
+            continue
         rank = shape[0] if len(shape) == 2 else 0
-        if len(shape) != 2 or shape[1] != k or a.dtype not in FLOATS or a.device != device:
-            check_tensor(f"lora_A[{e}]", a, FLOATS, (rank, k), device)
-        if b.shape != (n, rank) or b.dtype not in FLOATS or b.device != device:
-            check_tensor(f"lora_B[{e}]", b, FLOATS, (n, rank), device)
+        check_tensor(f"lora_A[{e}]", a, FLOATS, (rank, k), device)
+        check_tensor(f"lora_B[{e}]", b, FLOATS, (n, rank), device)
         if rank > MAX_RANK:
             raise ValueError(f"lora_A[{e}] has shape {list(shape)}, expected a rank of at most {MAX_RANK}")
-        if a.dtype != lora_A[0].dtype or b.dtype != lora_B[0].dtype:
-            raise TypeError(
-                f"adapter {e} is in {a.dtype} and {b.dtype}, expected those of adapter 0, "
-                f"{lora_A[0].dtype} and {lora_B[0].dtype}"
-            )
+        raise TypeError(
+            f"adapter {e} is in {a.dtype} and {b.dtype}, expected those of adapter 0, {a_dtype} and {b_dtype}"
+        )
 
 
 def _described(adapters: Adapters) -> str:
@@ -408,8 +420,8 @@ def _listed(name: str, adapters: object) -> list[torch.Tensor]:
     for e, t in enumerate(adapters):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}[{e}] is a {type(t).__name__}, expected a tensor")
-        if t.dim() != 2:
-            raise ValueError(f"{name}[{e}] has shape {list(t.shape)}, expected two dimensions")
+    if len(adapters) == 1 and adapters[0].dim() != 2:  # the op would take it for stacked
+        raise ValueError(f"{name}[0] has shape {list(adapters[0].shape)}, expected two dimensions")
     return list(adapters)
 
 
