@@ -85,6 +85,12 @@ def test_integer_arithmetic(op: str, dtype: str) -> None:
     same(elementwise(f"{op}.{dtype} d, a, b;", x, y, out=kind), expected)
 
 
+def test_integer_extremes_held_to_zero() -> None:
+    x, y = integers(np.int32), integers(np.int32, 1)
+    for op in ("min", "max"):
+        same(elementwise(f"{op}.relu.s32 d, a, b;", x, y, out=np.int32), BINARY[op](x, y).clip(0))
+
+
 def test_wide_and_carry() -> None:
     x, y, z = integers(np.int32), integers(np.int32, 1), integers(np.int64, 2)
     wide = x.astype(np.int64) * y

@@ -205,10 +205,16 @@ void decode_bin(Instr& i, const Opcode& o) {
     }
   i.fn = bin_for<op>(o);
 }
+template <Bin op>
+void bin_relu(Warp& w, const Instr& i, uint32_t m) {  // a result below 0 is 0
+  binary<int32_t>(w, i, m, [](int32_t a, int32_t b) { return std::max(apply<int32_t, op>(a, b), 0); });
+}
 template <Bin plain, Bin nan>
 void decode_extreme(Instr& i, const Opcode& o) {
-  if (o.has("xorsign") || o.has("abs")) unsupported(o);
-  if (o.has("NaN"))
+  if (o.has("xorsign") || o.has("abs") || (o.has("relu") && o.type() != "s32")) unsupported(o);
+  if (o.has("relu"))
+    i.fn = bin_relu<plain>;
+  else if (o.has("NaN"))
     decode_bin<nan>(i, o);
   else
     decode_bin<plain>(i, o);
