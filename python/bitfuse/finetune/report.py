@@ -85,11 +85,11 @@ def print_results(results: Results, console: Console) -> None:
             highlight=False,
         )
     console.print(
-        f"training loss: mean of what was minimised, cross-entropy with labels smoothed by {SMOOTHING}, over "
-        f"all {len(TRAINING)} training messages at the end, without dropout. held-out loss: mean cross-entropy "
-        f"over {len(HELD_OUT)} messages about other matters. accuracy: held-out messages whose intent is named "
-        "rightly; before: by the model as it comes, which compares a message with a sentence for each "
-        "intent.\n",
+        f"training loss: mean of what was minimised, cross-entropy with labels smoothed by {SMOOTHING}, "
+        f"over all {len(TRAINING)} training messages at the end, without dropout. held-out loss: mean "
+        f"cross-entropy over {len(HELD_OUT)} messages about other matters. accuracy: held-out messages whose "
+        "intent is named rightly; before: by the model as it comes, which compares a message with a sentence "
+        "for each intent.\n",
         style="dim",
         highlight=False,
     )
