@@ -57,7 +57,7 @@ def run(
     _cpu.multi_lora_add(
         y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], y.numel() // n, stride, n, k,
         list(map(_ADDRESS, lora_A)), list(map(_ADDRESS, lora_B)),
-        [lora_A[0].shape[1]] if stacked else list(map(len, lora_A)), count_of(lora_A), stacked,
+        [lora_A[0].shape[1]] if stacked else [t.shape[0] for t in lora_A], count_of(lora_A), stacked,
         _DTYPES[lora_A[0].dtype] if lora_A else 0, _DTYPES[lora_B[0].dtype] if lora_B else 0,
         scaling.data_ptr(), adapter_ids.data_ptr(), adapter_ids.dtype == torch.int64,
     )  # fmt: skip

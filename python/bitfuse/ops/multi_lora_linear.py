@@ -48,16 +48,20 @@ def _check(
     scaling: torch.Tensor,
     adapter_ids: torch.Tensor,
 ) -> None:
-    check_float(x, "x", x.shape[-1] if x.dim() else 0)
-    check_tensor("y", y, (x.dtype,), (*x.shape[:-1], y.shape[-1] if y.dim() else 0), x.device)
+    dtype, device, sizes, outs = x.dtype, x.device, x.shape, y.shape
+    rows = sizes[:-1]
+    if dtype not in FLOATS or not sizes:
+        check_float(x, "x", sizes[-1] if sizes else 0)
+    if y.dtype is not dtype or not outs or outs[:-1] != rows or y.device != device:
+        check_tensor("y", y, (dtype,), (*rows, outs[-1] if outs else 0), device)
     if not y.is_contiguous():
         raise ValueError(f"y has strides {y.stride()}, expected a contiguous tensor")
-    _check_adapters(x, lora_A, lora_B, y.shape[-1])
+    _check_adapters(x, lora_A, lora_B, outs[-1])
     count = count_of(lora_A)
-    if scaling.dtype != torch.float32 or scaling.shape != (count,) or scaling.device != x.device:
-        check_tensor("scaling", scaling, (torch.float32,), (count,), x.device)
-    if adapter_ids.dtype not in IDS or adapter_ids.shape != x.shape[:-1] or adapter_ids.device != x.device:
-        check_tensor("adapter_ids", adapter_ids, IDS, tuple(x.shape[:-1]), x.device)
+    if scaling.dtype is not torch.float32 or scaling.shape != (count,) or scaling.device != device:
+        check_tensor("scaling", scaling, (torch.float32,), (count,), device)
+    if adapter_ids.dtype not in IDS or adapter_ids.shape != rows or adapter_ids.device != device:
+        check_tensor("adapter_ids", adapter_ids, IDS, tuple(rows), device)
     if _CHECK_IDS:
         check_ids(adapter_ids, count)
 
@@ -72,9 +76,11 @@ def _check_adapters(x: torch.Tensor, lora_A: Adapters, lora_B: Adapters, n: int)
         )
     if is_stacked(lora_A):
         a, b = lora_A[0], lora_B[0]
-        count, rank = a.shape[:2]
-        check_tensor("lora_A", a, FLOATS, (count, rank, k), device)
-        check_tensor("lora_B", b, FLOATS, (count, n, rank), device)
+        count, rank, columns = a.shape
+        if columns != k or a.dtype not in FLOATS or a.device != device:
+            check_tensor("lora_A", a, FLOATS, (count, rank, k), device)
+        if b.shape != (count, n, rank) or b.dtype not in FLOATS or b.device != device:
+            check_tensor("lora_B", b, FLOATS, (count, n, rank), device)
         if rank > MAX_RANK:
             raise ValueError(f"lora_A has shape {list(a.shape)}, expected ranks of at most {MAX_RANK}")
         return
@@ -82,15 +88,17 @@ def _check_adapters(x: torch.Tensor, lora_A: Adapters, lora_B: Adapters, n: int)
         return
     # most of a call's time with many adapters: no helpers, and one test of what is nearly always so
     a_dtype, b_dtype = lora_A[0].dtype, lora_B[0].dtype
+    floats = a_dtype in FLOATS and b_dtype in FLOATS
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
         shape = a.shape
         if (
-            len(shape) == 2
+            floats
+            and len(shape) == 2
             and shape[1] == k
             and b.shape == (n, shape[0])
             and shape[0] <= MAX_RANK
-            and a.dtype is a_dtype in FLOATS
-            and b.dtype is b_dtype in FLOATS
+            and a.dtype is a_dtype
+            and b.dtype is b_dtype
             and a.device == device
             and b.device == device
         ):
@@ -432,6 +440,8 @@ _known_scales: dict[tuple[object, ...], torch.Tensor] = {}
 def _scales(scaling: object, count: int, device: torch.device) -> torch.Tensor:
     """Float32 [count] on the device; of numbers it is made once."""
     if isinstance(scaling, torch.Tensor):
+        if scaling.dtype is torch.float32 and scaling.shape == (count,) and scaling.device == device:
+            return scaling.detach() if scaling.requires_grad else scaling
         if not scaling.is_floating_point() or scaling.device != device:
             raise TypeError(
                 f"scaling is a tensor of {scaling.dtype} on {scaling.device}, expected floats on {device}"
