@@ -259,7 +259,7 @@ def test_an_interrupt_leaves_what_was_there(
         app, ["finetune", "--model", str(tiny), "--out", str(tmp_path), "--threads", "1"]
     )
     assert result.exit_code == 130
-    assert result.stderr.endswith("bitfuse finetune: interrupted, nothing was written\n")
+    assert result.stderr.endswith("bitfuse finetune: interrupted; no file is half-written\n")
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 

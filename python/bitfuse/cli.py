@@ -175,7 +175,7 @@ def finetune(
     done, to complain or to praise (248 messages, English and Korean; 64 about other matters are held out).
     Prints the accuracy before and after, memory by kind, and how the loss compares with LoRA over float32.
 
-    The adapter is saved as PEFT does. Files are written at the end, all or none: Ctrl-C leaves nothing.
+    The adapter is saved as PEFT does. Files are written at the end: Ctrl-C before leaves what was there.
 
     Needs the extra: pip install 'bitfuse[demo]'. Uses no network. For example:
 
@@ -185,19 +185,20 @@ def finetune(
         bitfuse finetune --format int4:32 --r 16 --alpha 16 --dropout 0.05
         bitfuse finetune --optimizer adamw --lr 5e-4 --seed 1 --threads 4
     """
-    from .finetune import DemoError, Options, run
-
     try:
-        run(
-            Options(
-                format=format, epochs=epochs, steps=steps, r=r, alpha=alpha, dropout=dropout, lr=lr,
-                optimizer=optimizer, baseline=baseline, model=model, out=out, threads=threads, seed=seed,
-            )
-        )  # fmt: skip
-    except DemoError as error:
-        _fail("finetune", error)
+        from .finetune import DemoError, Options, run
+
+        try:
+            run(
+                Options(
+                    format=format, epochs=epochs, steps=steps, r=r, alpha=alpha, dropout=dropout, lr=lr,
+                    optimizer=optimizer, baseline=baseline, model=model, out=out, threads=threads, seed=seed,
+                )
+            )  # fmt: skip
+        except DemoError as error:
+            _fail("finetune", error)
     except KeyboardInterrupt:
-        typer.echo("bitfuse finetune: interrupted, nothing was written", err=True)
+        typer.echo("bitfuse finetune: interrupted; no file is half-written", err=True)
         raise typer.Exit(130) from None
 
 
