@@ -670,7 +670,7 @@ def test_tables_of_addresses_are_bounded_and_kept_for_graphs(monkeypatch: pytest
         kept.append(torch.randn(2, 8))
         multi_lora_args.table([kept[-1]], b[:1])
     assert len(multi_lora_args._tables) <= multi_lora_args._MOST_TABLES
-    monkeypatch.setattr(multi_lora_args, "_capturing", lambda device: True)
+    monkeypatch.setattr(multi_lora_args, "capturing", lambda device: True)
     monkeypatch.setattr(multi_lora_args, "_captured", [])
     current = multi_lora_args.table([kept[-1]], b[:1])
     multi_lora_args.table([kept[-1]], b[:1])

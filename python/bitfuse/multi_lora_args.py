@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -54,28 +54,21 @@ _tables: dict[tuple[object, ...], AdapterTable] = {}
 _captured: list[torch.Tensor] = []
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """True while a CUDA graph is being captured there."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def keep_for_graph(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, which a cache may drop, kept for good if a CUDA graph in capture will read it."""
-    if _capturing(tensor.device) and all(tensor is not t for t in _captured):
+    if capturing(tensor.device) and all(tensor is not t for t in _captured):
         _captured.append(tensor)
     return tensor
 
 
-def to_device(values: torch.Tensor, device: torch.device, what: str) -> torch.Tensor:
-    """A small tensor of the host on the device.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured, which would copy it anew at every replay.
-    """
-    if _capturing(device):
-        raise RuntimeError(
-            f"{what} is not on {device} yet: call the op once before the capture of a CUDA graph"
-        )
-    return values.to(device)
+def refuse_capture(what: str, device: torch.device) -> NoReturn:
+    """Raise RuntimeError for what a graph would copy from the host at every replay."""
+    raise RuntimeError(f"{what} is not on {device} yet: call the op once before the capture of a CUDA graph")
 
 
 def table(lora_A: Adapters, lora_B: Adapters) -> AdapterTable:
@@ -87,7 +80,9 @@ def table(lora_A: Adapters, lora_B: Adapters) -> AdapterTable:
     key = (device, a, b, ranks)
     found = _tables.get(key)
     if found is None:
-        entries = to_device(torch.tensor((a, b, ranks), dtype=torch.int64), device, "the table of adapters")
+        if capturing(device):
+            refuse_capture("the table of adapters", device)
+        entries = torch.tensor((a, b, ranks), dtype=torch.int64, device=device)
         aligned = not any(address % 16 for address in (*a, *b))
         found = AdapterTable(entries, max(ranks), math.gcd(16, *ranks), aligned)
         if len(_tables) >= _MOST_TABLES:

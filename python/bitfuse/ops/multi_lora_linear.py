@@ -22,10 +22,11 @@ from ..kernels import multi_lora_linear as triton
 from ..multi_lora_args import (
     Adapters,
     adapter,
+    capturing,
     count_of,
     is_stacked,
     keep_for_graph,
-    to_device,
+    refuse_capture,
     transposed,
 )
 from ..op import Backend, Explanation, Op, explains
@@ -465,6 +466,10 @@ def _scales(scaling: object, count: int, device: torch.device) -> torch.Tensor:
                 raise TypeError(f"scaling holds {s!r}, expected numbers")
             if not math.isfinite(s):
                 raise ValueError(f"scaling holds {s}, expected finite numbers")
+        if capturing(device):
+            if isinstance(numbers, tuple):
+                refuse_capture("scaling", device)
+            return _new_scales(numbers, count, device)  # the graph's own, filled at each replay
         with torch.inference_mode(False):  # autograd may save it in a later call
             found = _new_scales(numbers, count, device)
         if len(_known_scales) >= _MOST_SCALES:
@@ -475,8 +480,8 @@ def _scales(scaling: object, count: int, device: torch.device) -> torch.Tensor:
 
 def _new_scales(numbers: float | tuple[float, ...], count: int, device: torch.device) -> torch.Tensor:
     if isinstance(numbers, tuple):
-        return to_device(torch.tensor(numbers, dtype=torch.float32), device, "scaling")
-    return to_device(torch.full((count,), float(numbers), dtype=torch.float32), device, "scaling")
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    return torch.full((count,), float(numbers), dtype=torch.float32, device=device)
 
 
 @explains(multi_lora_linear)
