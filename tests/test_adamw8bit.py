@@ -315,7 +315,7 @@ def test_learns_as_adamw_does() -> None:
 def test_small_parameters_are_adamw_bit_for_bit() -> None:
     kinds: list[dict[str, Any]] = [dict(), dict(maximize=True, betas=(0.8, 0.99), weight_decay=0.0, eps=1e-6)]
     for kind in kinds:
-        theirs, p = regression(lambda p, k=kind: torch.optim.AdamW(p, lr=1e-3, foreach=False, **k), 5)
+        theirs, p = regression(lambda p, k=kind: torch.optim.AdamW(p, lr=1e-3, fused=True, **k), 5)
         ours, q = regression(lambda p, k=kind: AdamW8bit(p, lr=1e-3, min_8bit_size=10**9, **k), 5)
         assert ours == theirs and all(torch.equal(a, b) for a, b in zip(p, q, strict=True))
 

@@ -37,9 +37,23 @@ def _check(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name} is {beta}, expected 0 <= {name} < 1")
+    shape, device, blocks = p.shape, p.device, blocks_of(p.numel(), block_size)
+    if (
+        p.dtype in FLOATS
+        and grad.dtype in FLOATS
+        and exp_avg.dtype is exp_avg_sq.dtype is torch.uint8
+        and exp_avg_absmax.dtype is exp_avg_sq_absmax.dtype is torch.float32
+        and shape == grad.shape == exp_avg.shape == exp_avg_sq.shape
+        and exp_avg_absmax.shape == exp_avg_sq_absmax.shape == (blocks,)
+        and device == grad.device == exp_avg.device == exp_avg_sq.device
+        and device == exp_avg_absmax.device == exp_avg_sq_absmax.device
+        and p.is_contiguous()
+        and exp_avg.is_contiguous()
+        and exp_avg_sq.is_contiguous()
+    ):
+        return  # the usual case, at a third of the cost
     check_tensor("p", p, FLOATS, tuple(p.shape), p.device)
     check_tensor("grad", grad, FLOATS, tuple(p.shape), p.device)
-    blocks = (blocks_of(p.numel(), block_size),)
     for name, codes, scales in (
         ("exp_avg", exp_avg, exp_avg_absmax),
         ("exp_avg_sq", exp_avg_sq, exp_avg_sq_absmax),
@@ -47,7 +61,7 @@ def _check(
         # paged: the codes are in host memory that the device reaches
         paged = p.device.type == "cuda" and codes.device.type == "cpu" and codes.is_pinned()
         check_tensor(name, codes, (torch.uint8,), tuple(p.shape), codes.device if paged else p.device)
-        check_tensor(f"{name}_absmax", scales, (torch.float32,), blocks, p.device)
+        check_tensor(f"{name}_absmax", scales, (torch.float32,), (blocks,), p.device)
     for name, t in (("p", p), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if not t.is_contiguous():
             raise ValueError(

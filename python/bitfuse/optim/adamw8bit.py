@@ -89,35 +89,21 @@ class AdamW8bit(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             lr = float(group["lr"])
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group, lr)
+            found = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in found):
+                raise RuntimeError("AdamW8bit takes no sparse gradients: torch.optim.SparseAdam does")
+            small = []
+            for p in found:
+                state = self.state[p]
+                if not state:
+                    state.update(_new_state(p, group))
+                if "exp_avg_absmax" in state:
+                    _update_8bit(p, state, group, lr)
+                else:
+                    small.append(p)
+            if small:
+                _update_float32(small, [self.state[p] for p in small], group, lr)
         return loss
-
-    def _update(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], lr: float) -> None:
-        if grad.is_sparse:
-            raise RuntimeError("AdamW8bit takes no sparse gradients: torch.optim.SparseAdam does")
-        state = self.state[p]
-        if not state:
-            state.update(_new_state(p, group))
-        beta1, beta2 = group["betas"]
-        if "exp_avg_absmax" not in state:
-            _update_float32(p, grad, state, group, lr)
-            return
-        state["step"] += 1
-        if grad.dtype not in FLOATS:
-            grad = grad.float()
-        # the op writes to a dense tensor; any other layout goes through a copy
-        dense = p if p.is_contiguous() else p.contiguous()
-        op(
-            dense, grad, state["exp_avg"], state["exp_avg_absmax"], state["exp_avg_sq"],
-            state["exp_avg_sq_absmax"], lr, beta1, beta2, group["eps"], group["weight_decay"],
-            float(state["step"]), group["maximize"], group["block_size"],
-        )  # fmt: skip
-        if dense is not p:
-            p.copy_(dense)
-        else:
-            torch.autograd.graph.increment_version(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. torch would cast codes to the parameter's dtype on the way: they
@@ -163,19 +149,41 @@ def _new_state(p: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor
     return state
 
 
-def _update_float32(
-    p: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], lr: float
-) -> None:
-    """torch's own AdamW, on a float32 copy of a parameter of another dtype."""
+def _update_8bit(p: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], lr: float) -> None:
+    grad = p.grad
+    assert grad is not None
+    if grad.dtype not in FLOATS:
+        grad = grad.float()
     beta1, beta2 = group["betas"]
-    wide = p.float()
-    adamw(
-        [wide], [grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], amsgrad=False,
-        beta1=beta1, beta2=beta2, lr=lr, weight_decay=group["weight_decay"], eps=group["eps"],
-        maximize=group["maximize"],
+    state["step"] += 1
+    # the op writes to a dense tensor; any other layout goes through a copy
+    dense = p if p.is_contiguous() else p.contiguous()
+    op(
+        dense, grad, state["exp_avg"], state["exp_avg_absmax"], state["exp_avg_sq"],
+        state["exp_avg_sq_absmax"], lr, beta1, beta2, group["eps"], group["weight_decay"],
+        float(state["step"]), group["maximize"], group["block_size"],
     )  # fmt: skip
-    if wide is not p:
-        p.copy_(wide)
+    if dense is not p:
+        p.copy_(dense)
+    else:
+        torch.autograd.graph.increment_version(p)
+
+
+def _update_float32(
+    parameters: list[torch.Tensor], states: list[dict[str, torch.Tensor]], group: dict[str, Any], lr: float
+) -> None:
+    """torch's own AdamW, all parameters in one call, on float32 copies of those of another dtype."""
+    beta1, beta2 = group["betas"]
+    wide = [p.float() for p in parameters]
+    adamw(
+        wide, [p.grad.float() for p in parameters if p.grad is not None], [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+        fused=all(p.is_cpu for p in wide) or None, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
+        weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
+    )  # fmt: skip
+    for p, w in zip(parameters, wide, strict=True):
+        if w is not p:
+            p.copy_(w)
 
 
 class _Wrapped:
