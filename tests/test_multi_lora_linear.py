@@ -607,6 +607,26 @@ def test_what_is_compiled(target: Target) -> None:
     assert seen == {"few_shrink", "few_expand", "sort", "shrink", "expand"}
 
 
+if not torch.cuda.is_available():
+
+    @TRITON
+    def test_decode_reads_adapters_once_and_nothing_for_no_adapter(target: Target) -> None:
+        """In sectors of 32 bytes, which the simulator counts: reads that do not coalesce would double them."""
+        m, n, k, rank = 8, 512, 2048, 16
+        a, b = torch.randn(m, rank, k).bfloat16(), torch.randn(m, n, rank).bfloat16()
+        y, x, scaling = target.place(
+            torch.zeros(m, n).bfloat16(), torch.randn(m, k).bfloat16(), torch.ones(m)
+        )
+        for ids, adapters in ((torch.arange(m), (a.nbytes, b.nbytes)), (torch.full((m,), -1), (0, 0))):
+            with cusim.device(counts=True):
+                cusim.counts()
+                target.run(multi_lora_add_, y, x, target.place(a), target.place(b), scaling, ids)
+                counts = cusim.counts()
+            for name, nbytes in zip(("_few_shrink_kernel", "_few_expand_kernel"), adapters, strict=True):
+                warps = counts[name]["threads"] // 32
+                assert counts[name]["global_sectors"] <= 1.5 * nbytes / 32 + 2 * warps, counts[name]
+
+
 @TRITON
 def test_a_new_length_compiles_nothing(target: Target) -> None:
     backend = triton_backend()
