@@ -47,7 +47,7 @@ def _kernel(
             x_row + (k + column)[None, :], mask=(m < M)[:, None] & (column < K - k)[None, :], other=0.0
         )
         d = tl.load(down_at + k, mask=there[:, None] & (column < K - k)[None, :], other=0.0)
-        acc = dot_exactly(tile, d.T, acc, XPieces, Pieces)
+        acc = dot_exactly(tile, d.T, acc, Float, XPieces, Pieces)
     if down_bias is not None:
         acc += tl.load(down_bias + rank, mask=there, other=0.0).to(tl.float32)[None, :]
     mask = (m < M)[:, None] & there[None, :]

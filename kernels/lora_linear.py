@@ -4,27 +4,25 @@ Split-fused (LoRAFusion, Zhu et al., 2025): what reads x or a gradient whole onl
 is a kernel bound by those bytes; what widens R columns again rides in the product with W as R more steps of
 the contraction (`lowbit_linear.LowRank`), so nothing of the size of y or of x is written but y and dX.
 
-- forward: h = drop(x) A^T (shrink: x read once for all its projections); y = x W^T + s h B^T, one write of
-  y;
-- backward: one pass over dY for GB = s dY B and dB = s dY^T h together (column sums; their partial sums are
-  an eighth of what a second pass would read at rank 16; beyond rank 32 two passes are fewer bytes); dX = dY
-  W + drop'(GB A), one write of dX, several projections of one x adding up in it; one pass over x for dA =
-  GB^T drop(x) of all projections.
+- forward: h = drop(x) A^T (shrink: x read once for all its projections); y = x W^T + s h B^T, written once.
+- backward: one pass over dY for GB = s dY B and dB = s dY^T h together (column sums), whose partial sums are
+  half the bytes of a second pass at rank 16; beyond, a pass for each. dX = dY W + drop'(GB A), written once,
+  or added to where several projections share x. One pass over x for dA = GB^T drop(x) of all of them.
 
-A dense W is cuBLAS's: the widening kernel writes the low-rank term (and bias) first, and the product is
-added to it by the epilogue of the matrix product, which overlaps its reads with arithmetic.
+A dense W is cuBLAS's: the widening kernel writes the low-rank term (and bias) first, and the matrix product
+adds to it in its epilogue, which overlaps its reads with arithmetic.
 
-Bytes at M = 8192, K = N = 4096, rank 16, bfloat16, int4: the forward's product has 275 GFLOP (0.4 to 0.6 ms
-on an H100) over 145 MB; the shrink reads 67 MB more (22 us at 3 TB/s), h is 0.5 MB. The backward's product
-is the same; dY is read once more, with 13 MB of partial sums, and x once: 51 us.
+Bytes at M = 8192, K = N = 4096, rank 16, bfloat16: the forward's product has 275 GFLOP (0.4 to 0.6 ms on an
+H100); the shrink reads 67 MB (22 us at 3 TB/s), and h is 0.5 MB. The backward's product is as large; the pass
+over dY is 67 MB and 36 MB of partial sums written and read again, mostly in L2; that over x is 67 MB: 57 us.
 
 What fits where:
-- shrink: a program owns TileM rows and TileR ranks and walks the columns, 4 stages of [TileM, TileK] of x
-  and [TileR, TileK] of each A on their way; rows are 64 where that fills the machine, which puts 48 KB in
-  flight on each multiprocessor. Sums stay in registers; there is no second kernel.
-- column sums: a program owns TileC columns and a share of the rows, TileM = 32 at a time; what it holds is
-  the sums [TileC, TileR] of each projection. Shares are added in a fixed order by a second kernel: no
-  atomics, the same bits every time.
+- shrink: a program owns TileM rows and TileR ranks and walks the columns, 4 stages of [TileM, TileK] of x and
+  [TileR, TileK] of each A on their way; 64 rows where that fills the machine, which puts 48 KB in flight on
+  each multiprocessor. Sums stay in registers; there is no second kernel.
+- column sums: a program owns TileC columns and a share of the rows, TileM = 32 at a time, 4 stages; what it
+  holds is the sums [TileR, TileC] of each projection, and for GB its columns of B. Shares are added in a
+  fixed order by a second kernel: no atomics, the same bits every time.
 
 Precision: a 16-bit adapter of x's dtype is multiplied as it is, h and GB rounded to that dtype, as plain
 PyTorch has them. Another adapter is kept to its own precision: it (and what is float32 in h and GB) is cut
@@ -75,12 +73,13 @@ def _piece(a, Index: tl.constexpr):
 
 
 @jit
-def dot_exactly(a, b, acc, APieces: tl.constexpr, BPieces: tl.constexpr):
-    """acc + a b, a of a kernel's x and b of its small operand; BPieces 0: both in x's dtype."""
-    if a.dtype == tl.float32:
-        acc -= tl.dot(a, -b.to(tl.float32), input_precision="ieee")  # `acc + dot` would become one chain
-    elif BPieces == 0:
-        acc = tl.dot(a, b.to(a.dtype), acc)
+def dot_exactly(a, b, acc, Float: tl.constexpr, APieces: tl.constexpr, BPieces: tl.constexpr):
+    """acc + a b in pieces of bfloat16; if either has none, in Float, the dtype of x."""
+    if Float == tl.float32:
+        # `acc + dot` would become one chain
+        acc -= tl.dot(a.to(Float), -b.to(Float), input_precision="ieee")
+    elif APieces == 0 or BPieces == 0:
+        acc = tl.dot(a.to(Float), b.to(Float), acc)
     else:
         part = tl.zeros(acc.shape, tl.float32)
         for i in tl.static_range(APieces):
@@ -107,7 +106,7 @@ def _shrink(
         f = tl.load(factor + at, mask=(rank < R)[:, None] & there[None, :], other=0.0).T
     if seed is not None:
         tile = tl.where(keep(first, second, k + column, threshold), tile, 0.0)
-    return dot_exactly(tile, f, acc, XPieces, Pieces)
+    return dot_exactly(tile, f, acc, tile.dtype, XPieces, Pieces)
 
 
 @jit
@@ -118,24 +117,27 @@ def _store_h(acc, out, scaling, scale_by, m, rank, M, R):
     tl.store(out + m.to(tl.int64)[:, None] * R + rank[None, :], acc * scaling, mask=mask)
 
 
-_INTEGERS = ["threshold", "M", "C", "stride", "R0", "R1", "R2", "steps", "splits", "size"]
+_INTEGERS = ["threshold", "M", "C", "stride", "R0", "R1", "R2", "rank_tiles", "steps", "splits", "size"]
 
 
 @jit(do_not_specialize=_INTEGERS)
 def _shrink_kernel(
     x, factor0, factor1, factor2, seed0, seed1, seed2, scale_by, out0, out1, out2,
-    scaling, threshold, M, C, stride, R0, R1, R2,
+    scaling, threshold, M, C, stride, R0, R1, R2, rank_tiles,
     CAlign: tl.constexpr, StrideAlign: tl.constexpr, RAlign: tl.constexpr, Across: tl.constexpr,
     XPieces: tl.constexpr, Pieces: tl.constexpr, TileM: tl.constexpr, TileR: tl.constexpr,
     TileK: tl.constexpr,
 ):  # fmt: skip
-    """out = scaling drop(x) factor^T, float32 [M, R], of up to three factors and masks; x is [M, C]."""
+    """out = scaling drop(x) factor^T, float32 [M, R], of up to three factors and masks; x is [M, C].
+
+    Programs next to one another have the same rows, so that x is read from memory once for all ranks.
+    """
     C *= CAlign
     R0 *= RAlign
     R1 *= RAlign
     R2 *= RAlign
-    m = tl.program_id(1) * TileM + tl.arange(0, TileM)
-    rank = tl.program_id(0) * TileR + tl.arange(0, TileR)
+    m = tl.program_id(0) // rank_tiles * TileM + tl.arange(0, TileM)
+    rank = tl.program_id(0) % rank_tiles * TileR + tl.arange(0, TileR)
     column = tl.arange(0, TileK)
     x_at = x + m.to(tl.int64)[:, None] * (stride.to(tl.int64) * StrideAlign) + column[None, :]
     first0, second0 = row_keys(seed0, m)
@@ -171,26 +173,26 @@ def _shrink_kernel(
 def _column_sum(
     acc, tile, h, seed, threshold, row, column, rank, M, R, XPieces: tl.constexpr, Pieces: tl.constexpr
 ):  # fmt: skip
-    """acc [TileC, TileR] + drop(tile)^T h, h float32 [M, R]."""
+    """acc [TileR, TileC] + h^T drop(tile), h float32 [M, R]."""
     mask = (row < M)[:, None] & (rank < R)[None, :]
     low = tl.load(h + row.to(tl.int64)[:, None] * R + rank[None, :], mask=mask, other=0.0)
     if seed is not None:
         first, second = row_keys(seed, row)
         tile = tl.where(keep(first, second, column, threshold), tile, 0.0)
-    return dot_exactly(tile.T, low, acc, XPieces, Pieces)
+    return dot_exactly(low.T, tile, acc, tile.dtype, Pieces, XPieces)
 
 
 @jit
-def _store_sums(acc, out, scaling, column, rank, C, R, Across: tl.constexpr, Splits: tl.constexpr):
-    """acc [TileC, TileR] to out [C, R] if Across, else to out [R, C]."""
-    if Splits:
-        out += tl.program_id(2).to(tl.int64) * C * R
-    mask = (column < C)[:, None] & (rank < R)[None, :]
+def _store_sums(acc, out, scaling, column, rank, C, R, Across: tl.constexpr):
+    """acc [TileR, TileC] to this share's [R, C] of out, or to its [C, R] if Across."""
+    out += tl.program_id(2).to(tl.int64) * C * R
+    acc *= scaling
     if Across:
         at = column.to(tl.int64)[:, None] * R + rank[None, :]
+        tl.store(out + at, acc.T, mask=(column < C)[:, None] & (rank < R)[None, :])
     else:
-        at = rank.to(tl.int64)[None, :] * C + column[:, None]
-    tl.store(out + at, (acc * scaling).to(out.dtype.element_ty), mask=mask)
+        at = rank.to(tl.int64)[:, None] * C + column[None, :]
+        tl.store(out + at, acc, mask=(rank < R)[:, None] & (column < C)[None, :])
 
 
 @jit(do_not_specialize=_INTEGERS)
@@ -198,11 +200,11 @@ def _column_sums_kernel(
     x, h0, h1, h2, seed0, seed1, seed2, scale_by, factor, out0, out1, out2, product,
     scaling, threshold, M, C, stride, R0, R1, R2, steps,
     CAlign: tl.constexpr, StrideAlign: tl.constexpr, RAlign: tl.constexpr, Across: tl.constexpr,
-    XPieces: tl.constexpr, Pieces: tl.constexpr, FactorPieces: tl.constexpr, Splits: tl.constexpr,
-    TileM: tl.constexpr, TileR: tl.constexpr, TileC: tl.constexpr,
+    XPieces: tl.constexpr, Pieces: tl.constexpr, FactorPieces: tl.constexpr, TileM: tl.constexpr,
+    TileR: tl.constexpr, TileC: tl.constexpr,
 ):  # fmt: skip
-    """out = scaling drop(x)^T h of up to three h and masks, over the program's `steps` steps of TileM rows of
-    x [M, C]: [C, R] if Across, else [R, C]; if Splits float32, one for each share.
+    """out = scaling drop(x)^T h of up to three h and masks, float32, over the program's `steps` steps of
+    TileM rows of x [M, C]: [shares, C, R] if Across, else [shares, R, C].
 
     With a factor [C, R] also the part of scaling x factor that these columns give: product [column tiles, M,
     R].
@@ -224,7 +226,7 @@ def _column_sums_kernel(
         f_mask = (column < C)[:, None] & (rank < R0)[None, :]
         f = tl.load(factor + column.to(tl.int64)[:, None] * R0 + rank[None, :], mask=f_mask, other=0.0)
         product += tl.program_id(1).to(tl.int64) * M * R0
-    acc0 = tl.zeros((TileC, TileR), tl.float32)
+    acc0 = tl.zeros((TileR, TileC), tl.float32)
     acc1 = acc0
     acc2 = acc0
     for at in range(begin, end, TileM):
@@ -238,15 +240,16 @@ def _column_sums_kernel(
         if h2 is not None:
             acc2 = _column_sum(acc2, tile, h2, seed2, threshold, m, column, rank, M, R2, XPieces, Pieces)
         if factor is not None:
-            part = dot_exactly(tile, f, tl.zeros((TileM, TileR), tl.float32), XPieces, FactorPieces)
+            part = tl.zeros((TileM, TileR), tl.float32)
+            part = dot_exactly(tile, f, part, tile.dtype, XPieces, FactorPieces)
             part_mask = (m < M)[:, None] & (rank < R0)[None, :]
             tl.store(product + m.to(tl.int64)[:, None] * R0 + rank[None, :], part * scaling, mask=part_mask)
     if h0 is not None:
-        _store_sums(acc0, out0, scaling, column, rank, C, R0, Across, Splits)
+        _store_sums(acc0, out0, scaling, column, rank, C, R0, Across)
     if h1 is not None:
-        _store_sums(acc1, out1, scaling, column, rank, C, R1, Across, Splits)
+        _store_sums(acc1, out1, scaling, column, rank, C, R1, Across)
     if h2 is not None:
-        _store_sums(acc2, out2, scaling, column, rank, C, R2, Across, Splits)
+        _store_sums(acc2, out2, scaling, column, rank, C, R2, Across)
 
 
 @jit(do_not_specialize=_INTEGERS)
@@ -272,8 +275,8 @@ def _widen_kernel(
     """
     N *= NAlign
     R *= RAlign
-    m = tl.program_id(1) * TileM + tl.arange(0, TileM)
-    n = tl.program_id(0) * TileN + tl.arange(0, TileN)
+    m = tl.program_id(0) * TileM + tl.arange(0, TileM)
+    n = tl.program_id(1) * TileN + tl.arange(0, TileN)
     Float: tl.constexpr = out.dtype.element_ty
     if scale_by is not None:
         scaling *= tl.load(scale_by)
@@ -299,7 +302,7 @@ def _widen_kernel(
 JOINT = 3  # projections of one x in one pass
 MOST_RANK = 64  # ranks of a tile
 MOST_JOINT = 96  # and of all projections of a pass together: sums that fit the registers
-MOST_FUSED = 32  # rank up to which the partial sums of GB are fewer bytes than a second pass over dY
+MOST_FUSED = 16  # rank up to which GB's partial sums are half the bytes of a second pass over dY
 SUM_WIDTH = 1024
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
@@ -311,6 +314,11 @@ def _tile_r(rank: int) -> int:
 def _stage(device: Device) -> int:
     """Bytes of a stage of a shrink of which four fit a program; on the way, they hide memory's latency."""
     return (32 if device.capability in (80, 87, 90, 100, 103) else 20) << 10
+
+
+def _in_halves(x: torch.dtype, other: torch.dtype) -> bool:
+    """Whether x itself is multiplied in pieces; they leave no registers for two products."""
+    return x == torch.float16 and other != x
 
 
 def pieces(x: torch.dtype, others: tuple[torch.dtype, ...]) -> int:
@@ -352,8 +360,8 @@ def _shrink_plan(
     padded = (*(r // r_align for r in ranks), 0, 0)[:JOINT]
     return Plan(
         _shrink_kernel,
-        (rank_tiles, -(-m // tile_m), 1),
-        (m, c // c_align, stride // stride_align, *padded, *constants),
+        (rank_tiles * -(-m // tile_m), 1, 1),
+        (m, c // c_align, stride // stride_align, *padded, rank_tiles, *constants),
         # no more warps than have sums of their own
         dict(num_warps=min(4, tile_m * tile_r // 128), num_stages=stages, enable_fp_fusion=True),
         _handles.setdefault(
@@ -421,10 +429,7 @@ def _column_sums_plan(
     if dtype == torch.float32:
         tile_m, tile_c, warps, stages = 16, 64, 4, 3
     else:
-        tile_m, tile_c, warps, stages = 32, 256, 8 if tile_r * len(ranks) > 32 else 4, 4
-        # the wider tile has fewer partial products; the narrower one fills the machine when rows are few
-        if tile_r == MOST_RANK or m * c < 2 * device.multiprocessors * 4 * tile_m * tile_c:
-            tile_c = 128
+        tile_m, tile_c, warps, stages = 32, 128, 8 if tile_r * len(ranks) > 32 else 4, 4
     column_tiles = -(-c // tile_c)
     # two programs to a multiprocessor, of four steps at least
     splits = max(1, min(m // (4 * tile_m), 2 * device.multiprocessors // (rank_tiles * column_tiles)))
@@ -434,11 +439,10 @@ def _column_sums_plan(
     r_align = math.gcd(*ranks, 8)
     constants = (
         c_align, stride_align, r_align, across, 2 if dtype == torch.float16 else 1, pieces(dtype, outs),
-        0 if factor is None else pieces(dtype, (factor,)), splits > 1, tile_m, tile_r, tile_c,
+        0 if factor is None else pieces(dtype, (factor,)), tile_m, tile_r, tile_c,
     )  # fmt: skip
     padded = (*(r // r_align for r in ranks), 0, 0)[:JOINT]
-    stored = (torch.float32,) * len(outs) if splits > 1 else outs
-    key = (device.number, "column sums", dtype, stored, factor, scale_by, dropped, constants)
+    key = (device.number, "column sums", dtype, len(outs), factor, scale_by, dropped, constants)
     plan = Plan(
         _column_sums_kernel,
         (rank_tiles, column_tiles, splits),
@@ -467,6 +471,8 @@ def _sum_plan(device: Device, size: int, splits: int, dtype: torch.dtype) -> Pla
 
 def _summed(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum over the first dimension, in order."""
+    if partial.shape[0] == 1 and dtype == partial.dtype:
+        return partial[0]
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
     plan = _sum_plan(_device(partial.device), out.numel(), partial.shape[0], dtype)
     plan.launch((partial, out), True)
@@ -498,11 +504,8 @@ def _column_sums(
             kinds, None if factor is None else factor.dtype, across, scale_by is not None,
             masks[0] is not None,
         )  # fmt: skip
-        outs = []
-        for i, dtype in zip(together, kinds, strict=False):
-            shape = (c, ranks[i]) if across else (ranks[i], c)
-            parts, kind = ((splits,), torch.float32) if splits > 1 else ((), dtype)
-            outs.append(torch.empty(*parts, *shape, dtype=kind, device=x.device))
+        shapes = [(c, ranks[i]) if across else (ranks[i], c) for i in together][: len(kinds)]
+        outs = [torch.empty(splits, *shape, dtype=torch.float32, device=x.device) for shape in shapes]
         if factor is not None:
             product = torch.empty(column_tiles, m, ranks[0], dtype=torch.float32, device=x.device)
         plan.launch(
@@ -511,7 +514,7 @@ def _column_sums(
             ),
             _alignment(x, *own, *masks, scale_by, factor),
         )  # fmt: skip
-        sums += [_summed(out, dtype) for out, dtype in zip(outs, kinds, strict=True)] if splits > 1 else outs
+        sums += [_summed(out, dtype) for out, dtype in zip(outs, kinds, strict=True)]
     return sums, None if product is None else _summed(product, torch.float32)
 
 
@@ -531,7 +534,7 @@ def _widen_plan(
     constants = (n_align, r_align, wide, tile_m, tile_n, _tile_r(rank or 1))
     return Plan(
         _widen_kernel,
-        (-(-n // tile_n), -(-m // tile_m), 1),
+        (-(-m // tile_m), -(-n // tile_n), 1),
         (m, n // n_align, rank // r_align, *constants),
         dict(num_warps=4, enable_fp_fusion=True),
         _handles.setdefault((device.number, "widen", dtype, factor, given, constants), {}),
@@ -567,7 +570,7 @@ def supports(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: floa
     if (reason := _refuse(x.device)) is not None:
         return reason
     for p in projections:
-        n, k, _ = p.shape
+        n, k, rank = p.shape
         if isinstance(p.weight, WeightTensors):
             if (reason := lowbit_linear.supports_grad_x(x, p.weight)) is not None:
                 return reason
@@ -575,6 +578,8 @@ def supports(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: floa
             return f"{x.numel() // x.shape[-1]} rows are more than 2**31 - 1"
         if 0 in (n, k):
             return f"w has shape {[n, k]}, which leaves nothing to do"
+        if x.numel() // max(1, x.shape[-1]) * rank >= 2**31:
+            return f"{x.numel() // x.shape[-1]} rows of rank {rank} are more than 2**31 - 1 numbers"
     return None
 
 
@@ -673,7 +678,8 @@ def run_backward(
     for i in active:
         p, lora_B = projections[i], projections[i].lora_B.contiguous()
         through = wanted.x or wanted.lora_A[i]
-        fused = through and p.shape[2] <= MOST_FUSED  # also without lora_B: GB is the same whatever is wanted
+        # also where lora_B is not wanted: GB is the same, bit for bit, whatever is
+        fused = through and p.shape[2] <= MOST_FUSED and not _in_halves(rows[i].dtype, lora_B.dtype)
         if wanted.lora_B[i] or fused:
             sums, gb = _column_sums(
                 rows[i], [_contiguous(hs[i]) if wanted.lora_B[i] else None], [None], [lora_B.dtype], True,
