@@ -87,7 +87,9 @@ def test_info_survives_a_broken_backend(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_info_says_why_not() -> None:
-    check = info.check_backend(backend(forward_op.reference, lambda *args: f"no {args[-2]} today"))
+    check = info.check_backend(
+        backend(forward_op.reference, lambda x, weight, bias: f"no {weight.format} today")
+    )
     assert not check.alive and check.right
     assert check.reason is not None and "no int8 today" in check.reason and "no nf4 today" in check.reason
 
