@@ -611,7 +611,7 @@ if not torch.cuda.is_available():
 
     @TRITON
     def test_decode_reads_adapters_once_and_nothing_for_no_adapter(target: Target) -> None:
-        """In sectors of 32 bytes, which the simulator counts: reads that do not coalesce would double them."""
+        """In sectors of 32 bytes, which the simulator counts: reads that do not coalesce double them."""
         m, n, k, rank = 8, 512, 2048, 16
         a, b = torch.randn(m, rank, k).bfloat16(), torch.randn(m, n, rank).bfloat16()
         y, x, scaling = target.place(
