@@ -11,7 +11,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
     **dict.fromkeys(("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook"), 0),
-    **dict.fromkeys(("activations", "attention_args", "blockwise", "dropout", "lora_args", "multi_lora_args"), 0),
+    **dict.fromkeys(
+        ("activations", "attention_args", "blockwise", "dropout", "kv_cache", "lora_args", "multi_lora_args"),
+        0,
+    ),
     **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
     "ops": 2,
     **dict.fromkeys(("nn", "optim"), 3),
@@ -21,7 +24,16 @@ RANK = {
     ),
 }
 # the order inside the lowest room
-PEERS = {"formats": 0, "blockwise": 1, "packing": 0, "dropout": 0, "op": 1, "weight": 2, "lora_args": 3}
+PEERS = {
+    "formats": 0,
+    "blockwise": 1,
+    "packing": 0,
+    "dropout": 0,
+    "op": 1,
+    "weight": 2,
+    "lora_args": 3,
+    "kv_cache": 3,
+}
 
 
 def room(parts: tuple[str, ...]) -> str:

@@ -21,13 +21,18 @@ from .lora import (
     unmerge_adapters_,
 )
 from .op import BackendError, Explanation, explain, use_backend
+from .ops.append_kv import KVCache, append_kv
 from .ops.attention import attention, varlen_attention
 from .ops.bottleneck_adapter import bottleneck_adapter
+from .ops.decode_attention import decode_attention
 from .ops.gated_activation import gated_activation
 from .ops.lora_linear import lora_linear
 from .ops.lora_mlp import Projection, lora_mlp, lora_qkv
 from .ops.lowbit_linear import lowbit_linear
+from .ops.merge_attention import merge_attention
 from .ops.multi_lora_linear import multi_lora_linear
+from .ops.quantize_kv import QuantizedKV, quantize_kv
+from .ops.rope import rope
 from .quantization import QuantizationReport, quantize_
 from .weight import LowBitWeight, quantize
 
@@ -37,15 +42,19 @@ __all__ = [
     "Explanation",
     "Format",
     "FuseReport",
+    "KVCache",
     "LowBitWeight",
     "MergeReport",
     "Projection",
     "QuantizationReport",
+    "QuantizedKV",
     "__version__",
     "add_ia3_",
     "add_lora_",
+    "append_kv",
     "attention",
     "bottleneck_adapter",
+    "decode_attention",
     "disable_adapters",
     "explain",
     "fuse_peft_",
@@ -57,14 +66,17 @@ __all__ = [
     "lora_qkv",
     "lowbit_linear",
     "merge_adapters_",
+    "merge_attention",
     "multi_lora_linear",
     "nn",
     "ops",
     "optim",
     "quantize",
     "quantize_",
+    "quantize_kv",
     "register_format",
     "remove_adapters_",
+    "rope",
     "save_peft",
     "set_adapter_",
     "unfuse_peft_",

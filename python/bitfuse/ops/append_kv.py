@@ -1,0 +1,370 @@
+"""append_kv: new keys and values into a cache; KVCache: the tensors of one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ..kv_cache import (
+    BITS,
+    CACHE_FORMATS,
+    CHANNEL_STEP,
+    FP8,
+    CacheTensors,
+    Rotary,
+    check_cache,
+    check_places,
+    check_rotary,
+    gather,
+    rotate,
+    store,
+)
+from ..op import Explanation, Op, explains
+from ..weight import check_tensor
+from .lowbit_linear import FLOATS
+from .rope import as_positions
+
+MAX_HEAD_DIM = 256
+CHECK_PLACES = os.environ.get("BITFUSE_CHECK", "") not in ("", "0")  # on a GPU, where it makes the host wait
+
+CACHE_SCHEMA = (
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? k_offsets, "
+    "Tensor(e!)? v_scales, Tensor(f!)? v_offsets, Tensor(g!)? k_tail, Tensor(h!)? v_tail, "
+    "Tensor? block_table, str format, int group_size, int channel_group, Tensor cache_seqlens, "
+    "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? positions, bool interleaved"
+)
+_CACHE = len(CacheTensors._fields)
+_ROTARY = len(Rotary._fields)
+
+
+def unflatten_cache(flat: tuple[Any, ...]) -> tuple[CacheTensors, torch.Tensor, Rotary, tuple[Any, ...]]:
+    """The arguments of CACHE_SCHEMA as objects, and those behind them."""
+    rotary = _CACHE + 1
+    rest = rotary + _ROTARY
+    return CacheTensors(*flat[:_CACHE]), flat[_CACHE], Rotary(*flat[rotary:rest]), flat[rest:]
+
+
+def check_new(k: torch.Tensor, v: torch.Tensor, cache: CacheTensors, batch: int, tokens: int) -> None:
+    """Raise TypeError or ValueError for new keys and values that the cache has no place for."""
+    kv_heads = cache.k.shape[2]
+    dim, dim_v = cache.head_dim, cache.head_dim_v
+    if cache.format in BITS and cache.k_tail is None:  # check_cache refuses it
+        return
+    dtypes = FLOATS if cache.format == "fp8" else ((cache.k if cache.k_tail is None else cache.k_tail).dtype,)
+    shape = (batch, tokens, kv_heads)
+    if k.shape != (*shape, dim) or k.dtype not in dtypes or k.device != cache.k.device:
+        check_tensor("k", k, dtypes, (*shape, dim), cache.k.device)
+    if v.shape != (*shape, dim_v) or v.dtype is not k.dtype or v.device != cache.k.device:
+        check_tensor("v", v, (k.dtype,), (*shape, dim_v), cache.k.device)
+
+
+def _check(
+    k: torch.Tensor, v: torch.Tensor, cache: CacheTensors, cache_seqlens: torch.Tensor, rotary: Rotary
+) -> None:
+    if k.dim() != 4:
+        raise ValueError(f"k has shape {list(k.shape)}, expected [batch, tokens, kv_heads, head_dim]")
+    if k.dtype not in FLOATS:
+        raise TypeError(f"k has dtype {k.dtype}, expected {' or '.join(map(str, FLOATS))}")
+    batch, tokens = k.shape[:2]
+    check_cache(cache, batch, k.dtype, k.device, cache_seqlens)
+    check_new(k, v, cache, batch, tokens)
+    check_rotary(rotary, batch, tokens, cache.head_dim, k.device)
+    if CHECK_PLACES and k.is_cuda:
+        check_places(cache, cache_seqlens, 0, tokens, rotary)
+
+
+def turned(x: torch.Tensor, rotary: Rotary, sequence: int, first: int) -> torch.Tensor:
+    """x [tokens, heads, head_dim] of one sequence, whose first token is at position `first`, rotated."""
+    if rotary.cos is None or rotary.sin is None:
+        return x
+    if rotary.positions is None:  # queries before the first token see nothing: any rotation will do
+        at = torch.arange(first, first + x.shape[0], device=x.device).clamp(min=0)
+    else:
+        at = rotary.positions[sequence if rotary.positions.shape[0] > 1 else 0].long()
+    return rotate(x, rotary.cos[at], rotary.sin[at], rotary.interleaved)
+
+
+def _reference(
+    k: torch.Tensor, v: torch.Tensor, cache: CacheTensors, cache_seqlens: torch.Tensor, rotary: Rotary
+) -> None:
+    """Token i of sequence b goes to position cache_seqlens[b] + i, its key rotated."""
+    check_places(cache, cache_seqlens, 0, k.shape[1], rotary)
+    for b, length in enumerate(cache_seqlens.tolist()):
+        store(cache, b, length, turned(k[b], rotary, b, length), v[b])
+
+
+def _fake(
+    k: torch.Tensor, v: torch.Tensor, cache: CacheTensors, cache_seqlens: torch.Tensor, rotary: Rotary
+) -> None:
+    return None
+
+
+def _unflatten(k: torch.Tensor, v: torch.Tensor, *flat: Any) -> tuple[Any, ...]:
+    return k, v, *unflatten_cache(flat)[:3]
+
+
+append_kv_op = Op(
+    f"append_kv(Tensor k, Tensor v, {CACHE_SCHEMA}) -> ()",
+    _check,
+    _reference,
+    _fake,
+    (),
+    flatten=lambda k, v, cache, cache_seqlens, rotary: (k, v, *cache, cache_seqlens, *rotary),
+    unflatten=_unflatten,
+)
+
+
+class KVCache:
+    """Keys and values of a batch of sequences in memory that is allocated once, contiguous or paged, in full
+    or few bits. `bitfuse.decode_attention` takes it, and appends to it, in place of tensors.
+
+    In "fp8" an element is e4m3 over its kv head's scale. "int8" and "int4" are KIVI's (Liu et al., 2024): K
+    per channel in groups of tokens, V per token in groups of channels, and the tokens past the last whole
+    group in full precision; kv_cache.py has the layout.
+
+    Args:
+        batch: sequences.
+        max_len: tokens that each has room for; in a paged cache rounded up to whole pages.
+        kv_heads, head_dim, head_dim_v: sizes; head_dim_v is head_dim by default. Codes want multiples of 8.
+        dtype: float32, float16 or bfloat16: of queries and, in format "none", of the cache.
+        format: "none", "fp8", "int8" or "int4".
+        group_size: int8, int4: tokens that share K's scales, a power of two, at most a page; and channels
+            that share V's, rounded up to a multiple of 32.
+        page_size: tokens of a page, a power of two; None for a contiguous cache.
+        pages: of a paged cache; as many as the batch can fill by default. `block_table` starts with pages in
+            order: copy your own into it when you give out pages yourself, or where sequences share some.
+        k_scale, v_scale: fp8: float32 [kv_heads]; 1 by default.
+        device: of all tensors.
+
+    Attributes:
+        tensors: what the ops take.
+        seqlens: int32 [batch]: tokens of each sequence. Lower it to take back the last tokens, by group_size
+            at most where codes are kept.
+        block_table: int32 [batch, max_pages], or None.
+
+    Raises:
+        TypeError, ValueError: a dtype or a size that does not fit.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        max_len: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        head_dim_v: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        format: str = "none",
+        group_size: int = 32,
+        page_size: int | None = None,
+        pages: int | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        if format not in CACHE_FORMATS:
+            raise ValueError(f"format is {format!r}, expected one of {', '.join(map(repr, CACHE_FORMATS))}")
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype is {dtype}, expected {' or '.join(map(str, FLOATS))}")
+        for name, size, most in (
+            ("batch", batch, None),
+            ("max_len", max_len, None),
+            ("kv_heads", kv_heads, None),
+            ("head_dim", head_dim, MAX_HEAD_DIM),
+            ("head_dim_v", head_dim_v, MAX_HEAD_DIM),
+        ):
+            least = 0 if name in ("batch", "max_len") else 1
+            if size < least or (most is not None and size > most):
+                raise ValueError(
+                    f"{name} is {size}, expected {least}" + (" or more" if most is None else f" to {most}")
+                )
+            if format in BITS and most is not None and size % 8:
+                raise ValueError(f"{name} is {size}, expected a multiple of 8 for {format}")
+        for name, power in (("page_size", page_size), ("group_size", group_size)):
+            if power is not None and (power < 1 or power & (power - 1)):
+                raise ValueError(f"{name} is {power}, expected a power of two")
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is not None:
+                if format != "fp8":
+                    raise ValueError(f"{name} is given, which a cache of format {format!r} has no place for")
+                check_tensor(name, scale, (torch.float32,), (kv_heads,), scale.device)
+        table = None
+        if page_size is None:
+            if pages is not None:
+                raise ValueError(f"pages is {pages} without a page_size")
+            size = group_size if format in BITS else 1
+            rows, room = batch, -(-max_len // size) * size
+        else:
+            each = -(-max_len // page_size)
+            rows, room = batch * each if pages is None else pages, page_size
+            table = torch.arange(batch * each, dtype=torch.int32, device=device).view(batch, each)
+            if pages is not None:
+                table.clamp_(max=pages - 1)
+            group_size = min(group_size, page_size)
+        bits = BITS.get(format)
+        stored = dtype if format == "none" else FP8 if bits is None else torch.uint8
+        sizes = [dim if bits is None else dim * bits // 8 for dim in (head_dim, head_dim_v)]
+        k, v = (torch.zeros(rows, room, kv_heads, s, dtype=stored, device=device) for s in sizes)
+        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.block_table = table
+        if bits is None:
+            scales = [None if s is None else s.to(k.device) for s in (k_scale, v_scale)]
+            self.tensors = CacheTensors(k, v, scales[0], None, scales[1], None, None, None, table, format)
+            return
+        channels = -(-group_size // CHANNEL_STEP) * CHANNEL_STEP
+        half: dict[str, Any] = dict(dtype=torch.float16, device=device)
+        of_k = (rows, room // group_size, kv_heads, head_dim)
+        of_v = (rows, room, kv_heads, -(-head_dim_v // channels))
+        tails = [
+            torch.zeros(batch, 2 * group_size, kv_heads, dim, dtype=dtype, device=device)
+            for dim in (head_dim, head_dim_v)
+        ]
+        scales_k, offsets_k = (torch.zeros(of_k, **half) for _ in range(2))
+        scales_v, offsets_v = (torch.zeros(of_v, **half) for _ in range(2))
+        self.tensors = CacheTensors(
+            k, v, scales_k, offsets_k, scales_v, offsets_v, *tails, table, format, group_size, channels
+        )
+
+    @property
+    def format(self) -> str:
+        return self.tensors.format
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence has room for."""
+        return self.tensors.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors: codes, scales, tails, lengths and the block table."""
+        return self.seqlens.nbytes + sum(t.nbytes for t in self.tensors if isinstance(t, torch.Tensor))
+
+    def reset(self, sequences: torch.Tensor | None = None) -> None:
+        """Forget all tokens, or those of some sequences (indices, or a bool mask). The memory stays."""
+        if sequences is None:
+            self.seqlens.zero_()
+        else:
+            self.seqlens[sequences] = 0
+
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        rotary_cos: torch.Tensor | None = None,
+        rotary_sin: torch.Tensor | None = None,
+        rotary_interleaved: bool = False,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        """`append_kv` at seqlens, which grow by the tokens of k."""
+        append_kv(
+            k, v, self, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
+            positions=positions,
+        )  # fmt: skip
+
+    def gather(self, sequence: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a sequence as plain tensors [length, kv_heads, head_dim], dequantised; float32
+        by default. Waits for the device."""
+        length = int(self.seqlens[sequence])
+        return gather(self.tensors, sequence, length, torch.float32 if dtype is None else dtype)
+
+    def __repr__(self) -> str:
+        where = "contiguous" if self.block_table is None else f"pages of {self.tensors.k.shape[1]}"
+        return (
+            f"KVCache({self.format}, {len(self.seqlens)} x {self.capacity} tokens, {where}, {self.nbytes} B)"
+        )
+
+
+def as_cache(
+    k_cache: torch.Tensor | KVCache,
+    v_cache: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> tuple[CacheTensors, torch.Tensor]:
+    """The tensors of a cache and its lengths, from what a public function is given."""
+    if isinstance(k_cache, KVCache):
+        if v_cache is not None or block_table is not None:
+            raise ValueError("v_cache or block_table is given beside a KVCache, which has its own")
+        return k_cache.tensors, k_cache.seqlens if cache_seqlens is None else cache_seqlens
+    if not isinstance(k_cache, torch.Tensor) or not isinstance(v_cache, torch.Tensor):
+        raise TypeError(
+            f"k_cache is a {type(k_cache).__name__} and v_cache a {type(v_cache).__name__}, expected tensors "
+            "or a KVCache"
+        )
+    if not isinstance(cache_seqlens, torch.Tensor):
+        raise TypeError(f"cache_seqlens is a {type(cache_seqlens).__name__}, expected a tensor")
+    if block_table is not None and not isinstance(block_table, torch.Tensor):
+        raise TypeError(f"block_table is a {type(block_table).__name__}, expected a tensor or None")
+    format = "fp8" if k_cache.dtype is FP8 else "none"
+    none = None
+    return (
+        CacheTensors(k_cache, v_cache, none, none, none, none, none, none, block_table, format),
+        cache_seqlens,
+    )
+
+
+def append_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor | KVCache,
+    v_cache: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    *,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    positions: torch.Tensor | None = None,
+) -> None:
+    """Write keys and values at positions cache_seqlens[b], cache_seqlens[b] + 1, ... of each sequence of a
+    cache, in place: rotated, quantised, into pages, in one pass.
+
+    On the CPU a cache that is full, or a page that is not there, is refused before anything is written; on a
+    GPU, where the host does not look, such tokens are left out, unless the environment has BITFUSE_CHECK=1.
+    No gradient flows through a cache.
+
+    Args:
+        k, v: [batch, tokens, kv_heads, head_dim] and [..., head_dim_v], of the cache's dtype (fp8: any
+        float). k_cache, v_cache: [batch, max_len, kv_heads, head_dim] and [..., head_dim_v], or with a
+            block_table pages [pages, page_size, kv_heads, head_dim], any strides with a dense last dimension;
+            float8_e4m3fn for an fp8 cache with scales of 1. Or k_cache is a `KVCache`, whose seqlens grow.
+        cache_seqlens: int32 [batch]: tokens that each sequence has before. Not changed.
+        block_table: int32 [batch, max_pages], contiguous: the pages of each sequence in order.
+        rotary_cos, rotary_sin, rotary_interleaved: `bitfuse.rope` of k.
+        positions: int32 [batch or 1, tokens]: for rope; by default where the tokens are written.
+
+    Raises:
+        TypeError: a dtype or a type that is not listed.
+        ValueError: sizes that do not fit, tensors on two devices, a cache that is full, a page or a position
+            that is not there.
+    """
+    for name, t in (("k", k), ("v", v)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+    cache, seqlens = as_cache(k_cache, v_cache, cache_seqlens, block_table)
+    rotary = Rotary(rotary_cos, rotary_sin, as_positions(positions), rotary_interleaved)
+    append_kv_op(k.detach(), v.detach(), cache, seqlens, rotary)
+    if isinstance(k_cache, KVCache) and cache_seqlens is None:
+        k_cache.seqlens += k.shape[1]
+
+
+@explains(append_kv)
+def _explain(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor | KVCache,
+    v_cache: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    **options: Any,
+) -> Explanation:
+    cache, seqlens = as_cache(k_cache, v_cache, cache_seqlens, block_table)
+    rotary = Rotary(
+        options.get("rotary_cos"), options.get("rotary_sin"), as_positions(options.get("positions")),
+        options.get("rotary_interleaved", False),
+    )  # fmt: skip
+    return append_kv_op.explain(k, v, cache, seqlens, rotary)

@@ -1,0 +1,129 @@
+"""rope: rotary position embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..kv_cache import Rotary, check_rotary, rotate
+from ..op import Explanation, Op, explains
+from .lowbit_linear import FLOATS
+
+
+def _check(x: torch.Tensor, rotary: Rotary, inverse: bool) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [batch, seq, heads, head_dim]")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x has dtype {x.dtype}, expected {' or '.join(map(str, FLOATS))}")
+    if rotary.cos is None or rotary.sin is None:
+        raise TypeError("cos or sin is missing, expected tensors [positions, rotary_dim / 2]")
+    check_rotary(rotary, x.shape[0], x.shape[1], x.shape[3], x.device)
+    if rotary.positions is None and x.shape[1] > rotary.cos.shape[0]:
+        raise ValueError(f"rotary_cos has {rotary.cos.shape[0]} positions, expected {x.shape[1]} or more")
+
+
+def _reference(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
+    """Each pair (a, b) of a token's first rotary_dim channels becomes (a cos - b sin, b cos + a sin)."""
+    assert rotary.cos is not None and rotary.sin is not None
+    positions = rotary.positions
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+    elif positions.numel():
+        low, high = (int(p) for p in torch.aminmax(positions))
+        if low < 0 or high >= rotary.cos.shape[0]:
+            raise ValueError(
+                f"positions holds {low if low < 0 else high}, expected 0 to {rotary.cos.shape[0] - 1}, as "
+                "rotary_cos has"
+            )
+    at = positions.long()
+    return rotate(x, rotary.cos[at], rotary.sin[at], rotary.interleaved, inverse).contiguous()
+
+
+def _fake(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+rope_op = Op(
+    "rope(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor",
+    _check,
+    _reference,
+    _fake,
+    (),
+    flatten=lambda x, rotary, inverse: (x, *rotary, inverse),
+    unflatten=lambda x, cos, sin, positions, interleaved, inverse: (
+        x,
+        Rotary(cos, sin, positions, interleaved),
+        inverse,
+    ),
+)
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation: its gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        ctx.save_for_backward(*rotary[:3])
+        ctx.interleaved = rotary.interleaved
+        return rope_op(x, rotary, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return rope_op(grads[0], Rotary(*ctx.saved_tensors, ctx.interleaved), True), None
+
+
+def as_positions(positions: torch.Tensor | None) -> torch.Tensor | None:
+    """int32 [batch or 1, tokens]."""
+    if positions is None:
+        return None
+    if not isinstance(positions, torch.Tensor):
+        raise TypeError(f"positions is a {type(positions).__name__}, expected a tensor")
+    if positions.dtype == torch.int64:
+        positions = positions.int()
+    return positions.unsqueeze(0) if positions.dim() == 1 else positions
+
+
+def rope(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """x with each token's channels turned by its position (RoFormer: Su et al., 2021). Computed in float32
+    and rounded once; gradients flow to x.
+
+    Args:
+        x: [batch, seq, heads, head_dim], float32, float16 or bfloat16, any strides.
+        cos, sin: [positions, rotary_dim / 2], one float dtype; rotary_dim is 2 to head_dim, and the channels
+            past it are left as they are.
+        positions: [batch or 1, seq] or [seq], int32 or int64: the row of cos for each token; 0, 1, ... by
+            default. On the CPU a position past the last row is refused.
+        interleaved: pairs are channels (2 i, 2 i + 1), as in GPT-J, not (i, i + rotary_dim / 2), as in Llama.
+
+    Returns:
+        [batch, seq, heads, head_dim] of x's dtype, contiguous.
+
+    Raises:
+        TypeError: a dtype or a type that is not listed.
+        ValueError: sizes that do not fit, tensors on two devices, a position that cos does not have.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
+    rotary = Rotary(cos, sin, as_positions(positions), interleaved)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rope.apply(x, rotary)
+    return rope_op(x, rotary, False)
+
+
+@explains(rope)
+def _explain(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> Explanation:
+    return rope_op.explain(x, Rotary(cos, sin, as_positions(positions), interleaved), False)
