@@ -1,17 +1,16 @@
 // The thin products of an adapter: one dimension is its rank.
 //
-//   lora_shrink   h = drop(x) A^T (low_rank.h); ahead of a dense W, with a few-bit one it is part of the
-//   product lora_expand   y += s h B^T and dX += drop'(GB A) beside a dense W, with bias and scale in the
-//   same pass lora_times    GB = s dY B: lanes run along the ranks, where B lies so already; panels as narrow
-//   as the rank lora_outer    dA = GB^T drop(x) and dB = s dY^T h: a task is kWidth columns of x or dY, a
-//   panel 128 rows of
-//                 them, and each tile of 6 ranks broadcasts t, which lies [rows][rank]: no operand is
-//                 transposed but dB's result
+// - lora_shrink: h = drop(x) A^T (low_rank.h). With a few-bit W it is part of the product instead.
+// - lora_expand: y += s h B^T and dX += drop'(GB A) beside a dense W, with bias and scale in the same pass.
+// - bottleneck_adapter: h = x D^T + c, t = act(h), y = x + t U^T + b; the two above, a barrier around t.
+// - lora_times: GB = s dY B. Lanes run along the ranks, where B lies so already; a panel is as narrow as the
+//   rank, and the narrower it is the more rows a tile has.
+// - lora_outer: dA = GB^T drop(x) and dB = s dY^T h. A task is kWidth columns of x or dY, a panel 128 rows of
+//   them, and each tile of 6 ranks broadcasts t, which lies [rows][rank]: only dB's result is transposed.
 //
 // Bound by multiply-adds from a few dozen rows on, below by reading A, B, x and dY, each once. Each output is
 // summed by one thread in an order that no thread count changes: the same bits from run to run. Scratch, on
-// each thread: 64 KiB, and for lora_expand and lora_outer as many bytes as 504 rows or 512 ranks of kWidth
-// floats take (126 KiB).
+// each thread: at most 192 KiB, and for a shrink what Shrink says.
 #include "lora_linear.h"
 
 #include <utility>

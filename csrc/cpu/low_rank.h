@@ -1,12 +1,11 @@
 // The pieces of an adapter: t = drop(x) A^T ahead of a product with W, and t P added to its sums.
 //
-//   Shrink       t[rows, rank]. A and x lie with the contraction in memory order, so lanes run along it: a
-//   tile
-//                is 4 rows of x by kDotRanks of A, their sums in registers, 8 loads to 16 multiply-adds at 16
-//                lanes, and lanes are added once a block. Nothing is transposed. Few rows: bound by reading
-//                A.
-//   panels       P as floats [rank][kWidth], for the microkernels of matmul.h: A lies so already, B is
-//                transposed kLanes x kLanes at a time.
+// - Shrink: t[rows, rank]. A and x lie with the contraction in memory order, so lanes run along it: a tile is
+//   4 rows of x by kDotRanks of A, their sums in registers, 8 loads to 16 multiply-adds at 16 lanes, and
+//   lanes are added once a block. Nothing is transposed. Few rows: bound by reading A.
+// - Panels: P as floats [rank][kWidth], for the microkernels of matmul.h. A lies so already, B is transposed
+//   kLanes x kLanes at a time.
+// - Expand: t P onto what is there, in tiles of kWidth outputs. Bound by reading and writing them.
 //
 // Everything is float32 but the products of bfloat16 x with bfloat16 A at the avx512bf16 level, which are
 // exact before they are summed in float32.
@@ -24,27 +23,26 @@ class Mask {
   explicit Mask(const Dropout& dropout)
       : low_(uint32_t(dropout.seed)),
         high_(uint32_t(dropout.seed >> 32)),
-        scale_(float(1 / (1 - dropout.p))) {
+        share_(set1(float(1 - dropout.p))) {
     const double words = __builtin_nearbyint(dropout.p * 4294967296.0);
     threshold_ = words >= 4294967295.0 ? 0xffffffffu : uint32_t(words);
   }
-  // Of what survives.
-  float scale() const { return scale_; }
 
   struct Row {
     Vi a, b, threshold;
-    // `value` in the lanes that survive, 0 in the others; lane 0 is column `column`.
+    Vf share;
+    // `value` over the share that survives in the lanes that do, 0 in the others; lane 0 is column `column`.
     BITFUSE_INLINE Vf keep(int64_t column, Vf value) const {
       Vi v = xor_dwords(add_dwords(set1_dwords(uint32_t(column)), lane_numbers()), a);
       v = mul_dwords(xor_dwords(v, shift_right<16>(v)), set1_dwords(kFirst));
       v = xor_dwords(xor_dwords(v, shift_right<15>(v)), b);
       v = mul_dwords(v, set1_dwords(kSecond));
-      return where_at_least(xor_dwords(v, shift_right<16>(v)), threshold, value);
+      return where_at_least(xor_dwords(v, shift_right<16>(v)), threshold, div(value, share));
     }
   };
   BITFUSE_INLINE Row row(int64_t index) const {
     const uint32_t a = mix(uint32_t(index) + low_);
-    return {set1_dwords(a), set1_dwords(mix(a ^ high_ ^ 0x9e3779b9u)), set1_dwords(threshold_)};
+    return {set1_dwords(a), set1_dwords(mix(a ^ high_ ^ 0x9e3779b9u)), set1_dwords(threshold_), share_};
   }
 
  private:
@@ -55,7 +53,7 @@ class Mask {
     return v ^ v >> 16;
   }
   uint32_t low_, high_, threshold_;
-  float scale_;
+  Vf share_;
 };
 
 // Columns [from, from + count) of row `row` of drop(x) * scale as floats, then zeros up to `padded`; both are
@@ -63,7 +61,7 @@ class Mask {
 template <class Elements>
 BITFUSE_INLINE void read_row(const typename Elements::Type* x, int64_t row, int64_t from, int64_t count,
                              int64_t padded, const Mask* mask, float scale, float* to) {
-  const Vf s = set1(mask ? scale * mask->scale() : scale);
+  const Vf s = set1(scale);
   const Mask::Row kept = mask ? mask->row(row) : Mask::Row{};
   auto put = [&](int64_t i, Vf v)
                  __attribute__((always_inline)) { store(to + i, mul(mask ? kept.keep(from + i, v) : v, s)); };
@@ -73,12 +71,11 @@ BITFUSE_INLINE void read_row(const typename Elements::Type* x, int64_t row, int6
   for (; i < padded; i += kLanes) store(to + i, zero());
 }
 
-// ------------------------------------------------------------------------------------------------- the
-// shrink
+// the shrink
 
 constexpr int kDotRows = 4;
 constexpr int kDotRanks = kLanes == 16 ? 4 : 2;
-constexpr int64_t kDotSegment = 64 * kLanes;  // summed apart
+constexpr int64_t kDotSegment = 16 * kLanes;  // summed apart: as long a sum as is in each lane
 constexpr int64_t kDotBlock = 1024;           // of the contraction: kDotGroup rows of it stay in L2
 constexpr int64_t kDotGroup = 32;
 
@@ -190,11 +187,9 @@ class Shrink {
         dtype_(dtype),
         row_stride_(row_stride),
         depth_(depth) {
-    const bool bfloats = dtype == Dtype::kBfloat16 && adapter.a_dtype == Dtype::kBfloat16;
 #if defined(__AVX512BF16__)
-    pairs_ = bfloats && !masked_;
+    pairs_ = !masked_ && dtype == Dtype::kBfloat16 && adapter.a_dtype == Dtype::kBfloat16;
 #endif
-    (void)bfloats;
     packed_ = !pairs_ && (masked_ || dtype != Dtype::kFloat32);
   }
 
@@ -204,22 +199,23 @@ class Shrink {
 
   // Rows [first, first + rows), the part of `thread` of a team.
   void run(int64_t first, int64_t rows, int thread, int team, float* buffer) const {
+    // few rows: a thread takes ranks, so that A is read once; many: rows, so that x is
     const int64_t rank_tiles = round_up(adapter_.rank, kDotRanks) / kDotRanks;
-    const int64_t parts = most(1, least(rank_tiles, (team * kDotRows + rows - 1) / rows));
-    const int64_t most_rows = parts > 1 ? kDotRows : kDotGroup;
-    const int64_t groups =
-        most(least((rows + kDotRows - 1) / kDotRows, team), (rows + most_rows - 1) / most_rows);
+    const int64_t parts = rows <= kDotGroup ? least(rank_tiles, team) : 1;
+    const int64_t groups = most((rows + kDotGroup - 1) / kDotGroup,
+                                least((rows + kDotRows - 1) / kDotRows, (team + parts - 1) / parts));
+    const int64_t step = rows <= kDotRows ? most(depth_, 1) : kDotBlock;
     const Range tasks = share(groups * parts, thread, team);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const Range mine = share(rows, task / parts, groups), tiles = share(rank_tiles, task % parts, parts);
-      block(first + mine.begin, mine.end - mine.begin, tiles.begin * kDotRanks,
+      block(first + mine.begin, mine.end - mine.begin, step, tiles.begin * kDotRanks,
             least(tiles.end * kDotRanks, adapter_.rank), buffer);
     }
   }
 
  private:
-  void block(int64_t row, int64_t rows, int64_t rank, int64_t rank_end, float* buffer) const {
-    const int64_t step = rows <= kDotRows ? most(depth_, 1) : kDotBlock;
+  // In steps of the contraction that no team changes.
+  void block(int64_t row, int64_t rows, int64_t step, int64_t rank, int64_t rank_end, float* buffer) const {
     for (int64_t k = 0; k < depth_ || k == 0; k += step) {
       const int64_t count = least(step, depth_ - k), padded = round_up(count, kLanes);
       const float* x = static_cast<const float*>(element(x_, dtype_, row * row_stride_ + k));
@@ -269,8 +265,7 @@ class Shrink {
   int64_t row_stride_, depth_;
 };
 
-// ------------------------------------------------------------------------------------------------- panels of
-// P
+// panels of P
 
 // panel[count][Width] = scale * drop(P)[first, first + count)[out, out + valid), zeros past it; P is
 // row-major.
@@ -350,8 +345,7 @@ inline void finish_rows(float* sums, int64_t rows, int64_t valid, const float* s
   }
 }
 
-// ------------------------------------------------------------------------------------------------- the
-// expansion
+// the expansion
 
 // An ExpandCall, shared by a team in tiles of kWidth outputs. Scratch, on each thread: 32 KiB and the sums of
 // kExpandRows rows, 126 KiB.
@@ -391,7 +385,7 @@ class Expand {
       if (call_.turned)
         return turned_panel(call_.p, call_.p_dtype, call_.rank, first, ranks, out, valid, call_.scale, panel);
       natural_panel<kWidth>(call_.p, call_.p_dtype, call_.outs, first, ranks, out, valid, nullptr,
-                            masked_ ? call_.scale * mask_.scale() : call_.scale, panel);
+                            call_.scale, panel);
     };
     add_low_rank(call_.t + rows.begin * call_.rank, call_.rank, count, fill, my.panel, my.sums, true);
     for (int64_t r = 0; masked_ && r < count; ++r) {

@@ -50,8 +50,9 @@ def _reference(
     residual: bool,
 ) -> list[torch.Tensor]:
     """y [..., N] of x's dtype, and h = x D^T + c, float32 [rows, r]."""
-    h = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]).to(down.dtype), down, down_bias)
-    y = torch.nn.functional.linear(activate(h, activation).to(up.dtype), up, up_bias)
+    biases = [None if b is None else b.to(w.dtype) for b, w in ((down_bias, down), (up_bias, up))]
+    h = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]).to(down.dtype), down, biases[0])
+    y = torch.nn.functional.linear(activate(h, activation).to(up.dtype), up, biases[1])
     y = y.view(*x.shape[:-1], up.shape[0])
     return [(x + y if residual else y).to(x.dtype), h.float()]
 
