@@ -21,5 +21,6 @@ PYBIND11_MODULE(_cuda, module) {
       py::arg("index"),
       "Multiprocessors, bytes of shared memory of a block and of a multiprocessor, compute capability as "
       "90.");
+  bind_multi_lora_linear(module);
   bind_lowbit_linear(module);
 }

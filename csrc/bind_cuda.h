@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "bind.h"
+#include "cuda/adapter.h"
 
 namespace bitfuse {
 
@@ -18,6 +19,9 @@ E choice(int value, int count, const char* name) {
   require(value >= 0 && value < count, name, value, "0 to " + std::to_string(count - 1));
   return static_cast<E>(value);
 }
+
+// What bind_multi_lora_linear makes of integers and checks, and lora_linear takes too.
+struct Adapters : AdapterArgs {};
 
 void bind_lowbit_linear(py::module_& module);
 void bind_multi_lora_linear(py::module_& module);

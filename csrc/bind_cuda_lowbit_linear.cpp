@@ -109,34 +109,17 @@ void run_lora(uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros,
               int64_t scales_stride, int64_t zeros_stride, int64_t m, int64_t n, int64_t k,
               int64_t group_size, int zero_point, int scale_type, int type, int code,
               const LowbitLinearPlan& plan, int device, uintptr_t stream, uintptr_t out_scale,
-              uintptr_t lora_a, uintptr_t lora_b, uintptr_t scale_by, float scaling, uintptr_t h,
-              uintptr_t slices, uintptr_t state, int64_t rank, int a_type, int b_type, int64_t participants) {
+              const Adapters* adapters) {
   Call call = make_call(x, qweight, scales, zeros, scale_scales, scale_offset, nested_levels, pairs, bias, y,
                         partial, counters, x_stride, qweight_stride, scales_stride, zeros_stride, m, n, k,
                         group_size, zero_point, scale_type, type, code, plan, device);
   call.args.out_scale = address<const float>("out_scale", out_scale, 4, false);
-  require(rank >= 0 && rank <= AdapterMaxRank, "rank", rank, "0 to 512");
-  AdapterArgs a{};
-  if (rank > 0) {
-    a.a_type = choice<AdapterFloat>(a_type, 3, "a_type");
-    a.b_type = choice<AdapterFloat>(b_type, 3, "b_type");
-    a.adapters = 1;
-    a.rank = static_cast<int>(rank);
-    a.lora_a = address<const void>("lora_a", lora_a, 16);
-    a.lora_b = address<const void>("lora_b", lora_b, a.b_type == AdapterFloat::Float32 ? 4 : 2);
-    a.scaling = address<const float>("scale_by", scale_by, 4, false);
-    a.scaling_by = scaling;
-    a.h = address<float>("h", h, 16);
-    const int64_t blocks = static_cast<int64_t>(plan.tiles) * plan.splits;
-    require(participants > 0 && participants <= blocks, "participants", participants,
-            "1 to the plan's " + std::to_string(blocks) + " blocks");
-    a.participants = static_cast<int>(participants);
-    a.partial = address<float>("slices", slices, 16);
-    a.state = address<unsigned long long>("state", state, 8);
-    a.counters = reinterpret_cast<unsigned*>(a.state + 1);
-  }
+  const int64_t blocks = static_cast<int64_t>(plan.tiles) * plan.splits;
+  require(adapters == nullptr || adapters->participants <= blocks, "participants",
+          adapters == nullptr ? 0 : adapters->participants,
+          "at most the plan's " + std::to_string(blocks) + " blocks");
   py::gil_scoped_release released;
-  lowbit_linear(call.args, plan, call.type, call.code, device, stream, rank > 0 ? &a : nullptr);
+  lowbit_linear(call.args, plan, call.type, call.code, device, stream, adapters);
 }
 
 }  // namespace
@@ -155,9 +138,7 @@ void bind_lowbit_linear(py::module_& module) {
              py::arg("nested"), py::arg("multiprocessors"), py::arg("shared_per_block"),
              py::arg("shared_per_multiprocessor"), py::arg("capability"), py::arg("adapter") = false);
   module.def("lowbit_linear", &run);
-  module.def("lora_linear", &run_lora,
-             "As lowbit_linear, then what rides along. `slices` has participants * token_tiles * 128 floats; "
-             "`state`, zero, 8 bytes and 4 for each 16 ranks.");
+  module.def("lora_linear", &run_lora, "As lowbit_linear, then out_scale and the adapters that ride along.");
 }
 
 }  // namespace bitfuse

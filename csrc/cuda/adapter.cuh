@@ -39,11 +39,12 @@
 namespace bitfuse {
 
 constexpr int AdapterWarps = 8;
-constexpr int UnitK = 32 * AdapterWarps;  // of k that a block takes at a time
-constexpr int TileSums = 8 * RankTile;    // of a pair and a tile of 8 tokens: [16 ranks][8 tokens]
-constexpr int ScratchTiles = 4;           // of tokens whose sums a warp has room for at a time
+constexpr int UnitK = 32 * AdapterWarps;   // of k that a block takes at a time
+constexpr int TileSums = AdapterTileSums;  // [16 ranks][8 tokens]
+constexpr int ScratchTiles = 4;            // of tokens whose sums a warp has room for at a time
 constexpr int ScratchFloats = ScratchTiles * TileSums;
-constexpr int Patience = 64;  // looks, half a microsecond apart
+constexpr int Patience = 64;     // looks, half a microsecond apart, and one more for each PatienceK of a pair
+constexpr int PatienceK = 8192;  // A at 0.5 TB/s
 
 // The groups of a launch, the same in every block.
 struct Groups {
@@ -218,42 +219,46 @@ __device__ __forceinline__ void load_eight(const unsigned char* at, AdapterFloat
   }
 }
 
-// The sums of an item: to `to`, [tiles of tokens][TileSums], or where there is one slice to h. All threads of
-// the block; `scratch` has ScratchFloats for each warp, `pitch` apart.
-template <typename T, int TokenTiles>
-__device__ __forceinline__ void shrink_item(const AdapterArgs& a, const Rows& rows, const Groups& groups,
-                                            int pair, int slice, float* scratch, int pitch) {
-  constexpr int Ahead = TokenTiles >= 4 ? 4 : 2;
-  constexpr AdapterFloat Own = std::is_same_v<T, __half> ? AdapterFloat::Float16 : AdapterFloat::BFloat16;
+template <typename T>
+constexpr AdapterFloat FloatOf = std::is_same_v<T, __half> ? AdapterFloat::Float16 : AdapterFloat::BFloat16;
+
+// The sums of an item for `Tiles` tiles of tokens from `tile` on: to `partial`, or where there is one slice
+// to h. Native: A is of x's type. All threads of the block; `scratch` has ScratchFloats for each warp,
+// `pitch` apart.
+template <typename T, int Tiles, bool Native>
+__device__ __forceinline__ void shrink_tiles(const AdapterArgs& a, const Rows& rows, const Groups& groups,
+                                             int pair, int slice, int tile, int token_tiles, float* scratch,
+                                             int pitch) {
+  constexpr int Ahead = 2;  // 16 KiB of A on their way to a block
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int group = group_of_pair(groups, pair), adapter = groups.adapter[group];
-  const int count = __popcll(groups.tokens[group]), tiles = (count + 7) / 8;
-  const unsigned char* const order = groups.order + groups.first[group];
+  const int count = __popcll(groups.tokens[group]) - 8 * tile, tiles = min((count + 7) / 8, Tiles);
+  const unsigned char* const order = groups.order + groups.first[group] + 8 * tile;
   const int rank = adapter_rank(a, adapter), rank_begin = (pair - groups.pairs[group]) * RankTile;
   const int units = (rows.k + UnitK - 1) / UnitK;
   const int unit_begin = units * slice / groups.slices, unit_end = units * (slice + 1) / groups.slices;
 
-  const int bytes = float_bytes(a.a_type);
+  const int bytes = Native ? sizeof(T) : float_bytes(a.a_type);
   const int lane_k = 32 * warp + 8 * t;
   const unsigned char* const matrix = adapter_matrix(a, adapter, 0, static_cast<int64_t>(a.rank) * rows.k) +
                                       (static_cast<int64_t>(rank_begin + g) * rows.k + lane_k) * bytes;
   const int64_t eight_ranks = static_cast<int64_t>(8) * rows.k * bytes;
   const bool has_upper = rank_begin + g < rank, has_lower = rank_begin + g + 8 < rank;
-  const T* of_tile[TokenTiles];
+  const T* of_tile[Tiles];
 #pragma unroll
-  for (int j = 0; j < TokenTiles; ++j) {
+  for (int j = 0; j < Tiles; ++j) {
     of_tile[j] = static_cast<const T*>(rows.x) + order[min(8 * j + g, count - 1)] * rows.stride + lane_k;
   }
 
-  float sums[TokenTiles][4] = {};
-  if (a.a_type == Own) {
+  float sums[Tiles][4] = {};
+  if constexpr (Native) {
     for (int unit = unit_begin; unit < unit_end; unit += Ahead) {
       uint4 upper[Ahead], lower[Ahead], first[Ahead];
 #pragma unroll
       for (int i = 0; i < Ahead; ++i) {
         const int k = (unit + i) * UnitK;
         const bool valid = unit + i < unit_end && k + lane_k < rows.k;
-        const unsigned char* const at = matrix + static_cast<int64_t>(k) * sizeof(T);
+        const unsigned char* const at = matrix + static_cast<int64_t>(k) * bytes;
         upper[i] = valid && has_upper ? __ldg(reinterpret_cast<const uint4*>(at)) : uint4{};
         lower[i] = valid && has_lower ? __ldg(reinterpret_cast<const uint4*>(at + eight_ranks)) : uint4{};
         first[i] = valid ? __ldg(reinterpret_cast<const uint4*>(of_tile[0] + k)) : uint4{};
@@ -265,7 +270,7 @@ __device__ __forceinline__ void shrink_item(const AdapterArgs& a, const Rows& ro
         const uint32_t even[4] = {upper[i].x, lower[i].x, upper[i].y, lower[i].y};
         const uint32_t odd[4] = {upper[i].z, lower[i].z, upper[i].w, lower[i].w};
 #pragma unroll
-        for (int j = 0; j < TokenTiles; ++j) {
+        for (int j = 0; j < Tiles; ++j) {
           if (j < tiles) {
             const uint4 x = j == 0  ? first[i]
                             : valid ? __ldg(reinterpret_cast<const uint4*>(of_tile[j] + k))
@@ -277,51 +282,47 @@ __device__ __forceinline__ void shrink_item(const AdapterArgs& a, const Rows& ro
       }
     }
   } else {
+    static_assert(Tiles == 1);
     for (int unit = unit_begin; unit < unit_end; ++unit) {
       const int k = unit * UnitK;
       const bool valid = k + lane_k < rows.k;
       const unsigned char* const at = matrix + static_cast<int64_t>(k) * bytes;
-      float upper[8], lower[8];
+      float upper[8], lower[8], x[8];
       load_eight(at, a.a_type, valid && has_upper, upper);
       load_eight(at + eight_ranks, a.a_type, valid && has_lower, lower);
+      load_eight(reinterpret_cast<const unsigned char*>(of_tile[0] + k), FloatOf<T>, valid, x);
 #pragma unroll
-      for (int j = 0; j < TokenTiles; ++j) {
-        if (j >= tiles) break;
-        float x[8];
-        load_eight(reinterpret_cast<const unsigned char*>(of_tile[j] + k), Own, valid, x);
-#pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-          // x has no more bits than tf32
-          const uint32_t x0 = __float_as_uint(x[i]), x1 = __float_as_uint(x[i + 1]);
-          const TwoParts a0(upper[i]), a1(lower[i]), a2(upper[i + 1]), a3(lower[i + 1]);
-          mma_tf32(sums[j], a0.high, a1.high, a2.high, a3.high, x0, x1);
-          if (a.a_type == AdapterFloat::Float32) mma_tf32(sums[j], a0.low, a1.low, a2.low, a3.low, x0, x1);
-        }
+      for (int i = 0; i < 8; i += 2) {
+        // x has no more bits than tf32
+        const uint32_t x0 = __float_as_uint(x[i]), x1 = __float_as_uint(x[i + 1]);
+        const TwoParts a0(upper[i]), a1(lower[i]), a2(upper[i + 1]), a3(lower[i + 1]);
+        mma_tf32(sums[0], a0.high, a1.high, a2.high, a3.high, x0, x1);
+        if (a.a_type == AdapterFloat::Float32) mma_tf32(sums[0], a0.low, a1.low, a2.low, a3.low, x0, x1);
       }
     }
   }
 
-  float* const to = a.partial + static_cast<int64_t>(pair * groups.slices + slice) * TokenTiles * TileSums;
+  float* const to =
+      a.partial + (static_cast<int64_t>(pair * groups.slices + slice) * token_tiles + tile) * TileSums;
 #pragma unroll
-  for (int round = 0; round < TokenTiles; round += ScratchTiles) {
+  for (int round = 0; round < Tiles; round += ScratchTiles) {
     if (round >= tiles) break;
     float* const mine = scratch + warp * pitch + g * 8 + 2 * t;
 #pragma unroll
-    for (int j = round; j < TokenTiles && j < round + ScratchTiles; ++j) {
+    for (int j = round; j < Tiles && j < round + ScratchTiles; ++j) {
       if (j < tiles) {
-        float* const tile = mine + (j - round) * TileSums;
-        *reinterpret_cast<float2*>(tile) = {sums[j][0], sums[j][1]};
-        *reinterpret_cast<float2*>(tile + 8 * 8) = {sums[j][2], sums[j][3]};
+        float* const here = mine + (j - round) * TileSums;
+        *reinterpret_cast<float2*>(here) = {sums[j][0], sums[j][1]};
+        *reinterpret_cast<float2*>(here + 8 * 8) = {sums[j][2], sums[j][3]};
       }
     }
     __syncthreads();
-    const int here = min(tiles - round, ScratchTiles) * TileSums;
-    for (int i = threadIdx.x; i < here; i += 32 * AdapterWarps) {
+    for (int i = threadIdx.x; i < min(tiles - round, ScratchTiles) * TileSums; i += 32 * AdapterWarps) {
       float sum = 0;
 #pragma unroll
       for (int other = 0; other < AdapterWarps; ++other) sum += scratch[other * pitch + i];
-      const int at = round * TileSums + i, token = 8 * (at / TileSums) + at % 8,
-                r = rank_begin + at % TileSums / 8;
+      const int at = round * TileSums + i, token = 8 * (at / TileSums) + at % 8;
+      const int r = rank_begin + at % TileSums / 8;
       if (token < count && r < rank) {
         // volatile: a block out of patience may write the same bits at the same time
         volatile float* const place =
@@ -330,6 +331,27 @@ __device__ __forceinline__ void shrink_item(const AdapterArgs& a, const Rows& ro
       }
     }
     __syncthreads();
+  }
+}
+
+// The sums of an item; Alone is rare, and takes little code rather than little time.
+template <typename T, int TokenTiles, bool Alone>
+__device__ __forceinline__ void shrink_item(const AdapterArgs& a, const Rows& rows, const Groups& groups,
+                                            int pair, int slice, float* scratch, int pitch) {
+  const bool native = a.a_type == FloatOf<T>;
+  if (native && !Alone) {
+    shrink_tiles<T, TokenTiles, true>(a, rows, groups, pair, slice, 0, TokenTiles, scratch, pitch);
+    return;
+  }
+  const int count = __popcll(groups.tokens[group_of_pair(groups, pair)]);
+  for (int tile = 0; 8 * tile < count; ++tile) {
+    if (native) {
+      if constexpr (Alone) {
+        shrink_tiles<T, 1, true>(a, rows, groups, pair, slice, tile, TokenTiles, scratch, pitch);
+      }
+    } else {
+      shrink_tiles<T, 1, false>(a, rows, groups, pair, slice, tile, TokenTiles, scratch, pitch);
+    }
   }
 }
 
@@ -353,17 +375,17 @@ __device__ __forceinline__ void add_slices(const AdapterArgs& a, const Groups& g
   }
 }
 
-// This block's share of h, or, out of patience, all of it. All threads of the block.
-template <typename T, int TokenTiles>
+// This block's share of h, or, Alone, all of it. All threads of the block.
+template <typename T, int TokenTiles, bool Alone>
 __device__ __forceinline__ void shrink(const AdapterArgs& a, const Rows& rows, Groups& groups, int block,
-                                       bool alone, float* scratch, int pitch) {
+                                       float* scratch, int pitch) {
   const int items = groups.all_pairs() * groups.slices;
-  for (int item = alone ? 0 : block; item < items; item += alone ? 1 : a.participants) {
+  for (int item = Alone ? 0 : block; item < items; item += Alone ? 1 : a.participants) {
     const int pair = item / groups.slices, slice = item % groups.slices;
-    shrink_item<T, TokenTiles>(a, rows, groups, pair, slice, scratch, pitch);
+    shrink_item<T, TokenTiles, Alone>(a, rows, groups, pair, slice, scratch, pitch);
     if (groups.slices == 1) continue;
     bool last = slice == groups.slices - 1;
-    if (!alone) {
+    if constexpr (!Alone) {
       if (threadIdx.x == 0) {
         __threadfence();
         const unsigned final = groups.slices - 1;
@@ -376,7 +398,7 @@ __device__ __forceinline__ void shrink(const AdapterArgs& a, const Rows& rows, G
     if (last) add_slices<TokenTiles>(a, groups, pair);
     __syncthreads();
   }
-  if (!alone && threadIdx.x == 0) {
+  if (!Alone && threadIdx.x == 0) {
     __threadfence();
     atomicAdd(a.state, 1ull);
   }
@@ -397,12 +419,13 @@ __device__ __noinline__ void wait_for_h(const AdapterArgs& a, const Rows& rows, 
   bool there = false;
   if (threadIdx.x == 0) {
     there = ready(a, groups);
-    for (int look = 1; look < Patience && !there; ++look) {
+    const int patience = Patience + groups.all_pairs() * (1 + rows.k / PatienceK);
+    for (int look = 1; look < patience && !there; ++look) {
       __nanosleep(500);
       there = ready(a, groups);
     }
   }
-  if (!__syncthreads_or(there)) shrink<T, TokenTiles>(a, rows, groups, block, true, scratch, pitch);
+  if (!__syncthreads_or(there)) shrink<T, TokenTiles, true>(a, rows, groups, block, scratch, pitch);
 }
 
 // A block's farewell: one thread of each block, when none of its threads will look at `state` again.
@@ -473,30 +496,40 @@ __device__ __noinline__ void expand(const AdapterArgs& a, const Groups& groups, 
     const int bytes = float_bytes(a.b_type), there = min(max(rank - r, 0), 4);
     const unsigned char* const matrix = adapter_matrix(a, adapter, 1, static_cast<int64_t>(n) * a.rank);
     const bool whole = there == 4 && rank % 4 == 0 && reinterpret_cast<uintptr_t>(matrix) % (4 * bytes) == 0;
+    // h of the next eight tokens of the group, from L2 while B is on its way, or while this eight's is in use
+    uint64_t rest = tokens;
+    int eight = 0;
+    float next[4] = {};
+    auto next_eight = [&] {
+      eight = (__ffsll(static_cast<long long>(rest)) - 1) & ~7;
+      const bool has = rest >> (eight + g) & 1;
+      rest &= ~(uint64_t{0xff} << eight);
+      const float* const from = a.h + (eight + g) * static_cast<int64_t>(a.rank) + r;
+      if (a.rank % 4 == 0 && there == 4) {
+        const float4 four = has ? __ldcg(reinterpret_cast<const float4*>(from)) : float4{};
+        next[0] = four.x, next[1] = four.y, next[2] = four.z, next[3] = four.w;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) next[i] = has && i < there ? __ldcg(from + i) : 0.0f;
+      }
+    };
+    next_eight();
+    const float scale = a.scaling_by * (a.scaling == nullptr ? 1.0f : __ldg(a.scaling + adapter));
     float b[2 * RowTiles][4];
 #pragma unroll
     for (int i = 0; i < 2 * RowTiles; ++i) {
       load_four(matrix + (static_cast<int64_t>(row + 8 * i + g) * rank + r) * bytes, a.b_type,
                 i < eights ? there : 0, whole, b[i]);
     }
-    const float scale = a.scaling_by * (a.scaling == nullptr ? 1.0f : __ldg(a.scaling + adapter));
-    for (int eight = 0; eight < AdapterMaxTokens; eight += 8) {
-      if ((tokens >> eight & 0xff) == 0) continue;
-      float h[4] = {};
-      if (tokens >> (eight + g) & 1) {
-        const float* const from = a.h + (eight + g) * static_cast<int64_t>(a.rank) + r;
-        if (a.rank % 4 == 0 && there == 4) {
-          const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
-          h[0] = four.x, h[1] = four.y, h[2] = four.z, h[3] = four.w;
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) h[i] = i < there ? __ldcg(from + i) : 0.0f;
-        }
-      }
+    for (bool more = true; more;) {
+      const float h[4] = {scale * next[0], scale * next[1], scale * next[2], scale * next[3]};
+      const int to = eight;
+      more = rest != 0;
+      if (more) next_eight();
       float d[RowTiles][4] = {};
 #pragma unroll
       for (int step = 0; step < 4; step += 2) {
-        const TwoParts h0(scale * h[step]), h1(scale * h[step + 1]);
+        const TwoParts h0(h[step]), h1(h[step + 1]);
 #pragma unroll
         for (int i = 0; i < RowTiles; ++i) {
           const TwoParts b0(b[2 * i][step]), b1(b[2 * i + 1][step]);
@@ -512,7 +545,9 @@ __device__ __noinline__ void expand(const AdapterArgs& a, const Groups& groups, 
       for (int i = 0; i < RowTiles; ++i) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          sums[(eight + 2 * t + c % 2) * pitch + 16 * i + 8 * (c / 2) + g] += d[i][c];
+          // what is no number in B is nothing to the other groups' tokens of this eight
+          const int token = to + 2 * t + c % 2;
+          if (tokens >> token & 1) sums[token * pitch + 16 * i + 8 * (c / 2) + g] += d[i][c];
         }
       }
     }

@@ -10,8 +10,8 @@ enum class AdapterFloat : int { Float32, Float16, BFloat16 };
 
 constexpr int AdapterMaxTokens = 64;
 constexpr int AdapterMaxRank = 512;
-constexpr int RankTile = 16;  // ranks of a tensor-core tile: the unit that work is cut into
-constexpr int AdapterMaxPairs = AdapterMaxTokens * (AdapterMaxRank / RankTile);
+constexpr int RankTile = 16;                   // ranks of a tensor-core tile: the unit that work is cut into
+constexpr int AdapterTileSums = 8 * RankTile;  // of a tile of ranks and one of 8 tokens
 
 // Tensors as addresses, all contiguous.
 struct AdapterArgs {
@@ -22,7 +22,7 @@ struct AdapterArgs {
   const float* scaling;  // [adapters]; null: 1
   float scaling_by;      // times this
   float* h;              // [m, rank], written
-  float* partial;        // see adapter_partial_floats
+  float* partial;        // [participants, tiles of 8 tokens, AdapterTileSums]
   // Zero before and after: how far the launch is (see adapter.cuh), and the slices of k that are there of
   // each pair of an adapter and a tile of its ranks.
   unsigned long long* state;
@@ -32,10 +32,5 @@ struct AdapterArgs {
   AdapterFloat a_type, b_type;
   bool ids_are_64_bit;
 };
-
-// What `partial` holds when `participants` blocks of a kernel for 8 * token_tiles tokens make h.
-constexpr int64_t adapter_partial_floats(int participants, int token_tiles) {
-  return static_cast<int64_t>(participants) * token_tiles * 8 * RankTile;
-}
 
 }  // namespace bitfuse

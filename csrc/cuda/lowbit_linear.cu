@@ -4,12 +4,11 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 #include <string>
 
+#include "cuda/launch.cuh"
 #include "cuda/lowbit_linear.cuh"
 #include "cuda/lowbit_linear.h"
 
@@ -28,29 +27,6 @@ int bits_of(Code code) { return code == Code::Int4 || code == Code::Codebook4 ? 
 int chunk_of(Code code) { return ChunkBytes * 8 / bits_of(code); }
 int table_bytes(Code code) { return code == Code::Codebook4 ? Codebook4<__half>::TableBytes : 0; }
 int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-void check(cudaError_t error, const std::string& what) {
-  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
-}
-
-// Makes a device current for a scope.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-    changed_ = before_ != device;
-  }
-  ~DeviceScope() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 // Panels of x for a block that takes `steps` chunks a warp: all of x if it fits, else as much as fits. A
 // panel is asked for panel_buffers - 1 panels ahead, which must be Stages - 1 steps or more, or the weights
@@ -151,20 +127,9 @@ void lowbit_linear(const LowbitLinearArgs& args, const LowbitLinearPlan& plan, F
   const KernelFunction function =
       (rides ? LoraKernels
              : Kernels)[static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)];
-  // more than 48 KiB of shared memory has to be allowed, once a kernel and device
-  constexpr int MostDevices = 64;
-  static std::atomic<int> allowed[MostDevices][2][2][4][4];
-  if (device >= MostDevices) throw std::runtime_error("lowbit_linear: more than 64 devices");
-  auto& bytes =
-      allowed[device][rides][static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)];
-  if (bytes.load(std::memory_order_acquire) < plan.shared_bytes) {
-    int most = 0;
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          "cudaDeviceGetAttribute");
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-          "lowbit_linear_kernel: " + std::to_string(most) + " bytes of shared memory");
-    bytes.store(most, std::memory_order_release);
-  }
+  static AllowedShared allowed[2][2][4][4];
+  allowed[rides][static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)].allow(
+      reinterpret_cast<const void*>(function), device, plan.shared_bytes, "lowbit_linear_kernel");
 
   const int chunk = chunk_of(code);
   Kernel kernel{};

@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
     __syncthreads();
     rides = groups.count > 0;
     if (block < groups.makers) {
-      shrink<T, TokenTiles>(adapter, kernel.rows, groups, block, false, scratch, ScratchPitch);
+      shrink<T, TokenTiles, false>(adapter, kernel.rows, groups, block, scratch, ScratchPitch);
     }
     if (blockIdx.y == 0) {
       prefetch_expansion(adapter, groups, a.n, tile_row, WarpRows << kernel.log_warps_n);

@@ -12,9 +12,8 @@ from ..weight import WeightTensors
 from . import lowbit_linear as base
 
 # the numbers of AdapterFloat in csrc/cuda/adapter.h
-_ADAPTER_FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ADAPTER_FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 RANK_TILE = 16
-TILE_SUMS = 8 * RANK_TILE  # floats that a block hands on, of a tile of ranks and one of tokens
 
 
 def supports(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) -> str | None:
@@ -41,26 +40,36 @@ def _run(x: torch.Tensor, p: LoraArgs) -> tuple[torch.Tensor, torch.Tensor]:
     assert isinstance(p.weight, WeightTensors)
     device, rank, k = x.device, p.lora_A.shape[0], x.shape[-1]
     h = torch.empty((x.numel() // k, rank), dtype=torch.float32, device=device)
+    if rank == 0 and p.out_scale is None:
+        return base.run(x, p.weight, p.bias), h
     # 8 bytes that say how far the kernel is, and a counter for each tile of ranks
-    counters = 2 + -(-rank // RANK_TILE) if rank else 0
+    counters = 2 + -(-rank // RANK_TILE)
     call = base.prepare(x, p.weight, p.bias, rank > 0, counters + counters % 2)
     if call.plan is None:
         return call.y, h
-    lora_A, lora_B = p.lora_A.contiguous(), p.lora_B.contiguous()
-    if lora_A.data_ptr() % 16:
-        lora_A = lora_A.clone()
     out_scale = None if p.out_scale is None else p.out_scale.contiguous()
-    plan, participants = call.plan, 0
-    slices = None
+    adapter, kept = None, None
     if rank:
-        # as many as surely run at once make h between them
-        participants = min(plan.tiles * plan.splits, base.multiprocessors(device))
-        slices = torch.empty(participants * plan.token_tiles * TILE_SUMS, dtype=torch.float32, device=device)
-    base._cuda.lora_linear(
-        *call.arguments, 0 if out_scale is None else out_scale.data_ptr(), lora_A.data_ptr(),
-        lora_B.data_ptr(), 0 if p.scale_by is None else p.scale_by.data_ptr(), p.scaling, h.data_ptr(),
-        0 if slices is None else slices.data_ptr(),
-        0 if call.counters is None else call.counters.data_ptr(), rank, _ADAPTER_FLOATS[lora_A.dtype],
-        _ADAPTER_FLOATS[lora_B.dtype], participants,
-    )  # fmt: skip
+        lora_A, lora_B = p.lora_A.contiguous(), p.lora_B.contiguous()
+        if lora_A.data_ptr() % 16:
+            lora_A = lora_A.clone()
+        # as many blocks as surely run at once make h between them
+        participants = min(call.plan.tiles * call.plan.splits, base.multiprocessors(device))
+        slices = sums_of_slices(participants, call.plan.token_tiles, device)
+        assert call.counters is not None
+        adapter = base._cuda.Adapters(
+            lora_A.data_ptr(), lora_B.data_ptr(), 0, 0, False,
+            0 if p.scale_by is None else p.scale_by.data_ptr(), p.scaling, h.data_ptr(), slices.data_ptr(),
+            call.counters.data_ptr(), 1, rank, ADAPTER_FLOATS[lora_A.dtype], ADAPTER_FLOATS[lora_B.dtype],
+            participants,
+        )  # fmt: skip
+        kept = (lora_A, lora_B, slices)
+    base._cuda.lora_linear(*call.arguments, 0 if out_scale is None else out_scale.data_ptr(), adapter)
+    del kept  # until here
     return call.y, h
+
+
+def sums_of_slices(participants: int, token_tiles: int, device: torch.device) -> torch.Tensor:
+    """What the blocks that make h pass on to one another."""
+    numbers = participants * token_tiles * base._cuda.ADAPTER_TILE_SUMS
+    return torch.empty(numbers, dtype=torch.float32, device=device)
