@@ -219,15 +219,16 @@ class KVCache:
         half: dict[str, Any] = dict(dtype=torch.float16, device=device)
         of_k = (rows, room // group_size, kv_heads, head_dim)
         of_v = (rows, room, kv_heads, -(-head_dim_v // channels))
-        tails = [
+        k_tail, v_tail = (
             torch.zeros(batch, 2 * group_size, kv_heads, dim, dtype=dtype, device=device)
             for dim in (head_dim, head_dim_v)
-        ]
+        )
         scales_k, offsets_k = (torch.zeros(of_k, **half) for _ in range(2))
         scales_v, offsets_v = (torch.zeros(of_v, **half) for _ in range(2))
         self.tensors = CacheTensors(
-            k, v, scales_k, offsets_k, scales_v, offsets_v, *tails, table, format, group_size, channels
-        )
+            k, v, scales_k, offsets_k, scales_v, offsets_v, k_tail, v_tail, table, format, group_size,
+            channels,
+        )  # fmt: skip
 
     @property
     def format(self) -> str:

@@ -71,7 +71,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return rope_op(grads[0], Rotary(*ctx.saved_tensors, ctx.interleaved), True), None
+        cos, sin, positions = ctx.saved_tensors
+        return rope_op(grads[0], Rotary(cos, sin, positions, ctx.interleaved), True), None
 
 
 def as_positions(positions: torch.Tensor | None) -> torch.Tensor | None:
