@@ -19,7 +19,8 @@ over dY is 67 MB and 36 MB of partial sums written and read again, mostly in L2;
 What fits where:
 - shrink: a program owns TileM rows and TileR ranks and walks the columns, 4 stages of [TileM, TileK] of x and
   [TileR, TileK] of each A on their way; 64 rows where that fills the machine, which puts 48 KB in flight on
-  each multiprocessor. Sums stay in registers; there is no second kernel.
+  each multiprocessor. Sums stay in registers; there is no second kernel. From Hopper on the product with W
+  begins as soon as all its programs run, on what they leave of each multiprocessor.
 - column sums: a program owns TileC columns and a share of the rows, TileM = 32 at a time, 4 stages; what it
   holds is the sums [TileR, TileC] of each projection, and for GB its columns of B. Shares are added in a
   fixed order by a second kernel: no atomics, the same bits every time.
@@ -56,6 +57,7 @@ from .lowbit_linear import (
     add_low_rank,
     jit,
     keep,
+    overlaps,
     row_keys,
     tl,
 )
@@ -125,8 +127,8 @@ def _shrink_kernel(
     x, factor0, factor1, factor2, seed0, seed1, seed2, scale_by, out0, out1, out2,
     scaling, threshold, M, C, stride, R0, R1, R2, rank_tiles,
     CAlign: tl.constexpr, StrideAlign: tl.constexpr, RAlign: tl.constexpr, Across: tl.constexpr,
-    XPieces: tl.constexpr, Pieces: tl.constexpr, TileM: tl.constexpr, TileR: tl.constexpr,
-    TileK: tl.constexpr,
+    XPieces: tl.constexpr, Pieces: tl.constexpr, Overlap: tl.constexpr, TileM: tl.constexpr,
+    TileR: tl.constexpr, TileK: tl.constexpr,
 ):  # fmt: skip
     """out = scaling drop(x) factor^T, float32 [M, R], of up to three factors and masks; x is [M, C].
 
@@ -136,6 +138,8 @@ def _shrink_kernel(
     R0 *= RAlign
     R1 *= RAlign
     R2 *= RAlign
+    if Overlap:
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0) // rank_tiles * TileM + tl.arange(0, TileM)
     rank = tl.program_id(0) % rank_tiles * TileR + tl.arange(0, TileR)
     column = tl.arange(0, TileK)
@@ -303,7 +307,7 @@ JOINT = 3  # projections of one x in one pass
 MOST_RANK = 64  # ranks of a tile
 MOST_JOINT = 96  # and of all projections of a pass together: sums that fit the registers
 MOST_FUSED = 16  # rank up to which GB's partial sums are half the bytes of a second pass over dY
-SUM_WIDTH = 1024
+SUM_WIDTH = 512
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -355,7 +359,7 @@ def _shrink_plan(
     r_align = math.gcd(*ranks, 8)
     constants = (
         c_align, stride_align, r_align, across, 2 if dtype == torch.float16 else 1, pieces(dtype, factors),
-        tile_m, tile_r, tile_k,
+        overlaps(device) and not across, tile_m, tile_r, tile_k,
     )  # fmt: skip
     padded = (*(r // r_align for r in ranks), 0, 0)[:JOINT]
     return Plan(

@@ -18,8 +18,9 @@ Where the scale goes:
 
 A low-rank term (`LowRank`: an adapter of `lora_linear`) is R more columns of the contraction, read from
 tensors that are small beside W: h [M, R], whose float32 sums are scaled and rounded to x's dtype, and a
-factor, B [N, R] or A [R, K]. The forward adds it after the loop; grad W begins with it, because dropout
-masks it alone and no second accumulator fits the registers.
+factor, B [N, R] or A [R, K]. The forward adds it after the loop, and from Hopper on waits only there for the
+kernel that makes h (Overlap), which reads memory while this one multiplies. grad W begins with it, because
+dropout masks it alone and no second accumulator fits the registers.
 
 What bounds it: up to some 32 tokens the bytes of W, so programs split the contraction until the machine is
 full and a second kernel adds their float32 partial sums in a fixed order; beyond, the tensor cores and the
@@ -487,7 +488,7 @@ def _forward_kernel(
     GroupSize: tl.constexpr, Block: tl.constexpr, NAlign: tl.constexpr, KAlign: tl.constexpr,
     RAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr, TileM: tl.constexpr,
     TileN: tl.constexpr, TileK: tl.constexpr, TileR: tl.constexpr, Sub: tl.constexpr,
-    ScaleProduct: tl.constexpr, Splits: tl.constexpr, Band: tl.constexpr,
+    ScaleProduct: tl.constexpr, Splits: tl.constexpr, Band: tl.constexpr, Overlap: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] in rows of `stride` elements, times W^T: out [M, N], or if Splits float32 sums [splits, M, N].
 
@@ -541,6 +542,8 @@ def _forward_kernel(
             )  # fmt: skip
     if GroupSize == 0:
         acc *= scale[None, :]
+    if Overlap:
+        tl.extra.cuda.gdc_wait()
     if h is not None:
         rank = tl.where(tl.program_id(1) == 0, R, 0) if Splits else R
         if scale_by is not None:
@@ -747,6 +750,12 @@ class Device(NamedTuple):
     multiprocessors: int
 
 
+def overlaps(device: Device) -> bool:
+    """Whether a kernel may begin before the one that it reads from has ended (programmatic dependent
+    launch)."""
+    return device.capability >= 90
+
+
 @functools.lru_cache(maxsize=64)
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
@@ -899,10 +908,12 @@ def _plan(
     n_align, k_align, stride_align = 8, math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
     r_align = math.gcd(rank, 8)
     tile_r = min(max(16, 1 << (rank - 1).bit_length()), MOST_RANK) if rank else 0
+    overlap = overlaps(device) and rank > 0 and not grad_x
     constants = (
         _decoding(format, dtype), code.bits, code.center, scale, group_size, NESTED_BLOCK,
         n_align, k_align, r_align, stride_align, even,
         tile_m, tile_n, tile_k, tile_r, sub, *(() if grad_x else (scale_product,)), splits > 1, BAND,
+        *(() if grad_x else (overlap,)),
     )  # fmt: skip
     reduce = None
     if splits > 1:
@@ -920,7 +931,13 @@ def _plan(
         _grad_x_kernel if grad_x else _forward_kernel,
         (-(-m // tile_m) * -(-width // tile_n), splits, 1),
         (m, n // n_align, k // k_align, rank // (r_align or 1), stride // stride_align, steps, *constants),
-        dict(num_warps=warps, num_stages=stages, maxnreg=registers, enable_fp_fusion=True),
+        dict(
+            num_warps=warps,
+            num_stages=stages,
+            maxnreg=registers,
+            enable_fp_fusion=True,
+            **(dict(launch_pdl=True) if overlap else {}),
+        ),
         _handles.setdefault((device.number, grad_x, dtype, scale_dtype, given, factor, constants), {}),
         None if splits == 1 else (splits, m, width),
         reduce,
