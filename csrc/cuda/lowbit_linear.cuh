@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
     if (step > 0 && step < panels_ahead) copy_panel(step, step);
     copy_chunk();
   }
-  next_scales();
+  if constexpr (!Adapter) next_scales();
   if (a.scale_type == ScaleType::Nested) nested[threadIdx.x] = __ldg(a.nested_levels + threadIdx.x);
   if constexpr (F::TableBytes > 0)
     F::fill_table(shared, static_cast<const uint4*>(a.pairs), threadIdx.x, Threads);
@@ -291,7 +291,8 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
       prefetch_expansion(adapter, groups, a.n, tile_row, WarpRows << kernel.log_warps_n);
     }
   }
-  bool there = !rides;  // h
+  bool there = !rides;                   // h
+  if constexpr (Adapter) next_scales();  // not before: the registers were the shrink's
 
   const F format(shared, lane);
   typename F::Zero zero[LaneRows];
