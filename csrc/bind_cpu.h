@@ -27,5 +27,6 @@ void bind_lora_linear(py::module_& module);
 void bind_gated_activation(py::module_& module);
 void bind_multi_lora_linear(py::module_& module);
 void bind_adamw8bit(py::module_& module);
+void bind_attention(py::module_& module);
 
 }  // namespace bitfuse

@@ -175,6 +175,10 @@ BITFUSE_INLINE Vf absolute(Vf a) { return _mm512_abs_ps(a); }
 BITFUSE_INLINE Vf by_sign(Vf sign, Vf a, Vf b) {
   return _mm512_mask_mov_ps(a, _mm512_movepi32_mask(as_dwords(sign)), b);
 }
+template <int Bits>
+BITFUSE_INLINE Vi shift_left(Vi a) {
+  return _mm512_slli_epi32(a, Bits);
+}
 // p * 2^n, for whole n from -2^22 to 2^22; rounded once, to 0 and to infinity too.
 BITFUSE_INLINE Vf scale_by_power(Vf p, Vf n) { return _mm512_scalef_ps(p, n); }
 

@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attention_args import AttentionArgs
+from ..cpu import attention as cpp
 from ..dropout import keep
-from ..op import Explanation, Op, explains
+from ..kernels import attention as triton
+from ..kernels import attention_backward as triton_backward
+from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lora_linear import new_seed
 from .lowbit_linear import FLOATS
@@ -335,7 +338,10 @@ attention_op = Op(
     _check,
     _reference,
     _fake,
-    (),
+    (
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run),
+    ),
     flatten=lambda q, k, v, a: (q, k, v, *a),
     unflatten=lambda q, k, v, *a: (q, k, v, AttentionArgs(*a)),
 )
@@ -399,7 +405,7 @@ attention_backward = Op(
     _check_backward,
     _reference_backward,
     _fake_backward,
-    (),
+    (Backend("triton", ("cuda",), triton_backward.supports, triton_backward.run),),
     flatten=_flatten_backward,
     unflatten=_unflatten_backward,
 )
