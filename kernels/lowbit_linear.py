@@ -49,7 +49,7 @@ try:
     jit: Any = triton.jit
     FIRST, SECOND, GOLDEN = map(tl.constexpr, (dropout.FIRST, dropout.SECOND, dropout.GOLDEN))
 except ImportError:  # the package is whole without Triton; supports() says why this backend is not used
-    triton = tl = None
+    triton = tl = FIRST = SECOND = GOLDEN = None
 
     def jit(function: Any = None, **options: Any) -> Any:
         return jit if function is None else function
