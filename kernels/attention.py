@@ -473,19 +473,25 @@ class Problem(NamedTuple):
     numbers: tuple[float | int | None, ...]
     constants: tuple[Any, ...]
     kind: tuple[Any, ...]
+    alignment: Any
+    others: tuple[Layout, ...]
     plain: bool
     batch: int
     sq: int
     sk: int
 
 
-def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> Problem:
+def problem_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs, *others: torch.Tensor
+) -> Problem:
+    """`others` are of q's dtype, and walked like q."""
     packed = a.cu_seqlens_q is not None
     heads, kv_heads = q.shape[-2], k.shape[-2]
     batch = a.cu_seqlens_q.shape[0] - 1 if a.cu_seqlens_q is not None else q.shape[0]
     sq, sk = (a.max_seqlen_q, a.max_seqlen_k) if packed else (q.shape[1], k.shape[1])
     layouts = tuple(None if t is None else layout(t) for t in (q, k, v, a.prefix_k, a.prefix_v))
-    align = vector(layouts)
+    walked = tuple(layout(t) for t in others)
+    align = vector((*layouts, *walked))
     strides = [s // align for x in layouts for s in ((0, 0, 0) if x is None else x[1:])]
     bias = bias_layout(a.bias)
     scale, cap = scales(a)
@@ -504,7 +510,10 @@ def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionAr
     kinds = tuple(None if t is None else t.dtype for t in tensors)
     wide = tuple(n is None or n >= 2**31 for n in (*strides, *bias[1:5]))
     plain = scale > 0 and not (cap or a.dropout_p) and a.bias is None and a.alibi_slopes is None
-    return Problem(tensors, numbers, constants, (constants, kinds, wide), plain, batch, sq, sk)
+    aligned = _alignment(*tensors[:6], *(x.tensor for x in walked))
+    walked = tuple(Layout(x.tensor, x.batch // align, x.row // align, x.head // align) for x in walked)
+    kind = (constants, kinds, wide, *(x.batch >= 2**31 for x in walked))
+    return Problem(tensors, numbers, constants, kind, aligned, walked, plain, batch, sq, sk)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -538,10 +547,13 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> 
     p = problem_of(q, k, v, a)
     if lse.numel() and p.sq:
         plan = _plan(_device(q.device), p.sq, dim, dim_v, q.dtype.itemsize, p.plain, p.kind)
-        launch(plan, p.batch * heads, (*p.tensors, out, lse, *p.numbers, plan.grid[0], *p.constants))
+        launch(plan, p, p.batch * heads, (out, lse), (plan.grid[0],))
     return [out, lse]
 
 
-def launch(plan: Plan, heads: int, inputs: tuple[Any, ...]) -> None:
-    """A plan whose grid is the tiles of one head, for this many heads."""
-    plan._replace(grid=(plan.grid[0] * heads, 1, 1)).launch(inputs, _alignment(*inputs[:6]))
+def launch(
+    plan: Plan, p: Problem, heads: int, tensors: tuple[Any, ...], numbers: tuple[float | int, ...]
+) -> None:
+    """A plan whose grid is the tiles of one head, for this many heads, with a kernel's own arguments."""
+    inputs = (*p.tensors, *tensors, *p.numbers, *numbers, *p.constants)
+    plan._replace(grid=(plan.grid[0] * heads, 1, 1)).launch(inputs, p.alignment)
