@@ -141,8 +141,54 @@ void forward(const std::array<int64_t, 9>& sizes, const View& q, const View& k, 
   BITFUSE_OF_LEVEL(attention)(call);
 }
 
+// grads: addresses of the gradients of q, k, v, bias, sinks, prefix_k and prefix_v; 0 for one not wanted.
+void backward(const std::array<int64_t, 9>& sizes, const View& q, const View& k, const View& v,
+              const View& prefix_k, const View& prefix_v, uintptr_t cu_q, uintptr_t cu_k, double scale,
+              double softcap, int64_t left, int64_t right, bool top_left, double dropout_p, int64_t seed,
+              const std::array<int64_t, 6>& bias, uintptr_t alibi, bool alibi_batched, uintptr_t sinks,
+              const View& grad, const View& out, uintptr_t lse, uintptr_t grad_lse,
+              const std::array<int64_t, 4>& bias_sizes, const std::array<uintptr_t, 7>& grads) {
+  AttentionBackwardCall call{};
+  std::vector<AttentionSequence> sequences;
+  make_call(call, sequences, sizes, q, k, v, prefix_k, prefix_v, cu_q, cu_k, scale, softcap, left, right,
+            top_left, dropout_p, seed, bias, alibi, alibi_batched, sinks);
+  const bool any = call.batch > 0 && call.rows > 0 && call.heads > 0;
+  const int64_t outer = call.packed ? 1 : call.batch;
+  call.grad = heads_view("grad", grad, call.dtype, outer, call.rows, call.heads, call.dim_v);
+  call.output = heads_view("out", out, call.dtype, outer, call.rows, call.heads, call.dim_v);
+  call.lse = address<float>("lse", lse, 4, any);
+  call.grad_lse = address<const float>("grad_lse", grad_lse, 4, false);
+  const auto size = uintptr_t(size_of(call.dtype));
+  call.grad_q = address<void>("grad_q", grads[0], size, false);
+  call.grad_k = address<void>("grad_k", grads[1], size, false);
+  call.grad_v = address<void>("grad_v", grads[2], size, false);
+  if (grads[3]) {
+    require(call.bias.data && !call.bias.mask, "grad_bias", int64_t(grads[3]), "none without a float bias");
+    const int64_t full[] = {call.batch, call.heads, call.rows, call.keys};
+    for (size_t i = 0; i < 4; ++i) {
+      require(bias_sizes[i] == full[i] || bias_sizes[i] == 1, "bias_sizes", bias_sizes[i],
+              "1 or " + std::to_string(full[i]));
+      call.bias_sizes[i] = bias_sizes[i];
+    }
+    check_bytes("grad_bias", {bias_sizes[0], bias_sizes[1], bias_sizes[2], bias_sizes[3], 4});
+    call.grad_bias = address<void>("grad_bias", grads[3], uintptr_t(size_of(call.bias.dtype)));
+  }
+  if (grads[4]) {
+    require(call.sinks, "grad_sinks", int64_t(grads[4]), "none without sinks");
+    call.grad_sinks = address<float>("grad_sinks", grads[4], 4);
+  }
+  call.grad_prefix_k = address<void>("grad_prefix_k", grads[5], size, false);
+  call.grad_prefix_v = address<void>("grad_prefix_v", grads[6], size, false);
+  if (!any) return;
+  py::gil_scoped_release release;
+  BITFUSE_OF_LEVEL(attention_backward)(call);
+}
+
 }  // namespace
 
-void bind_attention(py::module_& module) { module.def("attention", forward); }
+void bind_attention(py::module_& module) {
+  module.def("attention", forward);
+  module.def("attention_backward", backward);
+}
 
 }  // namespace bitfuse

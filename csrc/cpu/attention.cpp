@@ -181,9 +181,6 @@ class Forward {
   int64_t groups(const AttentionSequence& s) const {
     return ceil_div(ceil_div(s.q_length * scores_.group(), kWidth), group_);
   }
-  const Type* at(const HeadsView& view, int64_t batch, int64_t row, int64_t head) const {
-    return static_cast<const Type*>(view.data) + batch * view.batch + row * view.row + head * view.head;
-  }
 
   void work(const Task& task, const Space& my) const {
     const AttentionSequence& s = call_.sequences[task.batch];
@@ -201,7 +198,7 @@ class Forward {
       }
       state.begun = false;
       auto query = [&](int64_t r) {
-        return at(call_.q, of_q, s.q_begin + (row + r) / group, head + (row + r) % group);
+        return row_of<Type>(call_.q, of_q, s.q_begin + (row + r) / group, head + (row + r) % group);
       };
       pack_natural<Dot, Elements>(query, count, call_.dim, my.natural);
       turn(my.natural, count, k_pitch_, words_, state.lanes.vecs, my.panels + (t - mine.begin) * panel_size_);
@@ -222,10 +219,10 @@ class Forward {
     for (int64_t c = keys.begin / chunk_ * chunk_; c < keys.end; c += chunk_) {
       const Range chunk{most(c, keys.begin), least(c + chunk_, keys.end)};
       const int64_t count = chunk.end - chunk.begin, from = k_begin + chunk.begin;
-      pack_natural<Dot, Elements>([&](int64_t j) { return at(k, batch, from + j, head); }, count, call_.dim,
-                                  my.k);
-      pack_turned<Dot, Elements>([&](int64_t j) { return at(v, batch, from + j, head); }, count, call_.dim_v,
-                                 0, v_pitch_, my.v);
+      pack_natural<Dot, Elements>([&](int64_t j) { return row_of<Type>(k, batch, from + j, head); }, count,
+                                  call_.dim, my.k);
+      pack_turned<Dot, Elements>([&](int64_t j) { return row_of<Type>(v, batch, from + j, head); }, count,
+                                 call_.dim_v, 0, v_pitch_, my.v);
       for (int64_t t = 0; t < tiles; ++t) {
         State& state = my.states[t];
         const Range seen = own ? scores_.visible(s, state.lanes.first, state.lanes.last) : keys;

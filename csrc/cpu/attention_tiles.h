@@ -157,6 +157,11 @@ BITFUSE_INLINE int64_t natural_pitch(int64_t dim) {
 }
 BITFUSE_INLINE int64_t turned_pitch(int64_t dim) { return round_up(dim, kLanes); }
 
+template <class Type>
+BITFUSE_INLINE const Type* row_of(const HeadsView& view, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<const Type*>(view.data) + batch * view.batch + row * view.row + head * view.head;
+}
+
 // kLanes elements of a row of `dim` from `at`, as floats; zeros past its end.
 template <class Elements>
 BITFUSE_INLINE Vf load_row(const typename Elements::Type* p, int64_t at, int64_t dim) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,3 +76,42 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> 
     arguments, _kept = _common(q, k, v, a)
     _cpu.attention(*arguments, out.data_ptr(), lse.data_ptr())
     return [out, lse]
+
+
+def run_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    a: AttentionArgs,
+    wanted: Sequence[bool],
+    deterministic: bool,
+) -> list[torch.Tensor]:
+    """The gradients of q, k, v, bias, sinks, prefix_k and prefix_v, an empty tensor for one not wanted. They
+    are the same from run to run and for any number of threads, asked for or not.
+
+    Raises:
+        ValueError: offsets of packed sequences that decrease or do not end at the total.
+    """
+    of = (q, k, v, a.bias, a.sinks, a.prefix_k, a.prefix_v)
+    make = torch.empty if q.numel() else torch.zeros
+    grads = [
+        make(t.shape, dtype=t.dtype)
+        if t is not None and want
+        else q.new_empty(0, dtype=(q if t is None else t).dtype)
+        for t, want in zip(of, wanted, strict=True)
+    ]
+    if not q.numel():
+        return grads
+    arguments, _kept = _common(q, k, v, a)
+    grad, out, lse = _dense(grad), _dense(out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    _cpu.attention_backward(
+        *arguments, _view(grad), _view(out), lse.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(),
+        (0, 0, 0, 0) if a.bias is None else tuple(a.bias.shape),
+        tuple(g.data_ptr() if g.numel() else 0 for g in grads),
+    )  # fmt: skip
+    return grads

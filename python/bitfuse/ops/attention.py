@@ -405,7 +405,10 @@ attention_backward = Op(
     _check_backward,
     _reference_backward,
     _fake_backward,
-    (Backend("triton", ("cuda",), triton_backward.supports, triton_backward.run),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports_backward, cpp.run_backward),
+        Backend("triton", ("cuda",), triton_backward.supports, triton_backward.run),
+    ),
     flatten=_flatten_backward,
     unflatten=_unflatten_backward,
 )
