@@ -68,4 +68,5 @@ PYBIND11_MODULE(_cpu, m) {
   bitfuse::bind_multi_lora_linear(m);
   bitfuse::bind_adamw8bit(m);
   bitfuse::bind_attention(m);
+  bitfuse::bind_decode_attention(m);
 }

@@ -222,6 +222,14 @@ def from_fp8(x: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -
     return (x if scales is None else x * scales.to(work).unsqueeze(-1)).to(dtype)
 
 
+def head_scales(x: torch.Tensor) -> torch.Tensor:
+    """Of each kv head: largest magnitude / 448, or 1 where that is 0."""
+    if not x.shape[0] * x.shape[1] * x.shape[3]:
+        return torch.ones(x.shape[2], device=x.device)
+    scales = x.abs().amax((0, 1, 3)).float() / FP8_LARGEST
+    return scales.masked_fill(scales == 0, 1)
+
+
 # one sequence of a cache
 
 

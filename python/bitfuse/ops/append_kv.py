@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cpu import append_kv as cpp
 from ..kv_cache import (
     BITS,
     CACHE_FORMATS,
@@ -21,7 +22,7 @@ from ..kv_cache import (
     rotate,
     store,
 )
-from ..op import Explanation, Op, explains
+from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
 from .rope import as_positions
@@ -110,7 +111,7 @@ append_kv_op = Op(
     _check,
     _reference,
     _fake,
-    (),
+    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
     flatten=lambda k, v, cache, cache_seqlens, rotary: (k, v, *cache, cache_seqlens, *rotary),
     unflatten=_unflatten,
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..attention_args import AttentionArgs
+from ..cpu import decode_attention as cpp
 from ..kv_cache import (
     CacheTensors,
     DecodeArgs,
@@ -19,7 +20,7 @@ from ..kv_cache import (
     gather,
     store,
 )
-from ..op import Explanation, Op, explains
+from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .append_kv import (
     CACHE_SCHEMA,
@@ -174,7 +175,7 @@ decode_attention_op = Op(
     _check,
     _reference,
     _fake,
-    (),
+    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
     flatten=_flatten,
     unflatten=_unflatten,
 )

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..op import Explanation, Op, explains
+from ..cpu import merge_attention as cpp
+from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
 
@@ -54,7 +55,7 @@ merge_attention_op = Op(
     _check,
     _reference,
     _fake,
-    (),
+    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
 )
 
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..kv_cache import BITS, CHANNEL_STEP, FP8_LARGEST, quantize_keys, quantize_values, to_fp8
-from ..op import Explanation, Op, explains
+from ..cpu import quantize_kv as cpp
+from ..kv_cache import BITS, CHANNEL_STEP, head_scales, quantize_keys, quantize_values, to_fp8
+from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
 
@@ -50,20 +51,12 @@ def _check(k: torch.Tensor, v: torch.Tensor, format: str, group_size: int, chann
             raise ValueError(f"{name} has head_dim {t.shape[-1]}, expected a multiple of 8 for {format}")
 
 
-def _head_scales(x: torch.Tensor) -> torch.Tensor:
-    """Of each kv head: largest magnitude / 448, or 1 where that is 0."""
-    if not x.shape[0] * x.shape[1] * x.shape[3]:
-        return torch.ones(x.shape[2], device=x.device)
-    scales = x.abs().amax((0, 1, 3)).float() / FP8_LARGEST
-    return scales.masked_fill(scales == 0, 1)
-
-
 def _reference(
     k: torch.Tensor, v: torch.Tensor, format: str, group_size: int, channel_group: int
 ) -> list[torch.Tensor]:
     """The tensors of QuantizedKV."""
     if format == "fp8":
-        of_k, of_v, none = _head_scales(k), _head_scales(v), k.new_empty(0, dtype=torch.float32)
+        of_k, of_v, none = head_scales(k), head_scales(v), k.new_empty(0, dtype=torch.float32)
         return [to_fp8(k, of_k), to_fp8(v, of_v), of_k, none, of_v, none.clone()]
     bits = BITS[format]
     batch, seq, heads, dim = k.shape
@@ -91,7 +84,7 @@ quantize_kv_op = Op(
     _check,
     _reference,
     _fake,
-    (),
+    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
 )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from ..cpu import rope as cpp
 from ..kv_cache import Rotary, check_rotary, rotate
-from ..op import Explanation, Op, explains
+from ..op import Backend, Explanation, Op, explains
 from .lowbit_linear import FLOATS
 
 
@@ -49,7 +50,7 @@ rope_op = Op(
     _check,
     _reference,
     _fake,
-    (),
+    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
     flatten=lambda x, rotary, inverse: (x, *rotary, inverse),
     unflatten=lambda x, cos, sin, positions, interleaved, inverse: (
         x,

@@ -1,0 +1,32 @@
+"""rope on the CPU: tensors to addresses. The kernel: csrc/cpu/append_kv.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kv_cache import Rotary
+from . import append_kv as cache
+from .lowbit_linear import _DTYPES, _cpu
+
+MAX_HEAD_DIM = 256
+
+
+def supports(x: torch.Tensor, rotary: Rotary, inverse: bool) -> str | None:
+    """None when `run` can serve the call, else the reason."""
+    if x.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim is {x.shape[3]}, more than {MAX_HEAD_DIM}"
+    return cache.supports()
+
+
+def run(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
+    """x rotated. The arguments have passed the op's check.
+
+    Raises:
+        ValueError: a position that cos does not have.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype)
+    if x.numel():
+        x = cache.dense_rows(x)
+        turn, _kept = cache.rotary_integers(rotary, inverse)
+        _cpu.rope(_DTYPES[x.dtype], *x.shape, cache.rows(x), out.data_ptr(), turn)
+    return out
