@@ -3,10 +3,9 @@ backward is in attention_backward.py.
 
 A program owns TileM queries of one head, in registers: their sums [TileM, DimV], row maxima and row sums, all
 float32. It walks the keys in tiles of TileN, whose K and V are on their way to shared memory `stages - 1`
-tiles ahead. The logits of a tile are kept times log2(e), so that a probability is one multiply-add and one
-ex2. The keys of the prefix come first, then the tiles that an edge of the window or of the sequence crosses,
-which are masked, then those between, which are not; a tile outside the window is never visited. Order does
-not matter to a running maximum, so the masked tiles of both edges share one loop.
+tiles ahead. The keys of the prefix come first, then the tiles that an edge of the window or of the sequence
+crosses, which are masked, then those between, which are not; a tile outside the window is never visited.
+Order does not matter to a running maximum, so the masked tiles of both edges share one loop.
 
 Programs of the query heads of one key head are neighbours in the grid, then come the tiles of its queries,
 last first: what runs at one time reads the keys and values of few heads, which L2 holds, and the longest rows
@@ -110,48 +109,88 @@ def tanh(x, Cap: tl.constexpr):
             return tl.where(tl.abs(x) < 0.625, x + x * s * p, large)
 
 
-@jit
-def logits(
-    s, scale, cap, slope, bias, bias_i, bias_j, i, j, shift, SQ, SK,
-    Cap: tl.constexpr, BiasI: tl.constexpr, BiasJ: tl.constexpr,
-):  # fmt: skip
-    """log2(e) times the logits of the raw products s, and what of d cap(z) / dz differs from 1: tanh squared.
+# What goes together:
+# walk = (base, stride, rel, row, there), a tensor and the places of one tile of it;
+# numbers = (scale, cap, bias_i, bias_j, threshold, inverse) of the call;
+# window = (shift, left, right);
+# Form = (scale > 0, which tanh, bias has rows, bias has columns (0 no, 1 yes, 2 with a stride), q and k are
+# padded, v is padded, logits are natural), constants.
+#
+# Logits are kept times log2(e), so that a probability is one multiply-add and one ex2; but natural in
+# float32, whose digits lse would lose on its way from one unit to the other.
 
-    scale has log2(e) in it, or with a cap 1 / softcap; cap is log2(e) softcap, slope log2(e) times ALiBi's.
-    bias has dimensions of queries if BiasI and of keys if BiasJ; bias_j is None for a stride of 1.
+
+@jit
+def power(z, Natural: tl.constexpr):
+    """exp of a logit."""
+    return tl.exp2(z * LOG2_E) if Natural else tl.exp2(z)
+
+
+@jit
+def in_unit(x, Natural: tl.constexpr):
+    """What belongs to a logit, in the unit of the logits."""
+    return x if Natural else x * LOG2_E
+
+
+@jit
+def logits(s, numbers, slope, bias, window, i, j, SQ, SK, Form: tl.constexpr):
+    """The logits of the raw products s, and what of d cap(z) / dz differs from 1: tanh squared; but s itself
+    where its positive scale can be left to the exponent's multiply-add. With the scale left.
+
+    scale has the logits' unit in it, or with a cap, which has it, 1 / softcap.
     """
-    z = s * scale
-    squared = 0.0
-    if Cap != "":
-        z = tanh(z, Cap)
-        squared = z * z
-        z = z * cap
-    if slope is not None:
-        z -= slope * tl.abs(j - i - shift).to(tl.float32)
-    if bias is not None:
-        place = bias
-        if BiasI:
-            place += i.to(tl.int64) * bias_i
-        if BiasJ:
-            place += j if bias_j is None else j.to(tl.int64) * bias_j
-        if BiasI and BiasJ:
-            added = tl.load(place, mask=(i < SQ) & (j < SK), other=0)
-        elif BiasI:
-            added = tl.load(place, mask=i < SQ, other=0)
-        elif BiasJ:
-            added = tl.load(place, mask=j < SK, other=0)
-        else:
-            added = tl.load(place)
-        if added.dtype == tl.uint8:
-            z = tl.where(added != 0, z, float("-inf"))
-        else:
-            z += added.to(tl.float32) * LOG2_E
-    return z, squared
+    if Form[0] and Form[1] == "" and slope is None and bias is None:
+        return s, 0.0, numbers[0]
+    else:
+        z = s * numbers[0]
+        squared = 0.0
+        if Form[1] != "":
+            z = tanh(z, Form[1])
+            squared = z * z
+            z = z * numbers[1]
+        if slope is not None:
+            z -= in_unit(slope, Form[6]) * tl.abs(j - i - window[0]).to(tl.float32)
+        if bias is not None:
+            place = bias
+            if Form[2]:
+                place += i.to(tl.int64) * numbers[2]
+            if Form[3] == 1:
+                place += j
+            elif Form[3] == 2:
+                place += j.to(tl.int64) * numbers[3]
+            if Form[2] and Form[3]:
+                added = tl.load(place, mask=(i < SQ) & (j < SK), other=0)
+            elif Form[2]:
+                added = tl.load(place, mask=i < SQ, other=0)
+            elif Form[3]:
+                added = tl.load(place, mask=j < SK, other=0)
+            else:
+                added = tl.load(place)
+            if added.dtype == tl.uint8:
+                z = tl.where(added != 0, z, float("-inf"))
+            else:
+                z += in_unit(added.to(tl.float32), Form[6])
+        return z, squared, 1.0
 
 
 @jit
-def tile(base, n, stride, rel, row, there, length, Masked: tl.constexpr, Padded: tl.constexpr):
-    """[rows, dim] from row n on; rel: places from there; `there`: which columns are; zeros outside."""
+def unseen_hidden(z, i, j, length, window, Edge: tl.constexpr):
+    """z, -inf for the keys that are not seen. Edge: "" where all are, "end" where some may be past the end,
+    "window" where the window may hide some too."""
+    if Edge != "":
+        seen = j < length
+        if Edge == "window":
+            shift, left, right = window
+            distance = j - i - shift
+            seen = seen & (distance >= -left) & (distance <= right)
+        z = tl.where(seen, z, float("-inf"))
+    return z
+
+
+@jit
+def tile(walk, n, length, Masked: tl.constexpr, Padded: tl.constexpr):
+    """[rows, dim] from row n on; zeros past the last row, if Masked, and past the last column, if Padded."""
+    base, stride, rel, row, there = walk
     place = base + n.to(tl.int64) * stride + rel
     if Masked and Padded:
         return tl.load(place, mask=(row < length - n)[:, None] & there[None, :], other=0.0)
@@ -165,16 +204,17 @@ def tile(base, n, stride, rel, row, there, length, Masked: tl.constexpr, Padded:
 
 @jit
 def dot(a, b, acc):
-    """acc + a b; float32 is multiplied as float32."""
+    """acc + a b; float32 is multiplied as float32, and a tile's sum is added as one: a chain through all
+    tiles loses digits with its length."""
     if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        return acc - tl.dot(a, -b, input_precision="ieee")  # `acc + dot` would become one chain
     else:
         return tl.dot(a, b, acc)
 
 
 @jit
 def product(a, b):
-    return dot(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
+    return tl.dot(a, b, input_precision="ieee")
 
 
 # the forward
@@ -182,44 +222,29 @@ def product(a, b):
 
 @jit
 def _step(
-    acc, total, top, q, k, v, n, k_stride, v_stride, k_rel, v_rel, column, k_there, v_there, length,
-    scale, cap, slope, bias, bias_i, bias_j, i, shift, before, after, SQ,
-    first, second, seed, drawn, threshold,
-    Positive: tl.constexpr, Cap: tl.constexpr, BiasI: tl.constexpr, BiasJ: tl.constexpr, Edge: tl.constexpr,
-    KPadded: tl.constexpr, VPadded: tl.constexpr,
+    acc, total, top, q, k, v, n, i, column, length, SQ, numbers, slope, bias, window, first, second, seed,
+    drawn, Form: tl.constexpr, Edge: tl.constexpr,
 ):  # fmt: skip
-    """The keys from n on: sums, row sums and row maxima with them. Edge: "" for keys that are all seen, "end"
-    where keys may be missing, "window" where the window may hide some too. Their dropout column is n + drawn.
-    """
-    Masked: tl.constexpr = Edge != ""
-    key = tile(k, n, k_stride, k_rel, column, k_there, length, Masked, KPadded)
-    s = product(q, key.T)
+    """Sums, row sums and row maxima with the keys from n on; their dropout columns begin at n + drawn. Edge
+    as `unseen_hidden` has it."""
+    key = tile(k, n, length, Edge != "", Form[4])
     j = n + column[None, :]
-    if Positive and Cap == "" and slope is None and bias is None:
-        z = s  # the scale is left to the exponent's multiply-add
-    else:
-        z, _ = logits(s, scale, cap, slope, bias, bias_i, bias_j, i, j, shift, SQ, length, Cap, BiasI, BiasJ)
-        scale = 1.0
-    if Masked:
-        seen = j < length
-        if Edge == "window":
-            distance = j - i - shift
-            seen = seen & (distance >= -before) & (distance <= after)
-        z = tl.where(seen, z, float("-inf"))
+    z, _, scale = logits(product(q, key.T), numbers, slope, bias, window, i, j, SQ, length, Form)
+    z = unseen_hidden(z, i, j, length, window, Edge)
     new = tl.maximum(top, tl.max(z, 1) * scale)
-    # a row that has seen nothing yet: any finite number, since exp2(-inf - it) is 0
+    # a row that has seen nothing yet: any finite number, since exp(-inf - it) is 0
     base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(z * scale - base[:, None])
-    shrink = tl.exp2(top - base)
+    p = power(z * scale - base[:, None], Form[6])
+    shrink = power(top - base, Form[6])
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
-        p = tl.where(survives(first, second, j + drawn, threshold), p, 0.0)
-    value = tile(v, n, v_stride, v_rel, column, v_there, length, Masked, VPadded)
+        p = tl.where(survives(first, second, j + drawn, numbers[4]), p, 0.0)
+    value = tile(v, n, length, Edge != "", Form[5])
     acc = dot(p.to(value.dtype), value, acc * shrink[:, None])
     return acc, total, new
 
 
-_NUMBERS = [
+NUMBERS = [
     "threshold", "left", "right", "bottom", "heads", "group", "SQ", "SK", "P",
     "total_q", "total_k", "tiles", "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch",
     "v_row", "v_head", "pk_batch", "pk_row", "pk_head", "pv_batch", "pv_row", "pv_head", "bias_batch",
@@ -228,16 +253,15 @@ _NUMBERS = [
 _SMALL = ["slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k", "lse"]
 
 
-@jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_SMALL)
+@jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=_SMALL)
 def _forward_kernel(
     q, k, v, prefix_k, prefix_v, bias, slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, out, lse,
     scale, cap, inverse, threshold, left, right, bottom, heads, group, SQ, SK, P, total_q, total_k,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     pk_batch, pk_row, pk_head, pv_batch, pv_row, pv_head,
     bias_batch, bias_head, bias_i, bias_j, slope_batch, tiles,
-    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, Positive: tl.constexpr, Cap: tl.constexpr,
-    BiasI: tl.constexpr, BiasJ: tl.constexpr, BiasAlign: tl.constexpr, TileM: tl.constexpr,
-    TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
+    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, BiasAlign: tl.constexpr, Form: tl.constexpr,
+    TileM: tl.constexpr, TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
 ):  # fmt: skip
     """out [.., SQ, heads, DimV] and lse [.., heads, SQ], natural log, of q [.., SQ, heads, Dim] and k, v.
 
@@ -248,85 +272,80 @@ def _forward_kernel(
     m = (tiles - 1 - rest % tiles) * TileM
     kv_head = rest // tiles % (heads // group)
     b = rest // tiles // (heads // group)
-    head = kv_head * group + member
     q_first, sq = span(cu_seqlens_q, b, SQ, total_q)
     if m >= sq:
         return
     k_first, sk = span(cu_seqlens_k, b, SK, total_k)
     shift = (sk - sq) * bottom
-    wide_b, wide_head = b.to(tl.int64), head.to(tl.int64)
-    kv_wide = kv_head.to(tl.int64)
-
+    wide_b, kv_wide = b.to(tl.int64), kv_head.to(tl.int64)
+    head = kv_wide * group + member
     row, column = tl.arange(0, TileM), tl.arange(0, TileN)
     d, d_v = tl.arange(0, TileD), tl.arange(0, TileDV)
-    KPadded: tl.constexpr = Dim != TileD
-    VPadded: tl.constexpr = DimV != TileDV
     i = m + row
     q_stride, k_stride, v_stride = (
-        q_row.to(tl.int64) * Align,
-        k_row.to(tl.int64) * Align,
-        v_row.to(tl.int64) * Align,
-    )
-    q += (wide_b * q_batch + wide_head * q_head) * Align + q_first * q_stride
+        q_row.to(tl.int64) * Align, k_row.to(tl.int64) * Align, v_row.to(tl.int64) * Align
+    )  # fmt: skip
+    q += (wide_b * q_batch + head * q_head) * Align + q_first * q_stride
     k += (wide_b * k_batch + kv_wide * k_head) * Align + k_first * k_stride
     v += (wide_b * v_batch + kv_wide * v_head) * Align + k_first * v_stride
+    q_rel = row[:, None] * (q_row * Align) + d[None, :]
     k_rel = column[:, None] * (k_row * Align) + d[None, :]
     v_rel = column[:, None] * (v_row * Align) + d_v[None, :]
-    q_rel = row[:, None] * (q_row * Align) + d[None, :]
-    q_tile = tile(q, m, q_stride, q_rel, row, d < Dim, sq, True, KPadded)
+    k_walk = (k, k_stride, k_rel, column, d < Dim)
+    v_walk = (v, v_stride, v_rel, column, d_v < DimV)
+    q_tile = tile((q, q_stride, q_rel, row, d < Dim), m, sq, True, Form[4])
 
-    # rows of lse, and of the dropout mask
-    line, place = (wide_b * heads + wide_head) * SQ, wide_b * SQ
+    # rows of lse and of the dropout mask; and of out
+    line, place = (wide_b * heads + head) * SQ, wide_b * SQ
     if cu_seqlens_q is not None:
-        line, place = wide_head * total_q + q_first, q_first.to(tl.int64)
+        line, place = head * total_q + q_first, q_first.to(tl.int64)
     first, second = row_keys(seed, line + i)
     first, second = first[:, None], second[:, None]
-    slope = None
+    slope, own = slopes, bias
     if slopes is not None:
-        slope = tl.load(slopes + wide_b * slope_batch + head) * LOG2_E
+        slope = tl.load(slopes + wide_b * slope_batch + head)
     if bias is not None:
-        bias += (wide_b * bias_batch + wide_head * bias_head) * BiasAlign
-        bias_i = bias_i.to(tl.int64) * BiasAlign
+        own = bias + (wide_b * bias_batch + head * bias_head) * BiasAlign
+    numbers = (scale, cap, bias_i.to(tl.int64) * BiasAlign, bias_j, threshold, inverse)
+    window = (shift, left, right)
     top = tl.full((TileM,), float("-inf"), tl.float32)
     total = tl.zeros((TileM,), tl.float32)
     if sinks is not None:
-        sink = tl.load(sinks + head) * LOG2_E
+        sink = in_unit(tl.load(sinks + head), Form[6])
         top = tl.zeros((TileM,), tl.float32) + sink
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     acc = tl.zeros((TileM, TileDV), tl.float32)
 
     if prefix_k is not None:
-        pk_stride, pv_stride = pk_row.to(tl.int64) * Align, pv_row.to(tl.int64) * Align
         pk = prefix_k + (wide_b * pk_batch + kv_wide * pk_head) * Align
         pv = prefix_v + (wide_b * pv_batch + kv_wide * pv_head) * Align
         pk_rel = column[:, None] * (pk_row * Align) + d[None, :]
         pv_rel = column[:, None] * (pv_row * Align) + d_v[None, :]
+        pk_walk = (pk, pk_row.to(tl.int64) * Align, pk_rel, column, d < Dim)
+        pv_walk = (pv, pv_row.to(tl.int64) * Align, pv_rel, column, d_v < DimV)
         for n in range(0, P, TileN):
             acc, total, top = _step(
-                acc, total, top, q_tile, pk, pv, n, pk_stride, pv_stride, pk_rel, pv_rel, column, d < Dim,
-                d_v < DimV, P, scale, cap, None, None, None, None, i[:, None], 0, 0, 0, sq,
-                first, second, seed, 0, threshold, Positive, Cap, False, False, "end", KPadded, VPadded,
+                acc, total, top, q_tile, pk_walk, pv_walk, n, i[:, None], column, P, sq, numbers, None,
+                None, window, first, second, seed, 0, Form, "end",
             )  # fmt: skip
     last = tl.minimum(m + TileM, sq) - 1
     lo, edge, full, end, tail = visited(m, last, left - shift, shift + right, sk, TileN)
     for t in range(edge + tail):
         n = masked_tile(t, lo, edge, end, TileN)
         acc, total, top = _step(
-            acc, total, top, q_tile, k, v, n, k_stride, v_stride, k_rel, v_rel, column, d < Dim,
-            d_v < DimV, sk, scale, cap, slope, bias, bias_i, bias_j, i[:, None], shift, left, right, sq,
-            first, second, seed, P, threshold, Positive, Cap, BiasI, BiasJ, "window", KPadded, VPadded,
+            acc, total, top, q_tile, k_walk, v_walk, n, i[:, None], column, sk, sq, numbers, slope, own,
+            window, first, second, seed, P, Form, "window",
         )  # fmt: skip
     for n in range(full, end, TileN):
         acc, total, top = _step(
-            acc, total, top, q_tile, k, v, n, k_stride, v_stride, k_rel, v_rel, column, d < Dim,
-            d_v < DimV, sk, scale, cap, slope, bias, bias_i, bias_j, i[:, None], shift, left, right, sq,
-            first, second, seed, P, threshold, Positive, Cap, BiasI, BiasJ, "", KPadded, VPadded,
+            acc, total, top, q_tile, k_walk, v_walk, n, i[:, None], column, sk, sq, numbers, slope, own,
+            window, first, second, seed, P, Form, "",
         )  # fmt: skip
 
     empty = total == 0.0
     factor = tl.where(empty, 0.0, inverse / total)
-    natural = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN_2)
-    tl.store(lse + line + i, natural, mask=i < sq)
+    level = top + tl.log(total) if Form[6] else (top + tl.log2(total)) * LN_2
+    tl.store(lse + line + i, tl.where(empty, float("-inf"), level), mask=i < sq)
     out += ((place + m) * heads + head) * DimV
     out_rel = row[:, None] * (heads * DimV) + d_v[None, :]
     inside = (row < sq - m)[:, None] & (d_v < DimV)[None, :]
@@ -405,10 +424,10 @@ class Bias(NamedTuple):
     batch: int = 0
     head: int = 0
     row: int = 0
-    column: int | None = None
-    rows: bool = False
-    columns: bool = False
+    column: int = 0
     align: int = 1
+    rows: bool = False
+    columns: int = 0  # 0: one for all keys; 1: a stride of 1; 2: another
 
 
 def bias_layout(bias: torch.Tensor | None) -> Bias:
@@ -420,9 +439,8 @@ def bias_layout(bias: torch.Tensor | None) -> Bias:
     width = 16 // bias.element_size()
     fits = j == 1 and not (bias.data_ptr() % 16 or b % width or h % width or i % width)
     align = width if fits else 1
-    return Bias(
-        bias, b // align, h // align, i // align, None if j == 1 else j, i != 0, j != 0, align
-    )  # fmt: skip
+    columns = 0 if j == 0 else 1 if j == 1 else 2
+    return Bias(bias, b // align, h // align, i // align, j, align, i != 0, columns)
 
 
 def padded(dim: int) -> int:
@@ -440,11 +458,10 @@ def cap_kind(dtype: torch.dtype, softcap: float) -> str:
     return str(dtype).removeprefix("torch.") if softcap else ""
 
 
-def scales(a: AttentionArgs) -> tuple[float, float]:
+def scales(a: AttentionArgs, natural: bool) -> tuple[float, float]:
     """The scale and the cap as the kernels take them."""
-    if a.softcap:
-        return a.softmax_scale / a.softcap, a.softcap * math.log2(math.e)
-    return a.softmax_scale * math.log2(math.e), 0.0
+    unit = 1.0 if natural else math.log2(math.e)
+    return (a.softmax_scale / a.softcap, a.softcap * unit) if a.softcap else (a.softmax_scale * unit, 0.0)
 
 
 def bounds(a: AttentionArgs) -> tuple[int, int, int]:
@@ -494,7 +511,8 @@ def problem_of(
     align = vector((*layouts, *walked))
     strides = [s // align for x in layouts for s in ((0, 0, 0) if x is None else x[1:])]
     bias = bias_layout(a.bias)
-    scale, cap = scales(a)
+    natural = q.dtype == torch.float32
+    scale, cap = scales(a, natural)
     numbers = (
         scale, cap, 1 / (1 - a.dropout_p), int32_threshold(a.dropout_p), *bounds(a), heads, heads // kv_heads,
         sq, sk, 0 if a.prefix_k is None else a.prefix_k.shape[1], q.shape[0] if packed else 0,
@@ -506,9 +524,14 @@ def problem_of(
         *(None if x is None else x.tensor for x in layouts), bias.tensor,
         *(None if t is None else t.contiguous() for t in small),
     )  # fmt: skip
-    constants = (q.shape[-1], v.shape[-1], align, scale > 0, cap_kind(q.dtype, a.softcap), *bias[5:])
+    dim, dim_v = q.shape[-1], v.shape[-1]
+    form = (
+        scale > 0, cap_kind(q.dtype, a.softcap), bias.rows, bias.columns, dim != padded(dim),
+        dim_v != padded(dim_v), natural,
+    )  # fmt: skip
+    constants = (dim, dim_v, align, bias.align, form)
     kinds = tuple(None if t is None else t.dtype for t in tensors)
-    wide = tuple(n is None or n >= 2**31 for n in (*strides, *bias[1:5]))
+    wide = tuple(n >= 2**31 for n in (*strides, *bias[1:5]))
     plain = scale > 0 and not (cap or a.dropout_p) and a.bias is None and a.alibi_slopes is None
     aligned = _alignment(*tensors[:6], *(x.tensor for x in walked))
     walked = tuple(Layout(x.tensor, x.batch // align, x.row // align, x.head // align) for x in walked)

@@ -5,10 +5,10 @@ With z a pair's logit, P = exp(z - lse), delta = sum(o dO) - dlse of a query, an
 z is P (dP - delta); dV = P^T dO, dK = dz^T q scale, dQ = dz k scale.
 
 - delta: a program has TileM queries of a head; bound by the bytes of o and dO.
-- keys: a program owns TileN keys of one key head, their K and V in shared memory, dK and dV in registers, and
-  walks the queries of all heads that share them; q and dO are `stages - 1` tiles ahead. Logits lie transposed,
-  [TileN, TileM], so that P^T and dz^T are the first operand of a product, straight from registers. The keys of
-  the prefix are a second launch of it.
+- keys: a program owns TileN keys of one key head, their K and V in shared memory, dK and dV in registers,
+  and walks the queries of all heads that share them; q and dO are `stages - 1` tiles ahead. Logits lie
+  transposed, [TileN, TileM], so that P^T and dz^T are the first operand of a product, straight from
+  registers. The keys of the prefix are a second launch of it.
 - queries: a program owns TileM queries of a head and walks its keys, as the forward does.
 - bias: a program owns a tile of the bias and walks what it is broadcast over. A bias that has a full row of
   keys and of queries costs nothing but itself; what is summed over tiles (a bias of one row or one column) is
@@ -28,21 +28,24 @@ import torch
 from bitfuse.attention_args import AttentionArgs
 
 from .attention import (
-    LOG2_E,
+    NUMBERS,
     Config,
     Layout,
     Problem,
     dot,
+    in_unit,
     launch,
     layout,
     logits,
     masked_tile,
     padded,
+    power,
     problem_of,
     product,
     span,
     survives,
     tile,
+    unseen_hidden,
     vector,
     visited,
 )
@@ -57,17 +60,12 @@ except ImportError:  # supports() says why this backend is not used
 
 # kernels
 
-_NUMBERS = [
-    "threshold", "left", "right", "bottom", "heads", "group", "SQ", "SK", "P",
-    "total_q", "total_k", "tiles", "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch",
-    "v_row", "v_head", "pk_batch", "pk_row", "pk_head", "pv_batch", "pv_row", "pv_head", "bias_batch",
-    "bias_head", "bias_i", "bias_j", "slope_batch", "g_batch", "g_row", "g_head", "o_batch", "o_row", "o_head",
-    "batches", "bias_heads", "batch",
-]  # fmt: skip
-_SMALL = ["slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k", "lse", "delta", "grad_lse", "dbias"]
+_WALKED = ["g_batch", "g_row", "g_head", "o_batch", "o_row", "o_head"]
+_OWN = [*NUMBERS, *_WALKED[:3], "batch", "batches", "bias_heads"]
+_SMALL = ["slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k", "lse", "delta", "grad_lse", "totals"]
 
 
-@jit(do_not_specialize=["SQ", "heads", *_NUMBERS[-9:-3]], do_not_specialize_on_alignment=_SMALL)
+@jit(do_not_specialize=["SQ", "heads", *_WALKED], do_not_specialize_on_alignment=_SMALL)
 def _delta_kernel(
     grad, out, grad_lse, delta, heads, SQ, g_batch, g_row, g_head, o_batch, o_row, o_head,
     DimV: tl.constexpr, Align: tl.constexpr, TileM: tl.constexpr, TileDV: tl.constexpr,
@@ -81,9 +79,9 @@ def _delta_kernel(
     g_rel = row[:, None] * (g_row * Align) + d[None, :]
     o_rel = row[:, None] * (o_row * Align) + d[None, :]
     Padded: tl.constexpr = DimV != TileDV
-    g = tile(grad, m, g_row.to(tl.int64) * Align, g_rel, row, d < DimV, SQ, True, Padded).to(tl.float32)
-    o = tile(out, m, o_row.to(tl.int64) * Align, o_rel, row, d < DimV, SQ, True, Padded).to(tl.float32)
-    total = tl.sum(g * o, 1)
+    g = tile((grad, g_row.to(tl.int64) * Align, g_rel, row, d < DimV), m, SQ, True, Padded)
+    o = tile((out, o_row.to(tl.int64) * Align, o_rel, row, d < DimV), m, SQ, True, Padded)
+    total = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     line = (b * heads + head) * SQ + m + row
     inside = m + row < SQ
     if grad_lse is not None:
@@ -93,36 +91,21 @@ def _delta_kernel(
 
 @jit
 def _gradient(
-    s, dp, scale, cap, slope, bias, bias_i, bias_j, i, j, shift, before, after, SQ, length, lse, delta,
-    first, second, seed, drawn, threshold, inverse,
-    Positive: tl.constexpr, Cap: tl.constexpr, BiasI: tl.constexpr, BiasJ: tl.constexpr, Edge: tl.constexpr,
+    s, dp, numbers, slope, bias, window, i, j, SQ, length, lse, delta, first, second, seed, drawn,
+    Form: tl.constexpr, Edge: tl.constexpr,
 ):  # fmt: skip
     """The dropped probabilities, the gradient of the logits and that of the raw products s; dp is the raw
-    product of grad and v. All that is a row's, lse and delta too, is as i is."""
-    if Positive and Cap == "" and slope is None and bias is None:
-        z, squared = s, 0.0
-    else:
-        z, squared = logits(
-            s, scale, cap, slope, bias, bias_i, bias_j, i, j, shift, SQ, length, Cap, BiasI, BiasJ
-        )
-        scale = 1.0
-    if Edge != "":
-        seen = j < length
-        if Edge == "window":
-            distance = j - i - shift
-            seen = seen & (distance >= -before) & (distance <= after)
-        z = tl.where(seen, z, float("-inf"))
-    p = tl.exp2(z * scale - lse)
+    product of grad and v. All that is a row's, lse and delta too, lies as i does."""
+    z, squared, scale = logits(s, numbers, slope, bias, window, i, j, SQ, length, Form)
+    z = unseen_hidden(z, i, j, length, window, Edge)
+    p = power(z * scale - lse, Form[6])
     dropped = p
     if seed is not None:
-        kept = survives(first, second, j + drawn, threshold)
+        kept = survives(first, second, j + drawn, numbers[4])
         dropped = tl.where(kept, p, 0.0)
-        dp = tl.where(kept, dp * inverse, 0.0)
+        dp = tl.where(kept, dp * numbers[5], 0.0)
     dz = p * (dp - delta)
-    ds = dz
-    if Cap != "":
-        ds = dz * (1.0 - squared)
-    return dropped, dz, ds
+    return dropped, dz, dz * (1.0 - squared)
 
 
 @jit
@@ -131,39 +114,36 @@ def _row_of(pointer, i, length, other):
 
 
 @jit
-def _lse2(lse, i, length):
-    """lse times log2(e); 0 for a query that sees nothing, whose logits are all -inf; inf past the end."""
-    value = tl.load(lse + i, mask=i < length, other=float("inf")) * LOG2_E
+def _level(lse, i, length, Natural: tl.constexpr):
+    """lse in the logits' unit; 0 for a query that sees nothing, whose logits are all -inf; inf past the
+    end."""
+    value = in_unit(tl.load(lse + i, mask=i < length, other=float("inf")), Natural)
     return tl.where(value == float("-inf"), 0.0, value)
 
 
 @jit
 def _keys_step(
-    dk, dv, key, value, q, grad, n, m, q_stride, g_stride, q_rel, g_rel, row, column, q_there, v_there, length,
-    scale, cap, slope, bias, bias_i, bias_j, shift, before, after, SQ, lse, delta, seed, line, drawn, threshold,
-    inverse,
-    Positive: tl.constexpr, Cap: tl.constexpr, BiasI: tl.constexpr, BiasJ: tl.constexpr, Edge: tl.constexpr,
-    KPadded: tl.constexpr, VPadded: tl.constexpr,
+    dk, dv, key, value, q, grad, m, j, row, length, SQ, numbers, slope, bias, window, lse, delta, line, seed,
+    drawn, Form: tl.constexpr, Edge: tl.constexpr,
 ):  # fmt: skip
-    """The queries from m on: what they give dk and dv [TileN, dim] of the keys from n on."""
-    Masked: tl.constexpr = Edge != ""
+    """The queries from m on: what they give dk and dv [TileN, dim] of the keys j."""
     i = m + row
-    q_tile = tile(q, m, q_stride, q_rel, row, q_there, SQ, Masked, KPadded)
+    q_tile = tile(q, m, SQ, Edge != "", Form[4])
     s = product(key, q_tile.T)
-    g_tile = tile(grad, m, g_stride, g_rel, row, v_there, SQ, Masked, VPadded)
+    g_tile = tile(grad, m, SQ, Edge != "", Form[5])
     dp = product(value, g_tile.T)
     first, second = row_keys(seed, line + i)
+    own_lse, own_delta = _level(lse + line, i, SQ, Form[6]), _row_of(delta + line, i, SQ, 0.0)
     dropped, _, ds = _gradient(
-        s, dp, scale, cap, slope, bias, bias_i, bias_j, i[None, :], (n + column)[:, None], shift, before, after,
-        SQ, length, _lse2(lse, i, SQ)[None, :], _row_of(delta, i, SQ, 0.0)[None, :], first[None, :],
-        second[None, :], seed, drawn, threshold, inverse, Positive, Cap, BiasI, BiasJ, Edge,
+        s, dp, numbers, slope, bias, window, i[None, :], j, SQ, length, own_lse[None, :], own_delta[None, :],
+        first[None, :], second[None, :], seed, drawn, Form, Edge,
     )  # fmt: skip
     dv = dot(dropped.to(g_tile.dtype), g_tile, dv)
     dk = dot(ds.to(q_tile.dtype), q_tile, dk)
     return dk, dv
 
 
-@jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_SMALL)
+@jit(do_not_specialize=_OWN, do_not_specialize_on_alignment=_SMALL)
 def _keys_kernel(
     q, k, v, prefix_k, prefix_v, bias, slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k,
     grad, lse, delta, dk, dv,
@@ -171,9 +151,8 @@ def _keys_kernel(
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     pk_batch, pk_row, pk_head, pv_batch, pv_row, pv_head,
     bias_batch, bias_head, bias_i, bias_j, slope_batch, g_batch, g_row, g_head, scaled, tiles,
-    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, Positive: tl.constexpr, Cap: tl.constexpr,
-    BiasI: tl.constexpr, BiasJ: tl.constexpr, BiasAlign: tl.constexpr, TileM: tl.constexpr,
-    TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
+    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, BiasAlign: tl.constexpr, Form: tl.constexpr,
+    TileM: tl.constexpr, TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, contiguous, of the shapes of k and v."""
     pid = tl.program_id(0)
@@ -189,8 +168,6 @@ def _keys_kernel(
     wide_b, kv_wide = b.to(tl.int64), kv_head.to(tl.int64)
     row, column = tl.arange(0, TileM), tl.arange(0, TileN)
     d, d_v = tl.arange(0, TileD), tl.arange(0, TileDV)
-    KPadded: tl.constexpr = Dim != TileD
-    VPadded: tl.constexpr = DimV != TileDV
     q_stride, g_stride = q_row.to(tl.int64) * Align, g_row.to(tl.int64) * Align
     k_stride, v_stride = k_row.to(tl.int64) * Align, v_row.to(tl.int64) * Align
     k += (wide_b * k_batch + kv_wide * k_head) * Align + k_first * k_stride
@@ -199,13 +176,15 @@ def _keys_kernel(
     v_rel = column[:, None] * (v_row * Align) + d_v[None, :]
     q_rel = row[:, None] * (q_row * Align) + d[None, :]
     g_rel = row[:, None] * (g_row * Align) + d_v[None, :]
-    key = tile(k, n, k_stride, k_rel, column, d < Dim, sk, True, KPadded)
-    value = tile(v, n, v_stride, v_rel, column, d_v < DimV, sk, True, VPadded)
+    key = tile((k, k_stride, k_rel, column, d < Dim), n, sk, True, Form[4])
+    value = tile((v, v_stride, v_rel, column, d_v < DimV), n, sk, True, Form[5])
+    j = (n + column)[:, None]
+    window = (shift, left, right)
     dk_sum = tl.zeros((TileN, TileD), tl.float32)
     dv_sum = tl.zeros((TileN, TileDV), tl.float32)
     last = tl.minimum(n + TileN, sk) - 1
     lo, edge, full, end, tail = visited(n, last, shift + right, left - shift, sq, TileM)
-    wide_i = bias_i.to(tl.int64) * BiasAlign
+    numbers = (scale, cap, bias_i.to(tl.int64) * BiasAlign, bias_j, threshold, inverse)
     for member in range(group):
         head = kv_wide * group + member
         own_q = q + (wide_b * q_batch + head * q_head) * Align + q_first * q_stride
@@ -213,22 +192,23 @@ def _keys_kernel(
         line = (wide_b * heads + head) * SQ
         if cu_seqlens_q is not None:
             line = head * total_q + q_first
-        slope = None if slopes is None else tl.load(slopes + wide_b * slope_batch + head) * LOG2_E
-        own_bias = None if bias is None else bias + (wide_b * bias_batch + head * bias_head) * BiasAlign
+        slope, own = slopes, bias
+        if slopes is not None:
+            slope = tl.load(slopes + wide_b * slope_batch + head)
+        if bias is not None:
+            own = bias + (wide_b * bias_batch + head * bias_head) * BiasAlign
+        q_walk = (own_q, q_stride, q_rel, row, d < Dim)
+        g_walk = (own_grad, g_stride, g_rel, row, d_v < DimV)
         for t in range(edge + tail):
             m = masked_tile(t, lo, edge, end, TileM)
             dk_sum, dv_sum = _keys_step(
-                dk_sum, dv_sum, key, value, own_q, own_grad, n, m, q_stride, g_stride, q_rel, g_rel, row, column,
-                d < Dim, d_v < DimV, sk, scale, cap, slope, own_bias, wide_i, bias_j, shift, left, right, sq,
-                lse + line, delta + line, seed, line, P, threshold, inverse,
-                Positive, Cap, BiasI, BiasJ, "window", KPadded, VPadded,
+                dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, row, sk, sq, numbers, slope, own, window,
+                lse, delta, line, seed, P, Form, "window",
             )  # fmt: skip
         for m in range(full, end, TileM):
             dk_sum, dv_sum = _keys_step(
-                dk_sum, dv_sum, key, value, own_q, own_grad, n, m, q_stride, g_stride, q_rel, g_rel, row, column,
-                d < Dim, d_v < DimV, sk, scale, cap, slope, own_bias, wide_i, bias_j, shift, left, right, sq,
-                lse + line, delta + line, seed, line, P, threshold, inverse,
-                Positive, Cap, BiasI, BiasJ, "", KPadded, VPadded,
+                dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, row, sk, sq, numbers, slope, own, window,
+                lse, delta, line, seed, P, Form, "",
             )  # fmt: skip
     place = wide_b * SK
     if cu_seqlens_k is not None:
@@ -244,38 +224,36 @@ def _keys_kernel(
 
 @jit
 def _queries_step(
-    dq, q, grad, k, v, n, k_stride, v_stride, k_rel, v_rel, column, k_there, v_there, length,
-    scale, cap, slope, bias, bias_i, bias_j, i, shift, before, after, SQ, lse, delta, first, second, seed, drawn,
-    threshold, inverse,
-    Positive: tl.constexpr, Cap: tl.constexpr, BiasI: tl.constexpr, BiasJ: tl.constexpr, Edge: tl.constexpr,
-    KPadded: tl.constexpr, VPadded: tl.constexpr,
+    dq, total, q, grad, k, v, n, i, column, length, SQ, numbers, slope, bias, window, lse, delta, first,
+    second, seed, drawn, Form: tl.constexpr, Totals: tl.constexpr, Edge: tl.constexpr,
 ):  # fmt: skip
-    """The keys from n on: what they give dq [TileM, dim]."""
-    Masked: tl.constexpr = Edge != ""
-    key = tile(k, n, k_stride, k_rel, column, k_there, length, Masked, KPadded)
+    """The keys from n on: what they give dq [TileM, dim] and, if Totals, the sum of the logits' gradients."""
+    key = tile(k, n, length, Edge != "", Form[4])
     s = product(q, key.T)
-    value = tile(v, n, v_stride, v_rel, column, v_there, length, Masked, VPadded)
+    value = tile(v, n, length, Edge != "", Form[5])
     dp = product(grad, value.T)
-    _, _, ds = _gradient(
-        s, dp, scale, cap, slope, bias, bias_i, bias_j, i, n + column[None, :], shift, before, after, SQ, length,
-        lse, delta, first, second, seed, drawn, threshold, inverse, Positive, Cap, BiasI, BiasJ, Edge,
+    _, dz, ds = _gradient(
+        s, dp, numbers, slope, bias, window, i, n + column[None, :], SQ, length, lse, delta, first, second,
+        seed, drawn, Form, Edge,
     )  # fmt: skip
-    return dot(ds.to(key.dtype), key, dq)
+    if Totals:
+        total += tl.sum(dz, 1)
+    return dot(ds.to(key.dtype), key, dq), total
 
 
-@jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_SMALL)
+@jit(do_not_specialize=_OWN, do_not_specialize_on_alignment=_SMALL)
 def _queries_kernel(
     q, k, v, prefix_k, prefix_v, bias, slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k,
-    grad, lse, delta, dq,
+    grad, lse, delta, dq, totals,
     scale, cap, inverse, threshold, left, right, bottom, heads, group, SQ, SK, P, total_q, total_k,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     pk_batch, pk_row, pk_head, pv_batch, pv_row, pv_head,
     bias_batch, bias_head, bias_i, bias_j, slope_batch, g_batch, g_row, g_head, scaled, tiles,
-    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, Positive: tl.constexpr, Cap: tl.constexpr,
-    BiasI: tl.constexpr, BiasJ: tl.constexpr, BiasAlign: tl.constexpr, TileM: tl.constexpr,
-    TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
+    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, BiasAlign: tl.constexpr, Form: tl.constexpr,
+    TileM: tl.constexpr, TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
 ):  # fmt: skip
-    """dq, contiguous, of q's shape; programs are in the forward's order."""
+    """dq, contiguous, of q's shape, and with `totals`, laid out as lse, the sums of the logits' gradients;
+    the programs are in the forward's order."""
     member = tl.program_id(0) % group
     rest = tl.program_id(0) // group
     m = (tiles - 1 - rest % tiles) * TileM
@@ -290,8 +268,6 @@ def _queries_kernel(
     head = kv_wide * group + member
     row, column = tl.arange(0, TileM), tl.arange(0, TileN)
     d, d_v = tl.arange(0, TileD), tl.arange(0, TileDV)
-    KPadded: tl.constexpr = Dim != TileD
-    VPadded: tl.constexpr = DimV != TileDV
     i = m + row
     q_stride, g_stride = q_row.to(tl.int64) * Align, g_row.to(tl.int64) * Align
     k_stride, v_stride = k_row.to(tl.int64) * Align, v_row.to(tl.int64) * Align
@@ -303,68 +279,77 @@ def _queries_kernel(
     v_rel = column[:, None] * (v_row * Align) + d_v[None, :]
     q_rel = row[:, None] * (q_row * Align) + d[None, :]
     g_rel = row[:, None] * (g_row * Align) + d_v[None, :]
-    q_tile = tile(q, m, q_stride, q_rel, row, d < Dim, sq, True, KPadded)
-    g_tile = tile(grad, m, g_stride, g_rel, row, d_v < DimV, sq, True, VPadded)
+    q_tile = tile((q, q_stride, q_rel, row, d < Dim), m, sq, True, Form[4])
+    g_tile = tile((grad, g_stride, g_rel, row, d_v < DimV), m, sq, True, Form[5])
+    k_walk = (k, k_stride, k_rel, column, d < Dim)
+    v_walk = (v, v_stride, v_rel, column, d_v < DimV)
     line, place = (wide_b * heads + head) * SQ, wide_b * SQ
     if cu_seqlens_q is not None:
         line, place = head * total_q + q_first, q_first.to(tl.int64)
     first, second = row_keys(seed, line + i)
     first, second = first[:, None], second[:, None]
-    own_lse, own_delta = _lse2(lse + line, i, sq)[:, None], _row_of(delta + line, i, sq, 0.0)[:, None]
-    slope = None
+    own_lse, own_delta = (
+        _level(lse + line, i, sq, Form[6])[:, None],
+        _row_of(delta + line, i, sq, 0.0)[:, None],
+    )
+    slope, own = slopes, bias
     if slopes is not None:
-        slope = tl.load(slopes + wide_b * slope_batch + head) * LOG2_E
+        slope = tl.load(slopes + wide_b * slope_batch + head)
     if bias is not None:
-        bias += (wide_b * bias_batch + head * bias_head) * BiasAlign
-        bias_i = bias_i.to(tl.int64) * BiasAlign
+        own = bias + (wide_b * bias_batch + head * bias_head) * BiasAlign
+    numbers = (scale, cap, bias_i.to(tl.int64) * BiasAlign, bias_j, threshold, inverse)
+    window = (shift, left, right)
     acc = tl.zeros((TileM, TileD), tl.float32)
+    total = tl.zeros((TileM,), tl.float32)
+    Totals: tl.constexpr = totals is not None
     if prefix_k is not None:
-        pk_stride, pv_stride = pk_row.to(tl.int64) * Align, pv_row.to(tl.int64) * Align
         pk = prefix_k + (wide_b * pk_batch + kv_wide * pk_head) * Align
         pv = prefix_v + (wide_b * pv_batch + kv_wide * pv_head) * Align
         pk_rel = column[:, None] * (pk_row * Align) + d[None, :]
         pv_rel = column[:, None] * (pv_row * Align) + d_v[None, :]
+        pk_walk = (pk, pk_row.to(tl.int64) * Align, pk_rel, column, d < Dim)
+        pv_walk = (pv, pv_row.to(tl.int64) * Align, pv_rel, column, d_v < DimV)
         for n in range(0, P, TileN):
-            acc = _queries_step(
-                acc, q_tile, g_tile, pk, pv, n, pk_stride, pv_stride, pk_rel, pv_rel, column, d < Dim, d_v < DimV,
-                P, scale, cap, None, None, None, None, i[:, None], 0, 0, 0, sq, own_lse, own_delta,
-                first, second, seed, 0, threshold, inverse, Positive, Cap, False, False, "end", KPadded, VPadded,
+            acc, total = _queries_step(
+                acc, total, q_tile, g_tile, pk_walk, pv_walk, n, i[:, None], column, P, sq, numbers,
+                None, None, window, own_lse, own_delta, first, second, seed, 0, Form, Totals, "end",
             )  # fmt: skip
     last = tl.minimum(m + TileM, sq) - 1
     lo, edge, full, end, tail = visited(m, last, left - shift, shift + right, sk, TileN)
     for t in range(edge + tail):
         n = masked_tile(t, lo, edge, end, TileN)
-        acc = _queries_step(
-            acc, q_tile, g_tile, k, v, n, k_stride, v_stride, k_rel, v_rel, column, d < Dim, d_v < DimV,
-            sk, scale, cap, slope, bias, bias_i, bias_j, i[:, None], shift, left, right, sq, own_lse, own_delta,
-            first, second, seed, P, threshold, inverse, Positive, Cap, BiasI, BiasJ, "window", KPadded, VPadded,
+        acc, total = _queries_step(
+            acc, total, q_tile, g_tile, k_walk, v_walk, n, i[:, None], column, sk, sq, numbers,
+            slope, own, window, own_lse, own_delta, first, second, seed, P, Form, Totals, "window",
         )  # fmt: skip
     for n in range(full, end, TileN):
-        acc = _queries_step(
-            acc, q_tile, g_tile, k, v, n, k_stride, v_stride, k_rel, v_rel, column, d < Dim, d_v < DimV,
-            sk, scale, cap, slope, bias, bias_i, bias_j, i[:, None], shift, left, right, sq, own_lse, own_delta,
-            first, second, seed, P, threshold, inverse, Positive, Cap, BiasI, BiasJ, "", KPadded, VPadded,
+        acc, total = _queries_step(
+            acc, total, q_tile, g_tile, k_walk, v_walk, n, i[:, None], column, sk, sq, numbers,
+            slope, own, window, own_lse, own_delta, first, second, seed, P, Form, Totals, "",
         )  # fmt: skip
+    if totals is not None:
+        tl.store(totals + line + i, total, mask=i < sq)
     dq += ((place + m) * heads + head) * Dim
     dq_rel = row[:, None] * (heads * Dim) + d[None, :]
     inside = (row < sq - m)[:, None] & (d < Dim)[None, :]
     tl.store(dq + dq_rel, (acc * scaled).to(dq.dtype.element_ty), mask=inside)
 
 
-@jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_SMALL)
+@jit(do_not_specialize=_OWN, do_not_specialize_on_alignment=_SMALL)
 def _bias_kernel(
     q, k, v, prefix_k, prefix_v, bias, slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k,
     grad, lse, delta, dbias,
     scale, cap, inverse, threshold, left, right, bottom, heads, group, SQ, SK, P, total_q, total_k,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     pk_batch, pk_row, pk_head, pv_batch, pv_row, pv_head,
-    bias_batch, bias_head, bias_i, bias_j, slope_batch, g_batch, g_row, g_head, batch, batches, bias_heads, tiles,
-    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, Positive: tl.constexpr, Cap: tl.constexpr,
-    BiasI: tl.constexpr, BiasJ: tl.constexpr, BiasAlign: tl.constexpr, SumI: tl.constexpr, SumJ: tl.constexpr,
+    bias_batch, bias_head, bias_i, bias_j, slope_batch, g_batch, g_row, g_head, batch, batches, bias_heads,
+    tiles,
+    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, BiasAlign: tl.constexpr, Form: tl.constexpr,
+    SumI: tl.constexpr, SumJ: tl.constexpr,
     TileM: tl.constexpr, TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
 ):  # fmt: skip
-    """dbias [batches, bias_heads, rows, columns]: rows are SQ, or if SumI tiles of them; columns are SK, or if
-    SumJ `tiles`. A program has one tile of it, and sums the heads and batches that share it."""
+    """dbias [batches, bias_heads, rows, columns]: rows are SQ, or if SumI tiles of them; columns are SK, or
+    if SumJ `tiles`. A program has one tile of it, and sums the heads and batches that share it."""
     pid = tl.program_id(0)
     tile_n, rest = pid % tiles, pid // tiles
     row_tiles = tl.cdiv(SQ, TileM)
@@ -374,8 +359,6 @@ def _bias_kernel(
     shift = (SK - SQ) * bottom
     row, column = tl.arange(0, TileM), tl.arange(0, TileN)
     d, d_v = tl.arange(0, TileD), tl.arange(0, TileDV)
-    KPadded: tl.constexpr = Dim != TileD
-    VPadded: tl.constexpr = DimV != TileDV
     i, j = m + row, n + column
     q_stride, g_stride = q_row.to(tl.int64) * Align, g_row.to(tl.int64) * Align
     k_stride, v_stride = k_row.to(tl.int64) * Align, v_row.to(tl.int64) * Align
@@ -383,7 +366,8 @@ def _bias_kernel(
     v_rel = column[:, None] * (v_row * Align) + d_v[None, :]
     q_rel = row[:, None] * (q_row * Align) + d[None, :]
     g_rel = row[:, None] * (g_row * Align) + d_v[None, :]
-    wide_i = bias_i.to(tl.int64) * BiasAlign
+    numbers = (scale, cap, bias_i.to(tl.int64) * BiasAlign, bias_j, threshold, inverse)
+    window = (shift, left, right)
     acc = tl.zeros((TileM, TileN), tl.float32)
     sharing = heads // bias_heads
     count = sharing * (batch // batches)
@@ -398,19 +382,24 @@ def _bias_kernel(
         own_k = k + (b * k_batch + kv_head * k_head) * Align
         own_v = v + (b * v_batch + kv_head * v_head) * Align
         line = (b * heads + head) * SQ
-        slope = None if slopes is None else tl.load(slopes + b * slope_batch + head) * LOG2_E
-        own_bias = bias + (b * bias_batch + head * bias_head) * BiasAlign
-        q_tile = tile(own_q, m, q_stride, q_rel, row, d < Dim, SQ, True, KPadded)
-        key = tile(own_k, n, k_stride, k_rel, column, d < Dim, SK, True, KPadded)
+        slope = slopes
+        if slopes is not None:
+            slope = tl.load(slopes + b * slope_batch + head)
+        own = bias + (b * bias_batch + head * bias_head) * BiasAlign
+        q_tile = tile((own_q, q_stride, q_rel, row, d < Dim), m, SQ, True, Form[4])
+        key = tile((own_k, k_stride, k_rel, column, d < Dim), n, SK, True, Form[4])
         s = product(q_tile, key.T)
-        g_tile = tile(own_grad, m, g_stride, g_rel, row, d_v < DimV, SQ, True, VPadded)
-        value = tile(own_v, n, v_stride, v_rel, column, d_v < DimV, SK, True, VPadded)
+        g_tile = tile((own_grad, g_stride, g_rel, row, d_v < DimV), m, SQ, True, Form[5])
+        value = tile((own_v, v_stride, v_rel, column, d_v < DimV), n, SK, True, Form[5])
         dp = product(g_tile, value.T)
         first, second = row_keys(seed, line + i)
+        own_lse, own_delta = (
+            _level(lse + line, i, SQ, Form[6])[:, None],
+            _row_of(delta + line, i, SQ, 0.0)[:, None],
+        )
         _, dz, _ = _gradient(
-            s, dp, scale, cap, slope, own_bias, wide_i, bias_j, i[:, None], j[None, :], shift, left, right, SQ, SK,
-            _lse2(lse + line, i, SQ)[:, None], _row_of(delta + line, i, SQ, 0.0)[:, None], first[:, None],
-            second[:, None], seed, P, threshold, inverse, Positive, Cap, BiasI, BiasJ, "window",
+            s, dp, numbers, slope, own, window, i[:, None], j[None, :], SQ, SK, own_lse, own_delta,
+            first[:, None], second[:, None], seed, P, Form, "window",
         )  # fmt: skip
         acc += dz
     rows, columns = SQ, SK
@@ -461,8 +450,8 @@ def choose(kernel: str, dim: int, float_bytes: int, capability: int) -> Config:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    device: Device, kernel: str, sq: int, sk: int, dim: int, dim_v: int, float_bytes: int, kind: tuple[Any, ...],
-    sums: tuple[bool, ...] = (),
+    device: Device, kernel: str, sq: int, sk: int, dim: int, dim_v: int, float_bytes: int,
+    kind: tuple[Any, ...], sums: tuple[bool, ...] = (),
 ) -> Plan:  # fmt: skip
     """The grid is of one head's tiles (`attention.launch`)."""
     tile_d, tile_dv = padded(dim), padded(dim_v)
@@ -473,7 +462,7 @@ def _plan(
     return Plan(
         {"keys": _keys_kernel, "queries": _queries_kernel, "bias": _bias_kernel}[kernel],
         (tiles, 1, 1),
-        (*sums, tile_m, tile_n, tile_d, tile_dv),
+        (*(sums if kernel == "bias" else ()), tile_m, tile_n, tile_d, tile_dv),
         dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
         _handles.setdefault((device.number, "attention", kernel, kind, sums, config), {}),
         None,
@@ -551,15 +540,18 @@ def run(
     lse = lse.contiguous()
     p = problem_of(q, k, v, a, grad)
     delta = _delta(layout(grad), out, grad_lse, a.cu_seqlens_q is not None)
-    if wanted.q:
-        made[0] = _queries(p, q, v, lse, delta, a)
+    of_sinks = wanted.sinks and a.sinks is not None
+    if wanted.q or of_sinks:
+        totals = torch.empty_like(lse) if of_sinks else None
+        dq = _queries(p, q, v, lse, delta, totals, a)
+        made[0] = dq if wanted.q else made[0]
+        if totals is not None and a.sinks is not None:
+            made[4] = _sinks(a.sinks, lse, delta, grad_lse, totals)
     if wanted.k or wanted.v:
         both = _keys(p, q, k, v, lse, delta, a)
         made[1:3] = (t if want else m for t, want, m in zip(both, wanted[1:3], made[1:3], strict=True))
     if wanted.bias and a.bias is not None:
         made[3] = _bias(p, q, v, lse, delta, a)
-    if wanted.sinks and a.sinks is not None:
-        made[4] = _sinks(a.sinks, lse, delta)
     if (wanted.prefix_k or wanted.prefix_v) and a.prefix_k is not None and a.prefix_v is not None:
         alone = a._replace(
             left=-1, right=-1, bias=None, alibi_slopes=None, sinks=None, prefix_k=None, prefix_v=None,
@@ -571,11 +563,23 @@ def run(
     return made
 
 
-def _sinks(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """A sink's probability has no value: its dP is 0. [heads] of [batch, heads, seqlen_q] or [heads, total]."""
-    seen = torch.where(lse == float("-inf"), 0.0, lse)
-    over = (1,) if lse.dim() == 2 else (0, 2)
-    return -(torch.exp(sinks.unsqueeze(-1) - seen) * delta).sum(over)
+def _sinks(
+    sinks: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    totals: torch.Tensor,
+) -> torch.Tensor:
+    """[heads] of [batch, heads, seqlen_q] or [heads, total].
+
+    A sink has no value, so the gradient of its logit is p (dlse - the sum of P dP over the keys). That sum is
+    o dO, but o was rounded; the gradients of the keys' logits, P (dP - delta), give it to float32's digits.
+    """
+    p = torch.exp(sinks.unsqueeze(-1) - lse.masked_fill(lse == float("-inf"), 0))
+    toward = totals + delta * (1 - p)
+    if grad_lse is not None:
+        toward = toward - grad_lse
+    return -(p * toward).sum((1,) if lse.dim() == 2 else (0, 2))
 
 
 def _keys(
@@ -594,14 +598,16 @@ def _keys(
 
 
 def _queries(
-    p: Problem, q: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, a: AttentionArgs
-) -> torch.Tensor:
+    p: Problem, q: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
+    totals: torch.Tensor | None, a: AttentionArgs,
+) -> torch.Tensor:  # fmt: skip
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads, dim, dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
-    plan = _plan(_device(q.device), "queries", p.sq, p.sk, dim, dim_v, q.dtype.itemsize, p.kind)
+    sums = (totals is not None,)
+    plan = _plan(_device(q.device), "queries", p.sq, p.sk, dim, dim_v, q.dtype.itemsize, p.kind, sums)
     grad = p.others[0]
     numbers = (*grad[1:], a.softmax_scale, plan.grid[0])
-    launch(plan, p, p.batch * heads, (grad.tensor, lse, delta, dq), numbers)
+    launch(plan, p, p.batch * heads, (grad.tensor, lse, delta, dq, totals), numbers)
     return dq
 
 
