@@ -28,7 +28,7 @@ def _dense(t: torch.Tensor) -> torch.Tensor:
 
 
 def _view(t: torch.Tensor | None) -> tuple[int, int, int, int]:
-    """Address, and strides of batch, row and head, of [batch, seq, heads, dim], or packed without the batch."""
+    """Address, and strides of batch, row and head, of [batch, seq, heads, dim]; packed: no batch."""
     if t is None:
         return 0, 0, 0, 0
     return t.data_ptr(), t.stride(0) if t.dim() == 4 else 0, t.stride(-3), t.stride(-2)
