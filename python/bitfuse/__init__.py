@@ -33,6 +33,7 @@ from .ops.merge_attention import merge_attention
 from .ops.multi_lora_linear import multi_lora_linear
 from .ops.quantize_kv import QuantizedKV, quantize_kv
 from .ops.rope import rope
+from .ops.scaled_dot_product_attention import scaled_dot_product_attention
 from .quantization import QuantizationReport, quantize_
 from .weight import LowBitWeight, quantize
 
@@ -78,6 +79,7 @@ __all__ = [
     "remove_adapters_",
     "rope",
     "save_peft",
+    "scaled_dot_product_attention",
     "set_adapter_",
     "unfuse_peft_",
     "unmerge_adapters_",

@@ -12,6 +12,7 @@ from .merge_attention import merge_attention
 from .multi_lora_linear import multi_lora_linear
 from .quantize_kv import QuantizedKV, quantize_kv
 from .rope import rope
+from .scaled_dot_product_attention import scaled_dot_product_attention
 
 __all__ = [
     "KVCache",
@@ -31,5 +32,6 @@ __all__ = [
     "multi_lora_linear",
     "quantize_kv",
     "rope",
+    "scaled_dot_product_attention",
     "varlen_attention",
 ]
