@@ -34,6 +34,7 @@ from .ops.multi_lora_linear import multi_lora_linear
 from .ops.quantize_kv import QuantizedKV, quantize_kv
 from .ops.rope import rope
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention
+from .ops.speculative_sample import speculative_sample
 from .quantization import QuantizationReport, quantize_
 from .weight import LowBitWeight, quantize
 
@@ -81,6 +82,7 @@ __all__ = [
     "save_peft",
     "scaled_dot_product_attention",
     "set_adapter_",
+    "speculative_sample",
     "unfuse_peft_",
     "unmerge_adapters_",
     "use_backend",

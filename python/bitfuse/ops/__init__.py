@@ -13,6 +13,7 @@ from .multi_lora_linear import multi_lora_linear
 from .quantize_kv import QuantizedKV, quantize_kv
 from .rope import rope
 from .scaled_dot_product_attention import scaled_dot_product_attention
+from .speculative_sample import speculative_sample
 
 __all__ = [
     "KVCache",
@@ -33,5 +34,6 @@ __all__ = [
     "quantize_kv",
     "rope",
     "scaled_dot_product_attention",
+    "speculative_sample",
     "varlen_attention",
 ]
