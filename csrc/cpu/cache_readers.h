@@ -24,10 +24,11 @@ template <class E>
 struct DenseFloats {
   using Raw = Vf;
   using Vector = Vf;
+  using Acc = Vf;
   using Element = float;
   using Type = typename E::Type;
-  static constexpr bool kPairs = false, kGrouped = false;
-  static constexpr int kWeights = 1;
+  static constexpr bool kPairs = false, kWords = false, kGrouped = false;
+  static constexpr int kWeights = 1, kValueWeights = 1;
   static constexpr int64_t kBlock = kLanes, kBlockBytes = kLanes * int64_t(sizeof(Type));
 
   static constexpr int64_t bytes_of(int64_t channels) { return channels * int64_t(sizeof(Type)); }
@@ -74,9 +75,10 @@ template <class Code>
 struct CodeFloats {
   using Raw = Vi;
   using Vector = Vf;
+  using Acc = Vf;
   using Element = float;
-  static constexpr bool kPairs = false, kGrouped = !Code::kNans;
-  static constexpr int kWeights = Code::kPerDword;
+  static constexpr bool kPairs = false, kWords = false, kGrouped = !Code::kNans;
+  static constexpr int kWeights = Code::kPerDword, kValueWeights = 1;
   static constexpr int64_t kBlock = kLanes * Code::kPerDword, kBlockBytes = 4 * kLanes;
   Code code{plain_codes()};
 
@@ -122,9 +124,10 @@ template <int Weights>
 struct PairRows {
   using Raw = Vi;
   using Vector = Vi;
+  using Acc = Vf;
   using Element = uint32_t;
-  static constexpr bool kPairs = true;
-  static constexpr int kWeights = Weights;
+  static constexpr bool kPairs = true, kWords = false;
+  static constexpr int kWeights = Weights, kValueWeights = Weights;
   static constexpr int64_t kBlock = 2 * kLanes * Weights, kBlockBytes = 64;
   static constexpr int64_t kWordChannels = 16 * Weights;  // of V that 32 bytes of a row hold
 
@@ -148,7 +151,6 @@ struct PairRows {
     const Vi high = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, b));
     return _mm512_permutex2var_epi16(low, order, high);
   }
-  static constexpr int channel(int step, int lane) { return lane * Weights + step; }
 };
 
 struct DensePairs : PairRows<1> {
@@ -157,24 +159,89 @@ struct DensePairs : PairRows<1> {
   BITFUSE_INLINE Vi weight(Raw raw) const {
     return raw;
   }
+  template <int J>
+  BITFUSE_INLINE Vi value_weight(Raw raw) const {
+    return raw;
+  }
   static BITFUSE_INLINE Vf poison(Vf acc, Raw) { return acc; }
 };
 
-template <class Code>
-struct CodePairs : PairRows<Code::kPerDword / 2> {
-  using Raw = Vi;
-  // V's channels share scales in groups of 32: lanes of a vector of int4 are of two groups
-  static constexpr bool kGrouped = !Code::kNans, kHalves = Code::kBits == 4, kNans = Code::kNans;
+struct Fp8Pairs : PairRows<2> {
+  using Code = E4m3Code;
+  static constexpr bool kGrouped = false, kHalves = false, kNans = true;
   ExactPairs<Code> pairs{plain_codes()};
   template <int J>
   BITFUSE_INLINE Vi weight(Raw raw) const {
     return pairs.template pair<J>(raw, zero());
   }
+  template <int J>
+  BITFUSE_INLINE Vi value_weight(Raw raw) const {
+    return weight<J>(raw);
+  }
   static BITFUSE_INLINE Vf poison(Vf acc, Raw raw) {
-    if constexpr (Code::kNans)
-      if (any_nan(raw)) [[unlikely]]
-        acc = add(acc, nan_lanes(raw));
+    if (any_nan(raw)) [[unlikely]]
+      acc = add(acc, nan_lanes(raw));
     return acc;
+  }
+};
+
+// Codes of int8 and int4 as they are, in words, against int16.
+template <int Bits>
+struct CodeWords {
+  using Raw = Vi;
+  using Vector = Vi;
+  using Acc = Vi;
+  using Element = uint32_t;
+  static constexpr bool kPairs = true, kWords = true, kGrouped = true, kNans = false;
+  // V's channels share scales in groups of 32: the lanes of a vector of int4 are of two groups
+  static constexpr bool kHalves = Bits == 4;
+  static constexpr int kWeights = 8 / Bits, kValueWeights = 16 / Bits;
+  static constexpr int64_t kBlock = 32 * kWeights, kBlockBytes = 32;
+  static constexpr int64_t kWordChannels = 16 * kValueWeights;
+
+  static constexpr int64_t bytes_of(int64_t channels) { return channels * Bits / 8; }
+  BITFUSE_INLINE Raw load_block(const char* p) const {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  BITFUSE_INLINE Raw load_part(const char* p, int64_t channels) const {
+    return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8((uint32_t(1) << bytes_of(channels)) - 1, p));
+  }
+  template <int J>
+  BITFUSE_INLINE Vi weight(Raw raw) const {
+    if constexpr (Bits == 8) return raw;
+    return J ? _mm512_srli_epi16(raw, 4) : _mm512_and_si512(raw, _mm512_set1_epi16(15));
+  }
+  static BITFUSE_INLINE Vi load_q(const uint32_t* p) { return load_dwords(p); }
+  static BITFUSE_INLINE Vi accumulate(Vi acc, Vi w, Vi x) { return _mm512_dpwssd_epi32(acc, w, x); }
+  static BITFUSE_INLINE Vi poison(Vi acc, Raw) { return acc; }
+
+  // Floats [kBlock] of magnitudes up to 32767 as words, in the order of the columns.
+  static BITFUSE_INLINE void put_q(const float* from, Vf factor, uint32_t* to) {
+    Vi words[kWeights];
+#pragma GCC unroll 2
+    for (int i = 0; i < kWeights; ++i) {
+      const Vi low = _mm512_cvtps_epi32(mul(load(from + 32 * i), factor));
+      const Vi high = _mm512_cvtps_epi32(mul(load(from + 32 * i + 16), factor));
+      words[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)),
+                                    _mm512_cvtepi32_epi16(high), 1);
+    }
+    if constexpr (Bits == 8) return store_dwords(to, words[0]);
+    alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                       22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                                       44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    const Vi even = load_dwords(kEven), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    store_dwords(to, _mm512_permutex2var_epi16(words[0], even, words[kWeights - 1]));
+    store_dwords(to + 16, _mm512_permutex2var_epi16(words[0], odd, words[kWeights - 1]));
+  }
+
+  // Operand J of interleaved words of V.
+  template <int J>
+  BITFUSE_INLINE Vi value_weight(Raw raw) const {
+    if constexpr (J == kValueWeights - 1) return _mm512_srli_epi16(raw, 16 - Bits);
+    return _mm512_and_si512(shift_right<Bits * J>(raw), _mm512_set1_epi16((1 << Bits) - 1));
+  }
+  static BITFUSE_INLINE Vi interleave(const char* a, const char* b, uint16_t mask) {
+    return PairRows<1>::interleave(a, b, mask);
   }
 };
 

@@ -39,7 +39,7 @@ constexpr int64_t kDim = kMostHeadDim;
 constexpr int64_t kStateBytes = 256 << 10;  // of a block's outputs, which bounds its queries
 constexpr int64_t kMostGroups = 8;          // of channels: 256 / 32
 constexpr int64_t kOffsets = kLanes > kMostGroups ? kLanes : kMostGroups;
-constexpr float kInfinity = __builtin_inff();
+constexpr float kInfinity = __builtin_inff(), kWordLargest = 32767;
 
 BITFUSE_INLINE void prefetch_row(const char* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
@@ -73,6 +73,26 @@ BITFUSE_INLINE Vf lane_sums(Vf (&a)[kLanes]) {
   return total;
 #endif
 }
+
+#if defined(__AVX512BF16__)
+// The same of dwords.
+BITFUSE_INLINE Vi lane_sums(Vi (&a)[kLanes]) {
+  Vi b[8], c[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    b[i] = add_dwords(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+                      _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    c[i] = add_dwords(_mm512_unpacklo_epi64(b[2 * i], b[2 * i + 1]),
+                      _mm512_unpackhi_epi64(b[2 * i], b[2 * i + 1]));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    b[i] = add_dwords(_mm512_shuffle_i32x4(c[2 * i], c[2 * i + 1], 0x88),
+                      _mm512_shuffle_i32x4(c[2 * i], c[2 * i + 1], 0xdd));
+  return add_dwords(_mm512_shuffle_i32x4(b[0], b[1], 0x88), _mm512_shuffle_i32x4(b[0], b[1], 0xdd));
+}
+#endif
 
 BITFUSE_INLINE float largest_lane(Vf a) {
 #if defined(__AVX512F__)
@@ -132,6 +152,7 @@ class Span {
   using K = Reader;
   using V = Reader;
   using Element = typename Reader::Element;
+  using Acc = typename Reader::Acc;
   static constexpr int kWide = V::kPairs ? 4 : kVecs;                   // vectors of channels in a tile
   static constexpr int64_t kStretch = V::kPairs ? 64 : kVecs * kLanes;  // channels of it
 
@@ -141,7 +162,7 @@ class Span {
 
   struct Space {
     Element* q;      // [kv_heads][row_slots][q_pitch], in the order of K's columns; codes: unscaled floats
-    float* natural;  // codes: [kv_heads][row_slots][kDim], and q as `q` has it in floats, two halves of pairs
+    float* natural;  // codes: [kv_heads][row_slots][2][kDim]: q in the order of channels, and of K's columns
     float* o;        // [kv_heads][row_slots][o_pitch]
     float* offsets;  // codes: [kv_heads][row_slots][kOffsets]: sums of p * offset; group g in each i with i %
                      // padded == g
@@ -155,7 +176,7 @@ class Span {
   static void carve(Carver& carver, const KvCache& cache, const Plan& plan, Space& to) {
     const int64_t slots = plan.row_slots * cache.kv_heads;
     to.q = carver.take<Element>(slots * q_pitch(cache.dim));
-    to.natural = carver.take<float>(K::kGrouped ? slots * 3 * kDim : 0);
+    to.natural = carver.take<float>(K::kGrouped ? slots * 2 * kDim : 0);
     to.o = carver.take<float>(slots * o_pitch(cache.dim_v));
     to.offsets = carver.take<float>(V::kGrouped ? slots * kOffsets : 0);
     to.states = carver.take<RowState>(slots);
@@ -198,7 +219,7 @@ class Span {
       for (int u = 0; my_.units[u].count; u ^= 1) {
         const int64_t next = my_.units[u].first + my_.units[u].count;
         locate(next, least(high, next + kUnit), my_.units[u ^ 1]);
-        for (int64_t h = 0; h < cache_.kv_heads; ++h) unit(my_.units[u], my_.units[u ^ 1], h);
+        for (int64_t h = 0; h < cache_.kv_heads; ++h) walk(my_.units[u], my_.units[u ^ 1], h);
       }
     }
     finish(query, out, states);
@@ -259,9 +280,9 @@ class Span {
         }
         const int64_t at = h * plan_.row_slots + r;
         if constexpr (K::kGrouped) {
-          float* to = my_.natural + at * 3 * kDim;
+          float* to = my_.natural + at * 2 * kDim;
           std::memcpy(to, row, kDim * 4);
-          reorder(row, to + kDim, to + 2 * kDim);
+          if constexpr (!K::kWords) reorder(row, to + kDim, nullptr);
         } else {
           alignas(64) float low[kDim], high[kDim];
           reorder(row, low, high);
@@ -271,7 +292,7 @@ class Span {
     }
   }
 
-  // Channels in the order of K's columns: all, or the low and the high halves of pairs.
+  // Channels in the order of K's columns: floats, or the low and the high halves of pairs.
   void reorder(const float* row, float* low, float* high) const {
     for (int64_t at = 0, c = 0; at < q_pitch_; c += K::kBlock)
       for (int j = 0; j < K::kWeights; ++j)
@@ -293,7 +314,7 @@ class Span {
     }
   }
 
-  void unit(const Unit& now, const Unit& next, int64_t h) {
+  void walk(const Unit& now, const Unit& next, int64_t h) {
     const bool last = h + 1 == cache_.kv_heads;
     keys(now, h);
     for (int64_t r = 0; r < rows_; ++r) softmax(now, h, r);
@@ -308,64 +329,81 @@ class Span {
         dots(now, h, r, 0, now.count, q, nullptr);
       }
     } else {
-      alignas(64) float scale[3 * kDim], offset[kDim];
+      alignas(64) float scale[2 * kDim] = {}, offset[kDim] = {};
       for (int64_t i = 0; i < now.count;) {
         const int64_t size = cache_.group_size;
         const int64_t count = least(now.count - i, size - now.row[i] % size);
         const int64_t at = (now.row[i] / size * cache_.kv_heads + h) * cache_.dim;
-        std::memset(scale, 0, sizeof scale);
-        std::memset(offset, 0, sizeof offset);
         to_float(cache_.k_scales + at, Dtype::kFloat16, scale, cache_.dim);
         to_float(cache_.k_offsets + at, Dtype::kFloat16, offset, cache_.dim);
-        reorder(scale, scale + kDim, scale + 2 * kDim);
+        if constexpr (!K::kWords) reorder(scale, scale + kDim, nullptr);
         for (int64_t r = 0; r < rows_; r += kTile) {
           alignas(64) Element q[kTile * kDim];
-          alignas(64) float bias[kTile];
-          for (int64_t t = 0; t < kTile; ++t) {
-            const float* row = my_.natural + (h * plan_.row_slots + r + t) * 3 * kDim;
-            Vf sums = zero();
-            for (int64_t c = 0; c < cache_.dim; c += kLanes)
-              sums = fma(load(row + c), load(offset + c), sums);
-            bias[t] = sum(sums);
-            Element* to = q + t * q_pitch_;
-            for (int64_t a = 0; a < q_pitch_; a += kLanes) {
-              const Vf low = mul(load(row + kDim + a), load(scale + kDim + a));
-#if defined(__AVX512BF16__)
-              if constexpr (K::kPairs) {
-                const Vf high = mul(load(row + 2 * kDim + a), load(scale + 2 * kDim + a));
-                store_dwords(to + a, pair_words(low, high));
-                continue;
-              } else
-#endif
-                store(to + a, low);
-            }
-          }
-          dots(now, h, r, i, count, q, bias);
+          Folded folded;
+          const int64_t rows = rows_ - r <= 2 ? rows_ - r : kTile;
+          for (int64_t t = 0; t < rows; ++t) fold_keys(scale, offset, h, r, t, q, folded);
+          dots(now, h, r, i, count, q, &folded);
         }
         i += count;
       }
     }
   }
 
+  // What a group of K's tokens adds to each row's dots, and what multiplies sums of words.
+  struct Folded {
+    float bias[kTile], unit[kTile];
+  };
+
+  // Row r + t times K's scales and offsets.
+  void fold_keys(const float* scale, const float* offset, int64_t h, int64_t r, int64_t t, Element* q,
+                 Folded& to) const {
+    const float* row = my_.natural + (h * plan_.row_slots + r + t) * 2 * kDim;
+    Element* out = q + t * q_pitch_;
+    Vf bias = zero();
+    for (int64_t c = 0; c < cache_.dim; c += kLanes) bias = fma(load(row + c), load(offset + c), bias);
+    to.bias[t] = sum(bias);
+    if constexpr (K::kWords) {
+#if defined(__AVX512BF16__)
+      alignas(64) float scaled[kDim];
+      const int64_t size = round_up(cache_.dim, K::kBlock);
+      Vf top = zero();
+      for (int64_t c = 0; c < size; c += kLanes) {
+        const Vf x = mul(load(row + c), load(scale + c));
+        store(scaled + c, x);
+        top = maximum(absolute(x), top);
+      }
+      const float largest = largest_lane(top);
+      to.unit[t] = largest * (1 / kWordLargest);
+      const Vf factor = set1(largest > 0 ? kWordLargest / largest : 0);
+      for (int64_t c = 0; c < size; c += K::kBlock) K::put_q(scaled + c, factor, out + c / 2);
+#endif
+    } else {
+      for (int64_t a = 0; a < q_pitch_; a += kLanes)
+        store(out + a, mul(load(row + kDim + a), load(scale + kDim + a)));
+    }
+  }
+
   // s of up to kTile rows from row r on and tokens [from, from + count) of the unit.
   void dots(const Unit& now, int64_t h, int64_t r, int64_t from, int64_t count, const Element* q,
-            const float* bias) {
+            const Folded* folded) {
     const int64_t rows = least(kTile, rows_ - r);
-    if (rows == 1) return dot<1>(now, h, r, from, count, q, bias);
-    if (rows == 2) return dot<2>(now, h, r, from, count, q, bias);
-    dot<4>(now, h, r, from, count, q, bias);
+    if (rows == 1) return dot<1>(now, h, r, from, count, q, folded);
+    if (rows == 2) return dot<2>(now, h, r, from, count, q, folded);
+    dot<4>(now, h, r, from, count, q, folded);
   }
 
   template <int Rows>
   void dot(const Unit& now, int64_t h, int64_t r, int64_t from, int64_t count, const Element* q,
-           const float* bias) {
+           const Folded* folded) {
     constexpr int Tokens = kLanes / Rows;
     const bool ahead = r == 0;
-    Vf plus = zero();
-    if (bias) {
-      alignas(64) float lanes[kLanes];
-      for (int i = 0; i < kLanes; ++i) lanes[i] = bias[i / Tokens];
-      plus = load(lanes);
+    Vf plus = zero(), unit = zero();
+    if constexpr (K::kGrouped) {
+      alignas(64) float biases[kLanes], units[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        biases[i] = folded->bias[i / Tokens], units[i] = folded->unit[i / Tokens];
+      plus = load(biases);
+      unit = load(units);
     }
     for (int64_t t = from; t < from + count; t += Tokens) {
       const char* rows[Tokens];
@@ -375,9 +413,9 @@ class Span {
         rows[i] = now.k[token] + h * k_head_;
         if (ahead) prefetch_row(now.v[token] + h * v_head_, v_bytes_);
       }
-      Vf acc[kLanes];
+      Acc acc[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) acc[i] = zero();
+      for (int i = 0; i < kLanes; ++i) acc[i] = Acc{};
       const Element* x = q;
       auto block = [&](auto load) __attribute__((always_inline)) {
         typename K::Raw raw[Tokens];
@@ -406,7 +444,13 @@ class Span {
         block([&](const char* p) { return reader_.load_block(p + c * K::kBlockBytes); });
       if (rest_) block([&](const char* p) { return reader_.load_part(p + blocks_ * K::kBlockBytes, rest_); });
       alignas(64) float sums[kLanes];
-      store(sums, add(lane_sums(acc), plus));
+      if constexpr (K::kWords) {
+#if defined(__AVX512BF16__)
+        store(sums, fma(_mm512_cvtepi32_ps(lane_sums(acc)), unit, plus));
+#endif
+      } else {
+        store(sums, add(lane_sums(acc), plus));
+      }
 #pragma GCC unroll 4
       for (int row = 0; row < Rows; ++row)
         std::memcpy(my_.s + (r + row) * kPitch + t, sums + row * Tokens, Tokens * 4);
@@ -496,9 +540,10 @@ class Span {
     to_float(offsets, Dtype::kFloat16, to.offset, kUnit * padded_);
   }
 
-  // p of a row times V's scales, in the order of ValueScales: floats [token][padded], or pairs
-  // [pair][padded].
-  void fold(const ValueScales& v, int64_t r, int64_t count, Element* to, float* offsets) const {
+  // p of a row times V's scales, in the order of ValueScales: floats [token][padded], or words of pairs
+  // [pair][padded], whose sums `word` multiplies.
+  void fold_values(const ValueScales& v, int64_t r, int64_t count, Element* to, float* offsets,
+                   float& word) const {
     const float* p = my_.s + r * kPitch;
     const Vf rescale = set1(my_.rescale[r]);
     if (padded_ >= kLanes) {  // a vector holds groups of one token
@@ -520,11 +565,25 @@ class Span {
       const int64_t half = kUnit / 2 * padded_, tokens = 2 * kLanes / padded_;
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / padded_ * 2);
       const Vi even = load_dwords(index), odd = add_dwords(even, set1_dwords(1));
-      for (int64_t t = 0, at = 0; t < count; t += tokens, at += kLanes) {
+      alignas(64) float scaled[kUnit * kMostGroups + 2 * kLanes];
+      Vf top = zero();
+      int64_t end = 0;
+      for (int64_t t = 0; t < count; t += tokens, end += kLanes) {
         const Vf both = load(p + t), low = permute(both, even), high = permute(both, odd);
-        sums = fma(low, load(v.offset + at), sums);
-        sums = fma(high, load(v.offset + half + at), sums);
-        store_dwords(to + at, pair_words(mul(low, load(v.scale + at)), mul(high, load(v.scale + half + at))));
+        sums = fma(low, load(v.offset + end), sums);
+        sums = fma(high, load(v.offset + half + end), sums);
+        const Vf x = mul(low, load(v.scale + end)), y = mul(high, load(v.scale + half + end));
+        store(scaled + 2 * end, x);
+        store(scaled + 2 * end + kLanes, y);
+        top = maximum(y, maximum(x, top));
+      }
+      const float largest = largest_lane(top);
+      word = largest * (1 / kWordLargest);
+      const Vf factor = set1(largest > 0 ? kWordLargest / largest : 0);
+      for (int64_t at = 0; at < end; at += kLanes) {
+        const Vi low = _mm512_cvtps_epi32(mul(load(scaled + 2 * at), factor));
+        const Vi high = _mm512_cvtps_epi32(mul(load(scaled + 2 * at + kLanes), factor));
+        store_dwords(to + at, _mm512_or_si512(low, shift_left<16>(high)));
       }
 #endif
     } else {
@@ -546,11 +605,12 @@ class Span {
       alignas(64) Element p[kTile * (kUnit * kMostGroups + kLanes)];
       const int64_t rows = least(kTile, rows_ - r);
       int64_t pitch = kUnit * kMostGroups + kLanes;
+      float units[kTile];
       const Element* of = p;
       if constexpr (V::kGrouped) {
         for (int64_t i = 0; i < rows; ++i)
-          fold(scales, r + i, now.count, p + i * pitch,
-               my_.offsets + (h * plan_.row_slots + r + i) * kOffsets);
+          fold_values(scales, r + i, now.count, p + i * pitch,
+                      my_.offsets + (h * plan_.row_slots + r + i) * kOffsets, units[i]);
       } else if constexpr (V::kPairs) {
 #if defined(__AVX512BF16__)
         for (int64_t i = 0; i < rows; ++i)
@@ -567,13 +627,13 @@ class Span {
       }
       Ahead next{r == 0 ? ahead : nullptr, ahead_count, ahead_at};
       if (rows == 1) {
-        accumulate<1>(now, h, r, of, pitch, next);
+        accumulate<1>(now, h, r, of, pitch, units, next);
       } else if (rows == 2) {
-        accumulate<2>(now, h, r, of, pitch, next);
+        accumulate<2>(now, h, r, of, pitch, units, next);
       } else if (rows == 3) {
-        accumulate<3>(now, h, r, of, pitch, next);
+        accumulate<3>(now, h, r, of, pitch, units, next);
       } else {
-        accumulate<4>(now, h, r, of, pitch, next);
+        accumulate<4>(now, h, r, of, pitch, units, next);
       }
     }
   }
@@ -584,24 +644,33 @@ class Span {
   };
 
   template <int Rows>
-  void accumulate(const Unit& now, int64_t h, int64_t r, const Element* p, int64_t pitch, const Ahead& next) {
+  void accumulate(const Unit& now, int64_t h, int64_t r, const Element* p, int64_t pitch, const float* units,
+                  const Ahead& next) {
     float* o = my_.o + (h * plan_.row_slots + r) * o_pitch_;
     for (int64_t c = 0; c < cache_.dim_v; c += kStretch) {
       const bool ahead = next.rows && c == 0;
-      Vf acc[Rows][kWide];
+      Acc acc[Rows][kWide];
+      auto before = [&](int row, int v) __attribute__((always_inline)) {
+        return mul(load(o + row * o_pitch_ + c + v * kLanes), set1(my_.rescale[r + row]));
+      };
 #pragma GCC unroll 4
       for (int row = 0; row < Rows; ++row)
 #pragma GCC unroll 4
-        for (int v = 0; v < kWide; ++v)
-          acc[row][v] = mul(load(o + row * o_pitch_ + c + v * kLanes), set1(my_.rescale[r + row]));
+        for (int v = 0; v < kWide; ++v) {
+          if constexpr (V::kWords) {
+            acc[row][v] = Acc{};
+          } else {
+            acc[row][v] = before(row, v);
+          }
+        }
       if constexpr (V::kPairs) {
 #if defined(__AVX512BF16__)
-        constexpr int kWords = kWide / V::kWeights;  // vectors of words in the stretch
+        constexpr int kWords = kWide / V::kValueWeights;  // vectors of words in the stretch
         uint16_t masks[kWords];
         int64_t groups[2 * kWords] = {};
         for (int w = 0; w < kWords; ++w) {
           const int64_t at = c + w * V::kWordChannels,
-                        left = most(0, least(16, (cache_.dim_v - at) / V::kWeights));
+                        left = most(0, least(16, (cache_.dim_v - at) / V::kValueWeights));
           masks[w] = uint16_t((1u << left) - 1);
           if constexpr (V::kGrouped) {
             groups[2 * w] = least(groups_ - 1, at / cache_.channel_group);
@@ -627,17 +696,17 @@ class Span {
               if constexpr (V::kHalves)
                 own[row] = _mm512_mask_set1_epi32(own[row], 0xff00, int(y[groups[2 * kWord + 1]]));
             }
-            unrolled<V::kWeights>([&](auto step) __attribute__((always_inline)) {
-              constexpr int kVec = kWord * V::kWeights + decltype(step)::value;
-              const Vi w = reader_.template weight<decltype(step)::value>(raw);
+            unrolled<V::kValueWeights>([&](auto step) __attribute__((always_inline)) {
+              constexpr int kVec = kWord * V::kValueWeights + decltype(step)::value;
+              const Vi w = reader_.template value_weight<decltype(step)::value>(raw);
 #pragma GCC unroll 4
               for (int row = 0; row < Rows; ++row)
                 acc[row][kVec] = V::accumulate(acc[row][kVec], w, own[row]);
             });
             if constexpr (V::kNans)
               if (any_nan(raw)) [[unlikely]]
-                unrolled<V::kWeights>([&](auto step) {
-                  constexpr int kStep = decltype(step)::value, kVec = kWord * V::kWeights + kStep;
+                unrolled<V::kValueWeights>([&](auto step) {
+                  constexpr int kStep = decltype(step)::value, kVec = kWord * V::kValueWeights + kStep;
                   const Vi one = _mm512_and_si512(shift_right<8 * kStep>(raw), set1_dwords(0x00ff00ff));
                   for (int row = 0; row < Rows; ++row) acc[row][kVec] = add(acc[row][kVec], nan_lanes(one));
                 });
@@ -676,7 +745,16 @@ class Span {
 #pragma GCC unroll 4
       for (int row = 0; row < Rows; ++row)
 #pragma GCC unroll 4
-        for (int v = 0; v < kWide; ++v) store(o + row * o_pitch_ + c + v * kLanes, acc[row][v]);
+        for (int v = 0; v < kWide; ++v) {
+          float* to = o + row * o_pitch_ + c + v * kLanes;
+          if constexpr (V::kWords) {
+#if defined(__AVX512BF16__)
+            store(to, fma(_mm512_cvtepi32_ps(acc[row][v]), set1(units[row]), before(row, v)));
+#endif
+          } else {
+            store(to, acc[row][v]);
+          }
+        }
     }
   }
 
@@ -689,13 +767,14 @@ class Span {
         const float* o = my_.o + slot * o_pitch_;
         float* to = out + at * cache_.dim_v;
         states[at] = my_.states[slot];
-        if constexpr (V::kPairs && V::kWeights > 1) {
-          for (int64_t c = 0, from = 0; c < cache_.dim_v; c += V::kWeights * kLanes)
-            for (int step = 0; step < V::kWeights; ++step, from += kLanes)
-              for (int lane = 0; lane < kLanes; ++lane) {
-                const int64_t channel = c + lane * V::kWeights + step;
-                if (channel < cache_.dim_v) to[channel] = o[from + lane];
-              }
+        constexpr int64_t kWeights = V::kValueWeights;
+        if constexpr (kWeights > 1) {
+          alignas(64) float channels[kDim];
+          for (int64_t c = 0; c < cache_.dim_v; c += kWeights * kLanes)
+            for (int64_t lane = 0; lane < kLanes; ++lane)
+              for (int64_t step = 0; step < kWeights; ++step)
+                channels[c + lane * kWeights + step] = o[c + step * kLanes + lane];
+          std::memcpy(to, channels, size_t(cache_.dim_v) * 4);
         } else {
           std::memcpy(to, o, size_t(cache_.dim_v) * 4);
         }
@@ -703,7 +782,9 @@ class Span {
           const float* sums = my_.offsets + slot * kOffsets;
           float of_group[kMostGroups] = {};
           for (int i = 0; i < kOffsets; ++i) of_group[i % padded_] += sums[i];
-          for (int64_t c = 0; c < cache_.dim_v; ++c) to[c] += of_group[c / cache_.channel_group];
+          for (int64_t g = 0, c = 0; g < groups_; ++g)
+            for (const int64_t end = least(cache_.dim_v, c + cache_.channel_group); c < end; ++c)
+              to[c] += of_group[g];
         }
         if (cache_.v_head_scales && !tail_)
           for (int64_t c = 0; c < cache_.dim_v; ++c) to[c] *= cache_.v_head_scales[h];
@@ -731,22 +812,21 @@ void with_dense(Dtype dtype, F f) {
 
 template <class F>
 void with_reader(CacheFormat format, Dtype dtype, F f) {
-  auto codes = [&](auto code) {
-    using Code = decltype(code);
 #if defined(__AVX512BF16__)
-    if (dtype == Dtype::kBfloat16) return f(CodePairs<Code>{});
+  if (format == CacheFormat::kFp8 && dtype == Dtype::kBfloat16) return f(Fp8Pairs{});
+  // 16 bits of a query are more than float16 has
+  if (format == CacheFormat::kInt8 && dtype != Dtype::kFloat32) return f(CodeWords<8>{});
+  if (format == CacheFormat::kInt4 && dtype != Dtype::kFloat32) return f(CodeWords<4>{});
 #endif
-    f(CodeFloats<Code>{});
-  };
   switch (format) {
     case CacheFormat::kNone:
       return with_dense(dtype, f);
     case CacheFormat::kFp8:
-      return codes(E4m3Code(plain_codes()));
+      return f(CodeFloats<E4m3Code>{});
     case CacheFormat::kInt8:
-      return codes(ByteCode<false>(plain_codes()));
+      return f(CodeFloats<ByteCode<false>>{});
     case CacheFormat::kInt4:
-      return codes(NibbleCode<false>(plain_codes()));
+      return f(CodeFloats<NibbleCode<false>>{});
   }
 }
 
