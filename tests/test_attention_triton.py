@@ -1,0 +1,153 @@
+"""What is the Triton backend's own: its loops over many tiles, its addresses, what it compiles, and random
+draws of features on a GPU; of fewer kinds on the simulator, where every kind is minutes of compilation."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from backends import Target, targets
+from bitfuse.attention_args import AttentionArgs
+from bitfuse.ops.attention import Wanted, _reference, _reference_backward, attention_backward, attention_op
+from test_attention import DRAWS, KINDS, Errors, check, kind
+
+pytest.importorskip("triton")
+from bitfuse.kernels import attention as backend
+from bitfuse.kernels import attention_backward as backward
+from bitfuse.kernels import lowbit_linear
+
+TARGETS = pytest.mark.parametrize("target", targets("triton"), ids=str)
+# of the kinds of test_attention.py, on the simulator: together every feature and dtype
+DRAWN = {80: (3, 5, 13, 15), 90: (2, 4, 8, 19)}
+
+
+def drawn() -> list[Any]:
+    """Each target with each of its kinds."""
+    return [
+        pytest.param(target, of_kind, id=f"{target}-{of_kind}")
+        for target in targets("triton")
+        for of_kind in (DRAWN[target.sm] if target.sm else range(KINDS))
+    ]
+
+
+@pytest.mark.parametrize(("target", "of_kind"), drawn())
+def test_draws(target: Target, of_kind: int) -> None:
+    """On a GPU all 500 draws; on the simulator 80: the first ten of eight kinds."""
+    errors = Errors()
+    for number in range(of_kind, DRAWS if not target.sm else 10 * KINDS, KINDS):
+        check(target, number, True, errors)
+    errors.check(str(kind(of_kind)))
+
+
+def compare(
+    target: Target, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs, what: str
+) -> None:
+    """Both directions against float64."""
+    errors = Errors()
+    exact, plain = [t.double().cpu() for t in (q, k, v)], [t.cpu() for t in (q, k, v)]
+    out, lse = target.run(attention_op, q, k, v, a)
+    wanted, wanted_lse = _reference(*exact, a)
+    plain_out, plain_lse = _reference(*plain, a)
+    errors.add("out", out, wanted, plain_out)
+    errors.add("lse", lse, wanted_lse, plain_lse)
+    (grad,) = target.place(torch.randn(*out.shape).to(q.dtype))
+    made = target.run(attention_backward, grad, None, q, k, v, out, lse, a, Wanted(), True)
+    of_exact = _reference_backward(grad.double().cpu(), None, *exact, wanted, wanted_lse, a, Wanted(), True)
+    of_plain = _reference_backward(grad.cpu(), None, *plain, plain_out, plain_lse, a, Wanted(), True)
+    for name, one, e, p in zip("qkv", made, of_exact, of_plain, strict=False):
+        errors.add(f"gradient of {name}", one, e, p)
+    errors.check(what)
+
+
+@TARGETS
+def test_many_tiles(target: Target) -> None:
+    """Edges of the window on both sides of tiles that are seen whole, all of one group's heads; 300 keys are
+    three tiles of the widest."""
+    q, k, v = target.place(*(torch.randn(1, n, h, 64).bfloat16() for n, h in ((200, 2), (300, 1), (300, 1))))
+    for left, right in ((-1, -1), (-1, 0), (230, 30)):
+        compare(target, q, k, v, AttentionArgs(0.125, left, right), f"window {left, right}")
+
+
+@TARGETS
+def test_scale_of_zero_and_below(target: Target) -> None:
+    """A maximum of scaled logits is the scaled maximum of a positive scale alone."""
+    q, k, v = target.place(*(torch.randn(1, 20, 1, 16).half() for _ in range(3)))
+    for scale in (0.0, -0.3):
+        compare(target, q, k, v, AttentionArgs(scale, -1, 0), f"scale {scale}")
+
+
+@TARGETS
+def test_far_addresses(target: Target) -> None:
+    """Batches, heads and rows more than 2**31 elements apart."""
+    far = 2**31 + 8
+    room = torch.empty(far + 16 * 4096 + 64, dtype=torch.float16, device=target.device)
+    for strides in ((far, 64, 16, 1), (16, 64, far, 1)):
+        tensors = []
+        for begin in range(0, 48, 16):
+            t = room[begin:].as_strided((2, 9, 2, 16), strides) if strides[0] == far else None
+            t = room[begin:].as_strided((1, 9, 2, 16), strides) if t is None else t
+            tensors.append(t.copy_(torch.randn(t.shape)))
+        compare(target, *tensors, AttentionArgs(0.25, -1, 0), f"strides {strides}")  # type: ignore[misc]
+
+
+@TARGETS
+def test_what_it_compiles(target: Target) -> None:
+    """The tensor cores' own instructions, 16 bytes a copy, and nothing in local memory."""
+    lowbit_linear._handles.clear()
+    q, k, v = target.place(*(torch.randn(1, 70, 1, 64).half() for _ in range(3)))
+    a = AttentionArgs(0.125, -1, 0)
+    out, lse = target.run(attention_op, q, k, v, a)
+    target.run(attention_backward, out, None, q, k, v, out, lse, a, Wanted(), True)
+    capability = target.sm or 10 * torch.cuda.get_device_capability()[0]
+    matmul = "wgmma.mma_async" if capability == 90 else "mma.sync"
+    handles = [handle for own in lowbit_linear._handles.values() for handle in own.values()]
+    assert len(handles) == 4  # forward, delta, queries, keys
+    for handle in handles:
+        ptx = handle.asm["ptx"]
+        assert ".local" not in ptx
+        if "delta" not in handle.metadata.name:
+            assert matmul in ptx
+            wide = re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x(\w+)", ptx)
+            assert wide and set(wide) <= {"10"}, set(wide)
+
+
+def test_the_table_of_tiles() -> None:
+    """The tiles that a program keeps in shared memory, and those on their way, fit it. A wgmma reads the last
+    stage where it lies; mma.sync has it in registers by then, and needs no room for it."""
+    for capability, most in ((80, 163), (86, 99), (89, 99), (90, 227), (120, 99)):
+        for dim in (16, 64, 128, 256):
+            for plain in (True, False):
+                for sq in (1, 64, 65, 4096):
+                    c = backend.choose(sq, dim, 2, capability, plain)
+                    there = c.stages if capability in backend.WGMMA else max(1, c.stages - 1)
+                    assert 2 * dim * (c.tile_m + 2 * there * c.tile_n) <= most << 10
+                for kernel in ("keys", "queries", "bias"):
+                    c = backward.choose(kernel, dim, 2, capability, plain)
+                    there = c.stages if capability in backend.WGMMA else max(1, c.stages - 1)
+                    own, other = (c.tile_n, c.tile_m) if kernel == "keys" else (c.tile_m, c.tile_n)
+                    assert 4 * dim * (own + there * other) <= most << 10, (kernel, capability, dim, c)
+
+
+def test_reasons() -> None:
+    target = targets("triton")[0]
+    (q,) = target.place(torch.randn(1, 2, 1, 16))
+    assert backend.supports(q, q, q, AttentionArgs(1.0)) is None
+    long = q.as_strided((1, 2**29, 1, 16), (0, 0, 0, 1))
+    assert backend.supports(q, long, long, AttentionArgs(1.0)) == (
+        "536870912 queries or keys are more than 2**29 - 1"
+    )
+
+
+def test_without_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from bitfuse.kernels import attention_backward as backend\n"
+        "from bitfuse.kernels.attention import supports; from bitfuse.attention_args import AttentionArgs\n"
+        "x = torch.zeros(1, 2, 1, 8); print(supports(x, x, x, AttentionArgs(1.0)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "triton is not installed"
