@@ -40,7 +40,7 @@ SDPA: list[tuple[Shape, Shape, Shape, str, Shape, dict[str, Any]]] = [
 def test_sdpa_is_torch_s(number: int, dtype: torch.dtype) -> None:
     torch.manual_seed(number)
     *sizes, kind, shape, options = SDPA[number]
-    tensors = {
+    tensors: dict[str, Any] = {
         n: torch.randn(s).to(dtype).requires_grad_()
         for n, s in zip(("query", "key", "value"), sizes, strict=True)
     }
@@ -48,14 +48,14 @@ def test_sdpa_is_torch_s(number: int, dtype: torch.dtype) -> None:
         tensors["attn_mask"] = torch.rand(shape) < 0.7
     elif kind == "f":
         tensors["attn_mask"] = torch.randn(shape).to(dtype).requires_grad_()
-    exact = {
+    exact: dict[str, Any] = {
         n: t.detach().double().requires_grad_() if t.is_floating_point() else t for n, t in tensors.items()
     }
     y, wanted = bitfuse.scaled_dot_product_attention(**tensors, **options), torch_sdpa(**exact, **options)
     assert_accurate(y.detach(), wanted.detach(), torch_sdpa(**tensors, **options).detach(), "output")
     grad = torch.randn(y.shape).to(dtype)
 
-    def gradients(y: torch.Tensor, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def gradients(y: torch.Tensor, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(y, [t for t in given.values() if t.requires_grad], grad.to(y.dtype))
 
     got, of_exact = gradients(y, tensors), gradients(wanted, exact)
@@ -121,3 +121,130 @@ def test_sdpa_compiles_and_explains() -> None:
     mask = torch.rand(2, 1, 7, 7) < 0.7
     assert torch.equal(compiled(q, q, q, mask), bitfuse.scaled_dot_product_attention(q, q, q, mask))
     assert bitfuse.explain(bitfuse.scaled_dot_product_attention, q, q, q, is_causal=True).op == "attention"
+
+
+# transformers
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": dict(num_key_value_heads=2),
+    "Mistral": dict(num_key_value_heads=2, sliding_window=5),
+    "Gemma2": dict(num_key_value_heads=2, head_dim=16, sliding_window=6, attn_logit_softcapping=2.0),
+    "GptOss": dict(
+        num_key_value_heads=2, head_dim=16, sliding_window=6, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "Bert": {},
+}
+
+
+def small_model(name: str) -> Any:
+    import transformers
+
+    bitfuse.integrations.transformers.register()
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES | MODELS[name])
+    kind = "ForMaskedLM" if name == "Bert" else "ForCausalLM"
+    model = getattr(transformers, name + kind)(config).eval()
+    for parameter_name, p in model.named_parameters():
+        if p.dim() > 1 or "sinks" in parameter_name:  # larger than at the start, for scores that matter
+            torch.nn.init.normal_(p, std=0.5 if "sinks" in parameter_name else 0.15)
+    return model
+
+
+def tokens(padding: str) -> dict[str, torch.Tensor]:
+    ids, mask = torch.randint(2, 97, (3, 11)), torch.ones(3, 11, dtype=torch.int64)
+    for row, length in enumerate((0, 3, 8) if padding else ()):
+        mask[row, slice(length) if padding == "left" else slice(11 - length, None)] = 0
+    return dict(input_ids=ids * mask, attention_mask=mask)
+
+
+@pytest.mark.parametrize("padding", ("", "left", "right"))
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_models(name: str, padding: str) -> None:
+    model, given = small_model(name), tokens(padding)
+    real = given["attention_mask"].bool()
+    found: dict[str, list[torch.Tensor]] = {}
+    peers = ("bitfuse", "eager") if name in ("Gemma2", "GptOss") else ("bitfuse", "eager", "sdpa")
+    for implementation in peers:
+        model.set_attn_implementation(implementation)
+        logits = model(**given).logits[real]
+        gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()), allow_unused=True)
+        found[implementation] = [logits, *(g for g in gradients if g is not None)]
+    for implementation in peers[1:]:
+        wanted = found[implementation]
+        # of all gradients: that of BERT's key biases is 0 but for rounding
+        scale = max(float(g.abs().max()) for g in wanted[1:])
+        torch.testing.assert_close(found["bitfuse"][0], wanted[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["bitfuse"][1:], wanted[1:], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "Bert"])
+def test_transformers_generate(name: str, cache: str) -> None:
+    model, given = small_model(name), tokens("left")
+    found = {}
+    for implementation in ("bitfuse", "eager"):
+        model.set_attn_implementation(implementation)
+        options = dict(max_new_tokens=8, do_sample=False, cache_implementation=cache, disable_compile=True)
+        found[implementation] = model.generate(**given, **options)
+    assert torch.equal(found["bitfuse"], found["eager"])
+
+
+def test_transformers_mask_is_not_lost() -> None:
+    """No mask tensor for a causal model without padding; a change of what padding hides changes nothing."""
+    model = small_model("Llama")
+    seen: list[Any] = []
+    model.set_attn_implementation("bitfuse")
+    forward = bitfuse.integrations.transformers.attention_forward
+
+    def spy(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
+        seen.append(mask)
+        return forward(module, q, k, v, mask, **options)
+
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("bitfuse", spy)
+    try:
+        model(**tokens(""))
+        assert seen == [None, None]
+        given = tokens("left")
+        first = model(**given).logits
+        assert seen[-1].dtype == torch.bool and seen[-1].shape == (3, 1, 11, 11)
+    finally:
+        bitfuse.integrations.transformers.register()
+    real = given["attention_mask"].bool()
+    given["input_ids"] = torch.where(real, given["input_ids"], 5)
+    assert torch.equal(model(**given).logits[real], first[real])
+
+
+def test_transformers_dropout_is_of_the_seed() -> None:
+    model, given = small_model("Llama").train(), tokens("")
+    model.set_attn_implementation("bitfuse")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    made = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        made.append(model(**given).logits)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_transformers_packaged_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    from bitfuse.demo.embedder import find_model
+
+    bitfuse.integrations.transformers.register()
+    folder = find_model()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval().float()
+    given = tokenizer(["a cat sat on the mat", "rain"], padding=True, return_tensors="pt")
+    real, made = given["attention_mask"].bool(), {}
+    for implementation in ("bitfuse", "sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            made[implementation] = model(**given).last_hidden_state[real]
+    for peer in ("sdpa", "eager"):
+        torch.testing.assert_close(made["bitfuse"], made[peer], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,107 @@
+"""bitfuse's attention in transformers' models, as the attention implementation named "bitfuse"."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from ..attention_args import AttentionArgs
+from ..ops.attention import apply_attention
+from ..ops.lora_linear import new_seed
+
+NAME = "bitfuse"
+log = logging.getLogger("bitfuse")
+
+
+def register() -> None:
+    """Make transformers know `attn_implementation="bitfuse"` and `model.set_attn_implementation("bitfuse")`.
+
+    The attention and its mask are registered both: without the second a model hands down no mask at all. A
+    causal model without padding gets no mask tensor; padding, a sliding window that is shorter than the keys,
+    chunks and packed sequences are a bool mask, one for all heads. Softcaps (Gemma 2), sinks (gpt-oss),
+    position biases (T5), grouped heads and dropout are served.
+
+    A query that sees no key, as padding may be, gives 0. Attention weights are never made: models that are
+    asked for them return None in their place.
+
+    Raises:
+        ImportError: transformers is not installed, or has no AttentionInterface (before 4.54).
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    # torch's own: a bool mask, or None where top-left causality, or no mask at all, says the same
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@functools.cache
+def _tell_no_weights() -> None:
+    log.warning('attn_implementation "bitfuse" makes no attention weights; "eager" does')
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in a model's attention.
+
+    Args:
+        module: the layer; its `is_causal` holds where `is_causal` is None.
+        query: [batch, heads, seqlen_q, head_dim].
+        key, value: [batch, kv_heads, seqlen_k, head_dim] and [..., head_dim_v].
+        attention_mask: bool or float [batch or 1, heads or 1, seqlen_q or 1, seqlen_k]; None is causal
+            (top-left) for a causal layer and more than one query.
+        position_bias: added to the scores, [batch or 1, heads or 1, seqlen_q or 1, seqlen_k].
+        softcap: `bitfuse.attention`'s.
+        s_aux: [heads]: sinks.
+
+    Returns:
+        [batch, seqlen_q, heads, head_dim_v], and None in place of the weights.
+
+    Raises:
+        ValueError: a paged cache of continuous batching is handed down.
+        TypeError, ValueError: as `bitfuse.attention`.
+    """
+    if kwargs.get("cache") is not None:
+        raise ValueError(
+            f"cache is a {type(kwargs['cache']).__name__}, expected None: continuous batching is not served"
+        )
+    if kwargs.get("output_attentions"):
+        _tell_no_weights()
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    bias = attention_mask
+    if position_bias is not None:
+        if attention_mask is None:
+            bias = position_bias
+        elif attention_mask.dtype == torch.bool:
+            bias = position_bias.masked_fill(~attention_mask, float("-inf"))
+        else:
+            bias = position_bias + attention_mask
+    args = AttentionArgs(
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        right=0 if causal else -1,
+        top_left=causal,
+        softcap=float(softcap or 0.0),
+        dropout_p=float(dropout),
+        seed=new_seed(query) if dropout else None,
+        bias=bias,
+        sinks=None if s_aux is None else s_aux.float(),
+    )
+    out, _ = apply_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), args, True)
+    return out, None
