@@ -186,19 +186,18 @@ class Forward {
     const AttentionSequence& s = call_.sequences[task.batch];
     const int64_t group = scores_.group(), rows = s.q_length * group, tiles = ceil_div(rows, kWidth);
     const Range mine = share(tiles, task.group, groups(s));
-    const int64_t head = task.kv_head * group, of_q = call_.packed ? 0 : task.batch;
+    const int64_t of_q = call_.packed ? 0 : task.batch;
     for (int64_t t = mine.begin; t < mine.end; ++t) {
       State& state = my.states[t - mine.begin];
       const int64_t row = t * kWidth, count = least(kWidth, rows - row);
       scores_.set_lanes(task.batch, task.kv_head, s, row, count, state.lanes);
-      for (int64_t lane = 0; lane < kWidth; ++lane) {
-        const int64_t of = (row + lane) % group;
-        state.most[lane] = call_.sinks ? call_.sinks[head + of] : -kInfinity;
+      for (int lane = 0; lane < state.lanes.vecs * kLanes; ++lane) {
+        state.most[lane] = call_.sinks ? call_.sinks[state.lanes.head[lane]] : -kInfinity;
         state.sums[lane] = state.most[lane] == -kInfinity ? 0 : 1;
       }
       state.begun = false;
       auto query = [&](int64_t r) {
-        return row_of<Type>(call_.q, of_q, s.q_begin + (row + r) / group, head + (row + r) % group);
+        return row_of<Type>(call_.q, of_q, state.lanes.query[r], state.lanes.head[r]);
       };
       pack_natural<Dot, Elements>(query, count, call_.dim, my.natural);
       turn(my.natural, count, k_pitch_, words_, state.lanes.vecs, my.panels + (t - mine.begin) * panel_size_);
@@ -210,7 +209,7 @@ class Forward {
     segment(s, my, mine.end - mine.begin, scores_.visible(s, first.first, last.last), true, task.kv_head,
             of_q, s.k_begin, call_.k, call_.v);
     for (int64_t t = mine.begin; t < mine.end; ++t)
-      finish(my.states[t - mine.begin], my.outs + (t - mine.begin) * out_size_, s, of_q, task, t * kWidth);
+      finish(my.states[t - mine.begin], my.outs + (t - mine.begin) * out_size_, of_q);
   }
 
   // Keys `keys` of the prefix or of the sequence, chunk by chunk.
@@ -261,22 +260,19 @@ class Forward {
     state.begun = true;
   }
 
-  void finish(State& state, float* out, const AttentionSequence& s, int64_t batch, const Task& task,
-              int64_t row) const {
+  void finish(State& state, float* out, int64_t batch) const {
     const Lanes& lanes = state.lanes;
     alignas(64) float inverse[kWidth];
-    for (int64_t lane = 0; lane < kWidth; ++lane) {
+    for (int64_t lane = 0; lane < lanes.count; ++lane) {
       const float sum = state.sums[lane];
       inverse[lane] = sum != 0 ? scores_.keep_scale() / sum : 0;
-      if (lane < lanes.count)
-        call_.lse[lanes.place[lane]] =
-            sum != 0 ? float(state.most[lane] + __builtin_log(double(sum))) : -kInfinity;
+      call_.lse[lanes.place[lane]] =
+          sum != 0 ? float(state.most[lane] + __builtin_log(double(sum))) : -kInfinity;
     }
     if (!state.begun) std::memset(out, 0, size_t(out_size_) * 4);
-    const int64_t group = scores_.group();
     write_turned<Elements>(out, call_.dim_v, lanes.count, lanes.vecs, inverse, [&](int64_t r) {
-      const int64_t i = s.q_begin + (row + r) / group, h = task.kv_head * group + (row + r) % group;
-      return static_cast<Type*>(call_.out) + ((batch * call_.rows + i) * call_.heads + h) * call_.dim_v;
+      const int64_t row = batch * call_.rows + lanes.query[r];
+      return static_cast<Type*>(call_.out) + (row * call_.heads + lanes.head[r]) * call_.dim_v;
     });
   }
 

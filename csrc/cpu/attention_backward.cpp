@@ -205,13 +205,11 @@ class Backward {
   void set_tile(int64_t batch, int64_t kv_head, int64_t row, int64_t count, const Space& my, State& state,
                 uint32_t* to, bool turned) const {
     const AttentionSequence& s = call_.sequences[batch];
-    const int64_t group = scores_.group(), of = call_.packed ? 0 : batch;
+    const int64_t of = call_.packed ? 0 : batch;
     Lanes& lanes = state.lanes;
     scores_.set_lanes(batch, kv_head, s, row, count, lanes);
     auto of_view = [&](const HeadsView& view) {
-      return [&view, &s, group, of, row, kv_head](int64_t r) {
-        return row_of<Type>(view, of, s.q_begin + (row + r) / group, kv_head * group + (row + r) % group);
-      };
+      return [&view, &lanes, of](int64_t r) { return row_of<Type>(view, of, lanes.query[r], lanes.head[r]); };
     };
     const auto q = of_view(call_.q), grad = of_view(call_.grad), out = of_view(call_.output);
     pack_natural<Dot, Elements>(q, count, call_.dim, my.staged);
@@ -307,7 +305,7 @@ class Backward {
       segment(s, my, tiles, scores_.visible(s, my.states[0].lanes.first, my.states[tiles - 1].lanes.last),
               true, kv_head, of, s.k_begin, call_.k, call_.v, totals + prefix_ * (turned_ + turned_v_));
       if (call_.grad_sinks)
-        for (int64_t t = 0; t < tiles; ++t) add_sinks(my.states[t], (begin + t) * kWidth, kv_head, sinks);
+        for (int64_t t = 0; t < tiles; ++t) add_sinks(my.states[t], kv_head, sinks);
       if (!call_.grad_q) continue;
       alignas(64) float factor[kWidth];
       for (float& f : factor) f = call_.scale;
@@ -315,9 +313,8 @@ class Backward {
         const Lanes& lanes = my.states[t].lanes;
         write_turned<Elements>(
             my.dq + t * turned_ * kWidth, call_.dim, lanes.count, lanes.vecs, factor, [&](int64_t r) {
-              const int64_t at = (begin + t) * kWidth + r;
-              const int64_t i = s.q_begin + at / group, h = kv_head * group + at % group;
-              return static_cast<Type*>(call_.grad_q) + ((of * call_.rows + i) * call_.heads + h) * call_.dim;
+              const int64_t row = of * call_.rows + lanes.query[r];
+              return static_cast<Type*>(call_.grad_q) + (row * call_.heads + lanes.head[r]) * call_.dim;
             });
       }
     }
@@ -372,13 +369,12 @@ class Backward {
                           row_words, to + i, to_stride, Into::kAdd);
   }
 
-  void add_sinks(const State& state, int64_t row, int64_t kv_head, double* sinks) const {
-    const int64_t group = scores_.group();
-    for (int64_t lane = 0; lane < state.lanes.count; ++lane) {
-      const int64_t g = (row + lane) % group;
-      const double p = __builtin_exp(double(call_.sinks[kv_head * group + g]) - double(state.lse[lane]));
-      const float of_lse = call_.grad_lse ? call_.grad_lse[state.lanes.place[lane]] : 0;
-      sinks[g] += p * (double(state.dots[lane]) - double(of_lse));
+  void add_sinks(const State& state, int64_t kv_head, double* sinks) const {
+    const Lanes& lanes = state.lanes;
+    for (int64_t lane = 0; lane < lanes.count; ++lane) {
+      const double p = __builtin_exp(double(call_.sinks[lanes.head[lane]]) - double(state.lse[lane]));
+      const float of_lse = call_.grad_lse ? call_.grad_lse[lanes.place[lane]] : 0;
+      sinks[lanes.head[lane] - kv_head * scores_.group()] += p * (double(state.dots[lane]) - double(of_lse));
     }
   }
 
@@ -499,7 +495,8 @@ class Backward {
               turned[n] = i + n < block.count ? load_dwords(my.dp + (i + n) * width + v) : set1_dwords(0);
             transpose(turned);
             for (int64_t lane = 0; lane < least(kLanes, lanes.count - v); ++lane) {
-              float* to = row((r + v + lane) / group, (r + v + lane) % group) + (each ? at + i : 0);
+              float* to =
+                  row(lanes.query[v + lane], lanes.head[v + lane] - kv_head * group) + (each ? at + i : 0);
               store(to, add(load(to), as_float(turned[lane])));
             }
           }

@@ -66,10 +66,11 @@ BITFUSE_INLINE Tanh tanh_of(Vf x) {
 struct Lanes {
   int64_t count, first, last;  // rows; positions of the first's query and the last's
   int vecs;
-  alignas(64) float offset[kWidth];    // of the query from the first
-  alignas(64) float slope[kWidth];     // ALiBi's
-  alignas(64) uint32_t hash[kWidth];   // of a row in the dropout mask
-  alignas(64) uint32_t other[kWidth];  // its second
+  alignas(64) float offset[kWidth];     // of the query from the first
+  alignas(64) float slope[kWidth];      // ALiBi's
+  alignas(64) uint32_t hash[kWidth];    // of a row in the dropout mask
+  alignas(64) uint32_t other[kWidth];   // its second
+  int64_t query[kWidth], head[kWidth];  // of q's tensor
   const char* bias[kWidth];
   int64_t place[kWidth];  // in lse
 };
@@ -103,6 +104,8 @@ class Scores {
     int64_t i = to.first, g = row % group_;
     for (int64_t lane = 0; lane < to.vecs * kLanes; ++lane) {
       const int64_t head = kv_head * group_ + g;
+      to.query[lane] = s.q_begin + i;
+      to.head[lane] = head;
       to.offset[lane] = float(i - to.first);
       to.place[lane] = ((call_.packed ? 0 : batch * call_.heads) + head) * call_.rows + s.q_begin + i;
       if (call_.alibi) to.slope[lane] = call_.alibi[batch * call_.alibi_batch + head];

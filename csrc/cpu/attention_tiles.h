@@ -181,12 +181,20 @@ BITFUSE_INLINE Vi load_words(const typename Elements::Type* p, int64_t at, int64
     return as_dwords(load_row<Elements>(p, at, dim));
 }
 
+// Rows of one head lie apart, where no prefetcher of the machine finds them.
+constexpr int64_t kPrefetchRows = 16;
+template <class Type>
+BITFUSE_INLINE void prefetch_row(const Type* p, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += int64_t(64 / sizeof(Type))) __builtin_prefetch(p + i);
+}
+
 // to[rows rounded up to even][natural_pitch(dim)]; row(r) is the address of row r.
 template <class Dot, class Elements, class Row>
 BITFUSE_INLINE void pack_natural(Row row, int64_t rows, int64_t dim, uint32_t* to) {
   const int64_t pitch = natural_pitch<Dot>(dim);
   for (int64_t r = 0; r < rows; ++r, to += pitch) {
     const typename Elements::Type* p = row(r);
+    if (r + kPrefetchRows < rows) prefetch_row(row(r + kPrefetchRows), dim);
     for (int64_t i = 0; i < pitch; i += kLanes)
       store_dwords(to + i, load_words<Dot, Elements>(p, i * Dot::kDepth, dim));
   }
@@ -200,6 +208,8 @@ BITFUSE_INLINE void pack_turned(Row row, int64_t rows, int64_t dim, int64_t from
                                 uint32_t* to) {
   for (int64_t r = 0; r < rows; r += Dot::kDepth, to += width) {
     const typename Elements::Type* p = row(r);
+    for (int64_t i = r + kPrefetchRows; i < least(rows, r + kPrefetchRows + Dot::kDepth); ++i)
+      prefetch_row(row(i), dim);
 #if defined(__AVX512BF16__)
     if constexpr (Dot::kDepth == 2) {
       const typename Elements::Type* next = r + 1 < rows ? row(r + 1) : nullptr;
