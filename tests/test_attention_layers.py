@@ -248,3 +248,139 @@ def test_transformers_packaged_model() -> None:
             made[implementation] = model(**given).last_hidden_state[real]
     for peer in ("sdpa", "eager"):
         torch.testing.assert_close(made["bitfuse"], made[peer], rtol=1e-4, atol=1e-5)
+
+
+# flash-attn
+
+
+def plainly(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """[batch, seq, heads, dim] in float32, written out, aligned bottom-right."""
+    sq, sk, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    d = torch.arange(sk) - torch.arange(sq).unsqueeze(1) - (sk - sq)
+    seen = torch.ones(sq, sk, dtype=torch.bool)
+    if causal:
+        seen &= d <= 0
+    if window[0] >= 0:
+        seen &= d >= -window[0]
+    if window[1] >= 0:
+        seen &= d <= window[1]
+    q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    return torch_sdpa(q, k, v, attn_mask=seen).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window"), ((False, (-1, -1)), (True, (-1, -1)), (True, (3, 0)), (False, (2, 4)))
+)
+def test_flash_attn_functions(causal: bool, window: tuple[int, int]) -> None:
+    f = bitfuse.compat.flash_attn
+    options: dict[str, Any] = dict(causal=causal, window_size=window)
+    seen: dict[str, Any] = dict(causal=causal, window=window)
+    q, kv = torch.randn(2, 7, 4, 16), torch.randn(2, 9, 2, 2, 16)
+    k, v = kv.unbind(2)
+    wanted = plainly(q, k, v, **seen)
+    torch.testing.assert_close(f.flash_attn_func(q, k, v, **options), wanted)
+    torch.testing.assert_close(f.flash_attn_kvpacked_func(q, kv, **options), wanted)
+    out, lse, probabilities = f.flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    torch.testing.assert_close(out, wanted)
+    assert lse.shape == (2, 4, 7) and lse.dtype == torch.float32 and probabilities is None
+
+    qkv = torch.randn(2, 8, 3, 4, 16, requires_grad=True)
+    y, wanted = f.flash_attn_qkvpacked_func(qkv, **options), plainly(*qkv.unbind(2), **seen)
+    torch.testing.assert_close(y, wanted)
+    (got,), (expected,) = (torch.autograd.grad(t.square().sum(), qkv) for t in (y, wanted))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+    packed, edges = torch.randn(12, 3, 4, 16), torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    alone = [plainly(*packed[None, a:b].unbind(2), **seen)[0] for a, b in ((0, 5), (5, 12))]
+    of_qkv = f.flash_attn_varlen_qkvpacked_func(packed, edges, 7, **options)
+    torch.testing.assert_close(of_qkv, torch.cat(alone))
+    q, kv = packed[:, 0], packed[:, 1:]
+    of_kv = f.flash_attn_varlen_kvpacked_func(q, kv, edges, edges, 7, 7, **options)
+    assert torch.equal(of_kv, of_qkv)
+    out, lse, _ = f.flash_attn_varlen_func(
+        q, kv[:, 0], kv[:, 1], edges, edges, 7, 7, return_attn_probs=True, **options
+    )
+    assert torch.equal(out, of_qkv) and lse.shape == (4, 12)
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pairs of neighbours, turned by the angles of their positions [batch, seq]."""
+    half = cos.shape[1]
+    c, s = (t[positions.long()].unsqueeze(2) for t in (cos, sin))
+    a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    return torch.cat([torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2), x[..., 2 * half :]], -1)
+
+
+@pytest.mark.parametrize("paged", (False, True))
+@pytest.mark.parametrize(
+    ("queries", "new", "causal", "window"),
+    (
+        (1, 1, True, (-1, -1)),
+        (3, 3, True, (-1, -1)),
+        (3, 3, False, (-1, -1)),
+        (2, 4, True, (-1, -1)),
+        (2, 4, False, (3, 3)),
+    ),
+)
+def test_flash_attn_with_kvcache(
+    queries: int, new: int, causal: bool, window: tuple[int, int], paged: bool
+) -> None:
+    lengths = torch.tensor([5, 0, 11], dtype=torch.int32)
+    k_cache, v_cache = torch.randn(3, 16, 2, 16), torch.randn(3, 16, 2, 16)
+    q, k, v = torch.randn(3, queries, 4, 16), torch.randn(3, new, 2, 16), torch.randn(3, new, 2, 16)
+    angles = torch.randn(32, 6)
+    cos, sin = angles.cos(), angles.sin()
+    steps = torch.arange(queries) if causal or window != (-1, -1) else torch.zeros(queries, dtype=torch.int64)
+    turned_q = turned(q, cos, sin, lengths.unsqueeze(1) + steps)
+    turned_k = turned(k, cos, sin, lengths.unsqueeze(1) + torch.arange(new))
+    wanted = []
+    for b, n in enumerate(lengths.tolist()):
+        keys, values = (torch.cat([c[b, :n], t[b]])[None] for c, t in ((k_cache, turned_k), (v_cache, v)))
+        wanted.append(plainly(turned_q[b : b + 1], keys, values, causal=causal, window=window))
+    given: dict[str, Any] = dict(k=k, v=v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lengths)
+    caches = [k_cache.clone(), v_cache.clone()]
+    if paged:
+        order = torch.randperm(12)
+        given["block_table"] = order.argsort().view(3, 4).int()
+        caches = [c.view(12, 4, 2, 16)[order].contiguous() for c in caches]
+    out, lse = bitfuse.compat.flash_attn.flash_attn_with_kvcache(
+        q, caches[0], caches[1], causal=causal, window_size=window, return_softmax_lse=True, **given
+    )
+    torch.testing.assert_close(out, torch.cat(wanted))
+    assert lse.shape == (3, 4, queries)
+    written = caches[0] if not paged else caches[0][given["block_table"].long()].view(3, 16, 2, 16)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(written[b, n : n + new], turned_k[b])
+        assert torch.equal(written[b, :n], k_cache[b, :n])
+
+
+def test_flash_attn_with_kvcache_without_new_keys() -> None:
+    f = bitfuse.compat.flash_attn.flash_attn_with_kvcache
+    q, cache = torch.randn(2, 1, 4, 16), torch.randn(2, 16, 2, 16)
+    torch.testing.assert_close(f(q, cache, cache), plainly(q, cache, cache))
+    torch.testing.assert_close(f(q, cache, cache, cache_seqlens=9), plainly(q, cache[:, :9], cache[:, :9]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    (
+        (dict(cache_batch_idx=torch.zeros(2)), ValueError, "cache_batch_idx is given, expected None"),
+        (dict(k=torch.randn(2, 1, 2, 16), v=torch.randn(2, 1, 2, 16)), ValueError, "cache_seqlens is None"),
+        (dict(rotary_cos=torch.ones(9, 4), rotary_sin=torch.ones(9, 4)), ValueError, "k is None"),
+        (dict(q=None), TypeError, "q is a NoneType"),
+    ),
+)
+def test_flash_attn_refuses(changes: dict[str, Any], error: type[Exception], words: str) -> None:
+    cache = torch.randn(2, 16, 2, 16)
+    given: dict[str, Any] = dict(q=torch.randn(2, 1, 4, 16), k_cache=cache, v_cache=cache)
+    with pytest.raises(error, match=words):
+        bitfuse.compat.flash_attn.flash_attn_with_kvcache(**given | changes)
+    with pytest.raises(ValueError, match=r"qkv has shape \[2, 7, 2, 4, 16\], expected \[..., 3, heads"):
+        bitfuse.compat.flash_attn.flash_attn_qkvpacked_func(torch.randn(2, 7, 2, 4, 16))

@@ -17,7 +17,7 @@ RANK = {
     ),
     **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
     "ops": 2,
-    **dict.fromkeys(("nn", "optim"), 3),
+    **dict.fromkeys(("nn", "optim", "compat"), 3),
     **dict.fromkeys(("quantization", "lora"), 4),
     **dict.fromkeys(
         ("checkpoints", "integrations", "info", "demo", "finetune", "cli", "__main__", "__init__"), 5

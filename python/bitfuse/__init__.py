@@ -3,7 +3,7 @@ reference."""
 
 from __future__ import annotations
 
-from . import nn, ops, optim
+from . import compat, nn, ops, optim
 from ._version import __version__
 from .checkpoints import load_peft_, save_peft
 from .formats import Format, register_format
@@ -56,6 +56,7 @@ __all__ = [
     "append_kv",
     "attention",
     "bottleneck_adapter",
+    "compat",
     "decode_attention",
     "disable_adapters",
     "explain",
