@@ -41,8 +41,8 @@ def drawn() -> list[Any]:
 
 @pytest.mark.parametrize(("target", "of_kind", "draws"), drawn())
 def test_draws(target: Target, of_kind: int, draws: int) -> None:
-    """On a GPU all 500 draws of the 20 kinds. On the simulator 86 of 11 kinds: each kind is seconds to minutes
-    of compilation."""
+    """On a GPU all 500 draws of the 20 kinds. On the simulator 86 of 11 kinds: each kind is up to a minute of
+    compilation."""
     errors = Errors()
     for number in range(of_kind, draws * KINDS, KINDS):
         check(target, number, True, errors)
