@@ -30,5 +30,6 @@ void bind_adamw8bit(py::module_& module);
 void bind_attention(py::module_& module);
 void bind_decode_attention(py::module_& module);
 void bind_speculative_sample(py::module_& module);
+void bind_sample(py::module_& module);
 
 }  // namespace bitfuse

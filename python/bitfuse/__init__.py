@@ -33,6 +33,7 @@ from .ops.merge_attention import merge_attention
 from .ops.multi_lora_linear import multi_lora_linear
 from .ops.quantize_kv import QuantizedKV, quantize_kv
 from .ops.rope import rope
+from .ops.sample import sample
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention
 from .ops.speculative_sample import speculative_sample
 from .quantization import QuantizationReport, quantize_
@@ -80,6 +81,7 @@ __all__ = [
     "register_format",
     "remove_adapters_",
     "rope",
+    "sample",
     "save_peft",
     "scaled_dot_product_attention",
     "set_adapter_",

@@ -12,6 +12,7 @@ from .merge_attention import merge_attention
 from .multi_lora_linear import multi_lora_linear
 from .quantize_kv import QuantizedKV, quantize_kv
 from .rope import rope
+from .sample import sample
 from .scaled_dot_product_attention import scaled_dot_product_attention
 from .speculative_sample import speculative_sample
 
@@ -33,6 +34,7 @@ __all__ = [
     "multi_lora_linear",
     "quantize_kv",
     "rope",
+    "sample",
     "scaled_dot_product_attention",
     "speculative_sample",
     "varlen_attention",
