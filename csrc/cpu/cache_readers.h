@@ -52,11 +52,13 @@ struct DenseFloats {
   }
 };
 
-inline LowBitMatrix plain_codes() {
+// Codes less `middle`: a product of centred codes is small, and loses little when offsets are added to it.
+inline LowBitMatrix centred_codes(int middle) {
   static constexpr float kValues[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   LowBitMatrix w{};
   w.values = kValues;
   w.code_kind = CodeKind::kNibble;
+  w.zero_point = middle;
   return w;
 }
 
@@ -80,7 +82,8 @@ struct CodeFloats {
   static constexpr bool kPairs = false, kWords = false, kGrouped = !Code::kNans;
   static constexpr int kWeights = Code::kPerDword, kValueWeights = 1;
   static constexpr int64_t kBlock = kLanes * Code::kPerDword, kBlockBytes = 4 * kLanes;
-  Code code{plain_codes()};
+  static constexpr int kMiddle = Code::kNans ? 0 : 1 << (Code::kBits - 1);
+  Code code{centred_codes(kMiddle)};
 
   static constexpr int64_t bytes_of(int64_t channels) { return code_bytes<Code>(channels); }
   BITFUSE_INLINE Raw load_block(const char* p) const { return load_dwords(p); }
@@ -143,12 +146,12 @@ struct PairRows {
     return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x);
   }
 
-  // Dword i: word i of a, then of b. `mask` has a bit for each of the 16 words that is there.
-  static BITFUSE_INLINE Vi interleave(const char* a, const char* b, uint16_t mask) {
+  // Dword i: word i of a, then of b. `mask` has a bit for each of the 32 bytes that is there.
+  static BITFUSE_INLINE Vi interleave(const char* a, const char* b, uint32_t mask) {
     const Vi order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
                                       6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const Vi low = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, a));
-    const Vi high = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, b));
+    const Vi low = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(mask, a));
+    const Vi high = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(mask, b));
     return _mm512_permutex2var_epi16(low, order, high);
   }
 };
@@ -169,7 +172,7 @@ struct DensePairs : PairRows<1> {
 struct Fp8Pairs : PairRows<2> {
   using Code = E4m3Code;
   static constexpr bool kGrouped = false, kHalves = false, kNans = true;
-  ExactPairs<Code> pairs{plain_codes()};
+  ExactPairs<Code> pairs{centred_codes(0)};
   template <int J>
   BITFUSE_INLINE Vi weight(Raw raw) const {
     return pairs.template pair<J>(raw, zero());
@@ -195,7 +198,7 @@ struct CodeWords {
   static constexpr bool kPairs = true, kWords = true, kGrouped = true, kNans = false;
   // V's channels share scales in groups of 32: the lanes of a vector of int4 are of two groups
   static constexpr bool kHalves = Bits == 4;
-  static constexpr int kWeights = 8 / Bits, kValueWeights = 16 / Bits;
+  static constexpr int kWeights = 8 / Bits, kValueWeights = 16 / Bits, kMiddle = 0;
   static constexpr int64_t kBlock = 32 * kWeights, kBlockBytes = 32;
   static constexpr int64_t kWordChannels = 16 * kValueWeights;
 
@@ -240,7 +243,7 @@ struct CodeWords {
     if constexpr (J == kValueWeights - 1) return _mm512_srli_epi16(raw, 16 - Bits);
     return _mm512_and_si512(shift_right<Bits * J>(raw), _mm512_set1_epi16((1 << Bits) - 1));
   }
-  static BITFUSE_INLINE Vi interleave(const char* a, const char* b, uint16_t mask) {
+  static BITFUSE_INLINE Vi interleave(const char* a, const char* b, uint32_t mask) {
     return PairRows<1>::interleave(a, b, mask);
   }
 };

@@ -25,6 +25,7 @@
 #include <cmath>
 
 #include "activations.h"
+#include "attention_scores.h"
 #include "cache_readers.h"
 #include "rotary.h"
 
@@ -39,7 +40,7 @@ constexpr int64_t kDim = kMostHeadDim;
 constexpr int64_t kStateBytes = 256 << 10;  // of a block's outputs, which bounds its queries
 constexpr int64_t kMostGroups = 8;          // of channels: 256 / 32
 constexpr int64_t kOffsets = kLanes > kMostGroups ? kLanes : kMostGroups;
-constexpr float kInfinity = __builtin_inff(), kWordLargest = 32767;
+constexpr float kWordLargest = 32767;
 
 BITFUSE_INLINE void prefetch_row(const char* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
@@ -104,20 +105,6 @@ BITFUSE_INLINE float largest_lane(Vf a) {
   for (int i = 1; i < kLanes; ++i) top = lanes[i] > top ? lanes[i] : top;
   return top;
 #endif
-}
-
-// tanh, whose error for small x is relative to it: logits are differences of large numbers.
-BITFUSE_INLINE Vf tanh_of(Vf x) {
-  const Vf square = mul(x, x);
-  Vf p = set1(-0.00886323552990219657f);
-  p = fma(p, square, set1(0.0218694885361552028f));
-  p = fma(p, square, set1(-0.0539682539682539683f));
-  p = fma(p, square, set1(0.133333333333333333f));
-  p = fma(p, square, set1(-0.333333333333333333f));
-  const Vf small = fma(mul(p, square), x, x);
-  const Vf e = exponential(mul(absolute(x), set1(-2)));
-  const Vf large = div(sub(set1(1), e), add(set1(1), e));
-  return by_sign(sub(absolute(x), set1(0.3f)), by_sign(x, large, sub(zero(), large)), small);
 }
 
 // Where the rows of a unit's tokens lie: of head 0; a head is `head` bytes further.
@@ -329,13 +316,17 @@ class Span {
         dots(now, h, r, 0, now.count, q, nullptr);
       }
     } else {
-      alignas(64) float scale[2 * kDim] = {}, offset[kDim] = {};
+      alignas(64) float scale[2 * kDim], offset[kDim];
+      const int64_t padded = round_up(cache_.dim, 64);
+      for (int64_t c = cache_.dim; c < padded; ++c) scale[c] = offset[c] = 0;
+      if constexpr (!K::kWords) std::memset(scale, 0, sizeof scale);
       for (int64_t i = 0; i < now.count;) {
         const int64_t size = cache_.group_size;
         const int64_t count = least(now.count - i, size - now.row[i] % size);
         const int64_t at = (now.row[i] / size * cache_.kv_heads + h) * cache_.dim;
         to_float(cache_.k_scales + at, Dtype::kFloat16, scale, cache_.dim);
         to_float(cache_.k_offsets + at, Dtype::kFloat16, offset, cache_.dim);
+        centre(scale, offset, cache_.dim);
         if constexpr (!K::kWords) reorder(scale, scale + kDim, nullptr);
         for (int64_t r = 0; r < rows_; r += kTile) {
           alignas(64) Element q[kTile * kDim];
@@ -347,6 +338,12 @@ class Span {
         i += count;
       }
     }
+  }
+
+  // Offsets of codes less kMiddle.
+  static void centre(const float* scale, float* offset, int64_t count) {
+    if constexpr (K::kMiddle != 0)
+      for (int64_t c = 0; c < count; ++c) offset[c] += K::kMiddle * scale[c];
   }
 
   // What a group of K's tokens adds to each row's dots, and what multiplies sums of words.
@@ -470,7 +467,7 @@ class Span {
     Vf top = set1(-kInfinity);
     for (int64_t t = 0; t < count; t += kLanes) {
       Vf z = mul(load(s + t), set1(scale));
-      if (call_.softcap != 0) z = mul(tanh_of(div(z, set1(call_.softcap))), set1(call_.softcap));
+      if (call_.softcap != 0) z = mul(tanh_of(div(z, set1(call_.softcap))).value, set1(call_.softcap));
       if (edge || call_.alibi) {
         const Vf d = add(lanes, set1(float(distance + t)));
         if (call_.alibi) z = fma(absolute(d), set1(-call_.alibi[b_ * call_.alibi_batch + head]), z);
@@ -519,7 +516,11 @@ class Span {
   };
 
   void read_scales(const Unit& now, int64_t h, ValueScales& to) const {
-    alignas(64) uint16_t scales[kUnit * kMostGroups] = {}, offsets[kUnit * kMostGroups] = {};
+    alignas(64) uint16_t scales[kUnit * kMostGroups], offsets[kUnit * kMostGroups];
+    if (now.count < kUnit || groups_ != padded_) {
+      std::memset(scales, 0, sizeof scales);
+      std::memset(offsets, 0, sizeof offsets);
+    }
     const int64_t half = kUnit / 2 * padded_;
     auto each = [&](auto bytes) __attribute__((always_inline)) {
       for (int64_t i = 0; i < now.count; ++i) {
@@ -538,6 +539,7 @@ class Span {
     }
     to_float(scales, Dtype::kFloat16, to.scale, kUnit * padded_);
     to_float(offsets, Dtype::kFloat16, to.offset, kUnit * padded_);
+    centre(to.scale, to.offset, kUnit * padded_);
   }
 
   // p of a row times V's scales, in the order of ValueScales: floats [token][padded], or words of pairs
@@ -666,12 +668,12 @@ class Span {
       if constexpr (V::kPairs) {
 #if defined(__AVX512BF16__)
         constexpr int kWords = kWide / V::kValueWeights;  // vectors of words in the stretch
-        uint16_t masks[kWords];
+        uint32_t masks[kWords];
         int64_t groups[2 * kWords] = {};
         for (int w = 0; w < kWords; ++w) {
-          const int64_t at = c + w * V::kWordChannels,
-                        left = most(0, least(16, (cache_.dim_v - at) / V::kValueWeights));
-          masks[w] = uint16_t((1u << left) - 1);
+          const int64_t at = c + w * V::kWordChannels;
+          const int64_t bytes = least(32, V::bytes_of(most(0, cache_.dim_v - at)));
+          masks[w] = uint32_t((uint64_t(1) << bytes) - 1);
           if constexpr (V::kGrouped) {
             groups[2 * w] = least(groups_ - 1, at / cache_.channel_group);
             groups[2 * w + 1] = least(groups_ - 1, (at + V::kWordChannels / 2) / cache_.channel_group);

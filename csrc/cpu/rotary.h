@@ -21,23 +21,24 @@ inline void turn_of(const Rotary& rotary, int64_t batch, int64_t index, int64_t 
     for (int64_t i = 0; i < rotary.half; ++i) to.sin[i] = -to.sin[i];
 }
 
-// x in place: each pair (a, b) becomes (a cos - b sin, b cos + a sin).
+// x in place: each pair (a, b) becomes (a cos - b sin, b cos + a sin). Products are rounded before they are
+// added, as torch does, so that a cache holds the same bits whoever writes to it.
 inline void rotate_row(const Rotary& rotary, const Turn& turn, float* x) {
   if (!rotary.cos) return;
-  const int64_t half = rotary.half;
-  if (!rotary.interleaved) {
-    float* y = x + half;
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = x[i], b = y[i];
-      x[i] = a * turn.cos[i] - b * turn.sin[i];
-      y[i] = b * turn.cos[i] + a * turn.sin[i];
-    }
-    return;
-  }
+  const int64_t half = rotary.half, step = rotary.interleaved ? 2 : 1;
+  float* y = rotary.interleaved ? x + 1 : x + half;
+  constexpr int64_t kHalf = kMostHeadDim / 2;
+  alignas(64) float ac[kHalf], as[kHalf], bc[kHalf], bs[kHalf];
   for (int64_t i = 0; i < half; ++i) {
-    const float a = x[2 * i], b = x[2 * i + 1];
-    x[2 * i] = a * turn.cos[i] - b * turn.sin[i];
-    x[2 * i + 1] = b * turn.cos[i] + a * turn.sin[i];
+    const float a = x[i * step], b = y[i * step];
+    ac[i] = a * turn.cos[i], as[i] = a * turn.sin[i];
+    bc[i] = b * turn.cos[i], bs[i] = b * turn.sin[i];
+  }
+  // the arrays are read again: no product is fused with a sum
+  asm volatile("" : : "r"(ac), "r"(as), "r"(bc), "r"(bs) : "memory");
+  for (int64_t i = 0; i < half; ++i) {
+    x[i * step] = ac[i] - bs[i];
+    y[i * step] = bc[i] + as[i];
   }
 }
 
