@@ -55,8 +55,9 @@ def inputs(
     return tuple(torch.randn(batch, *size).to(dtype) for size in sizes)
 
 
-def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, a: AttentionArgs) -> list[Any]:
-    """Output, lse and all gradients."""
+def run(tensors: tuple[torch.Tensor, ...], a: AttentionArgs) -> list[torch.Tensor]:
+    """Output, lse and all gradients, of q, k, v and grad."""
+    q, k, v, grad = tensors
     float_bias = a.bias is not None and a.bias.dtype != torch.bool
     wanted = Wanted(True, True, True, float_bias, *(t is not None for t in (a.sinks, a.prefix_k, a.prefix_v)))
     out, lse = cpp.run(q, k, v, a)
@@ -82,13 +83,12 @@ def test_many_tiles(dtype: torch.dtype, sizes: tuple[int, ...], given: dict[str,
     a = AttentionArgs(sizes[-2] ** -0.5, **given)
 
     def reference(dtype: torch.dtype) -> list[torch.Tensor]:
-        tensors = [t.to(dtype) for t in (q, k, v)]
-        out, lse = _reference(*tensors, a)
-        g = grad.to(dtype)
-        return [out, lse, *_reference_backward(g, None, *tensors, out, lse, a, Wanted(), True)[:3]]
+        x, y, z, g = (t.to(dtype) for t in (q, k, v, grad))
+        out, lse = _reference(x, y, z, a)
+        return [out, lse, *_reference_backward(g, None, x, y, z, out, lse, a, Wanted(), True)[:3]]
 
     names = ("out", "lse", "gradient of q", "gradient of k", "gradient of v")
-    made = run(q, k, v, grad, a)[: len(names)]
+    made = run((q, k, v, grad), a)[: len(names)]
     for name, *three in zip(names, made, reference(torch.float64), reference(dtype), strict=True):
         assert_accurate(*three, f"{name}, {dtype}, {sizes}, {given}")
 
@@ -106,7 +106,7 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, sizes: tuple[i
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            found.append(run(q, k, v, grad, a))
+            found.append(run((q, k, v, grad), a))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -116,12 +116,12 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, sizes: tuple[i
 def test_calls_from_several_threads_do_not_share_scratch() -> None:
     a = AttentionArgs(0.2, right=0)
     calls = [inputs(torch.bfloat16, 1, s, s, 2, 2, 32, 32) for s in (5, 70, 130, 300)]
-    expected = [run(*call, a) for call in calls]
+    expected = [run(call, a) for call in calls]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(10):
-            if not all(torch.equal(x, y) for x, y in zip(run(*calls[i], a), expected[i], strict=True)):
+            if not all(torch.equal(x, y) for x, y in zip(run(calls[i], a), expected[i], strict=True)):
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
@@ -138,17 +138,17 @@ def test_tiles_that_nobody_sees_are_not_visited(hidden: str) -> None:
     q, k, v, grad = inputs(torch.float32, 1, 768, 768, 1, 1, 16, 16)
     mask = torch.ones(1, 1, 384, 768, dtype=torch.bool)
     mask[..., 384:] = False
-    given: dict[str, Any] = {
-        "causal": dict(right=0, top_left=True),
-        "window": dict(left=0),
-        "mask": dict(bias=mask),
-        "padding": dict(bias=mask[:, :, :1]),
+    a = {
+        "causal": AttentionArgs(0.25, right=0, top_left=True),
+        "window": AttentionArgs(0.25, left=0),
+        "mask": AttentionArgs(0.25, bias=mask),
+        "padding": AttentionArgs(0.25, bias=mask[:, :, :1]),
     }[hidden]
     first, last = slice(0, 384), slice(384, 768)
     seen, unseen = (last, first) if hidden == "window" else (first, last)
     q, grad = q[:, seen], grad[:, seen]
     k[:, unseen], v[:, unseen] = torch.nan, torch.nan
-    made = run(q, k, v, grad, AttentionArgs(0.25, **given))
+    made = run((q, k, v, grad), a)
     assert all(t.isfinite().all() for t in made)
     assert not made[3][:, unseen].any() and not made[4][:, unseen].any()
 
@@ -177,11 +177,10 @@ def test_the_lowest_float_hides_as_minus_infinity_does() -> None:
 
 def test_a_last_dimension_that_is_not_dense() -> None:
     q, k, v, grad = inputs(torch.float32, 2, 20, 30, 2, 2, 16, 16)
-    turned = [t.mT.contiguous().mT for t in (q, k, v, grad)]
+    turned = tuple(t.mT.contiguous().mT for t in (q, k, v, grad))
     bias = torch.randn(2, 2, 30, 20).mT
-    dense, strided = (run(*t, AttentionArgs(0.25, bias=b)) for t, b in (
-        ((q, k, v, grad), bias.contiguous()), (turned, bias),
-    ))  # fmt: skip
+    dense = run((q, k, v, grad), AttentionArgs(0.25, bias=bias.contiguous()))
+    strided = run(turned, AttentionArgs(0.25, bias=bias))
     assert all(torch.equal(x, y) for x, y in zip(dense, strided, strict=True))
 
 
