@@ -8,20 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import bitfuse
-import cusim
 import pytest
 import torch
-from accuracy import assert_accurate
 from backends import Target, targets
+from bitfuse.attention_args import AttentionArgs
 from bitfuse.kv_cache import CACHE_FORMATS, CacheTensors, DecodeArgs, Rotary, gather
-from bitfuse.op import BackendError
-from bitfuse.ops.append_kv import as_cache
+from bitfuse.ops.append_kv import turned
 from bitfuse.ops.attention import attention_op
-from bitfuse.ops.decode_attention import _flatten, _reference, decode_attention_op
+from bitfuse.ops.decode_attention import _reference, _seen, decode_attention_op
+from test_attention import Errors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (0, 1, 5, 31, 32, 33, 63, 64, 65, 100, 130, 200)
-DRAWS, PARTS = 500, 25
+KINDS, DRAWS = 12, 42  # of dtype and format; of each kind
 
 
 @dataclass
@@ -39,7 +38,9 @@ class Draw:
         return self.q, self.k, self.v, self.cache, self.seqlens, self.rotary, self.args
 
     def cloned(self) -> Draw:
-        tensors = {n: t.clone() for n, t in self.cache._asdict().items() if isinstance(t, torch.Tensor)}
+        tensors: dict[str, Any] = {
+            n: t.clone() for n, t in self.cache._asdict().items() if isinstance(t, torch.Tensor)
+        }
         return replace(self, cache=self.cache._replace(**tensors))
 
 
@@ -79,8 +80,8 @@ def draw(target: Target, number: int) -> Draw:
                 one = cache.tensors._replace(block_table=None)
                 for tail, width in ((one.k_tail, dim), (one.v_tail, dim_v)):
                     assert tail is not None
-                    at = torch.arange(length - rest, length) % (2 * size)
-                    tail[b, at] = torch.randn(rest, kv_heads, width).to(dtype)
+                    late = torch.arange(length - rest, length) % (2 * size)
+                    tail[b, late] = torch.randn(rest, kv_heads, width).to(dtype)
         cache.seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
     tensors = cache.tensors
     for name, t in tensors._asdict().items():
@@ -108,7 +109,9 @@ def draw(target: Target, number: int) -> Draw:
         cos, sin = target.place(*table)
         positions = None
         if r.random() < 0.4:
-            (positions,) = target.place(torch.randint(256, (r.choice((1, batch)), queries), dtype=torch.int32))
+            (positions,) = target.place(
+                torch.randint(256, (r.choice((1, batch)), queries), dtype=torch.int32)
+            )
         rotary = Rotary(cos, sin, positions, r.random() < 0.5)
     tree, alibi, sinks, seqlens = target.place(
         torch.rand(r.choice((1, batch)), queries, queries) < 0.6,
@@ -135,9 +138,6 @@ def draw(target: Target, number: int) -> Draw:
 
 def exact(d: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     """In float64, of the rotated queries and the cache as `d` has it after the call."""
-    from bitfuse.ops.append_kv import turned
-    from bitfuse.ops.decode_attention import _seen
-
     batch, queries, heads, _ = d.q.shape
     new = 0 if d.k is None else d.k.shape[1]
     out = torch.empty(batch, queries, heads, d.cache.head_dim_v, dtype=torch.float64)
@@ -146,8 +146,10 @@ def exact(d: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     for b, length in enumerate((d.seqlens + new).tolist()):
         keys, values = gather(d.cache, b, length, torch.float64)
         own = turned(d.q[b], d.rotary, b, length - queries).double()
-        slopes = a.alibi_slopes[b] if a.alibi_slopes is not None and a.alibi_slopes.dim() == 2 else a.alibi_slopes
-        args = bitfuse.attention_args.AttentionArgs(
+        slopes = (
+            a.alibi_slopes[b] if a.alibi_slopes is not None and a.alibi_slopes.dim() == 2 else a.alibi_slopes
+        )
+        args = AttentionArgs(
             a.softmax_scale, a.left, a.right, softcap=a.softcap, bias=_seen(a, b, queries, length),
             alibi_slopes=slopes, sinks=a.sinks,
         )  # fmt: skip
@@ -156,13 +158,7 @@ def exact(d: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def check_lse(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str) -> None:
-    empty = exact == -math.inf
-    assert torch.equal(got == -math.inf, empty), f"{what}: lse of a row that sees nothing is -inf"
-    assert_accurate(got.masked_fill(empty, 0), exact.masked_fill(empty, 0), plain.masked_fill(empty, 0), what)
-
-
-def check(target: Target, number: int) -> None:
+def check(target: Target, number: int, errors: Errors) -> None:
     d = draw(target, number)
     plain = d.cloned()
     plain_out, plain_lse = _reference(*plain.call())
@@ -174,15 +170,23 @@ def check(target: Target, number: int) -> None:
         same = torch.equal(mine.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
         assert same, f"{d.what}: {name} differs"
     out, lse = exact(d)
-    assert_accurate(got, out, plain_out, d.what)
-    check_lse(got_lse, lse, plain_lse, d.what)
-    again, lse_again = target.run(decode_attention_op, *replace(d, k=None, v=None, seqlens=d.seqlens + (
-        0 if d.k is None else d.k.shape[1])).call())  # fmt: skip
-    assert torch.equal(again, got) and torch.equal(lse_again, got_lse), f"{d.what}: another run, other numbers"
+    errors.add("out", got, out, plain_out)
+    empty = lse == -math.inf
+    assert torch.equal(got_lse == -math.inf, empty), f"{d.what}: lse of a row that sees nothing is -inf"
+    errors.add("lse", *(t.masked_fill(empty, 0) for t in (got_lse, lse, plain_lse)))
+    after = d.seqlens + (0 if d.k is None else d.k.shape[1])
+    again, lse_again = target.run(decode_attention_op, *replace(d, k=None, v=None, seqlens=after).call())
+    assert torch.equal(again, got) and torch.equal(lse_again, got_lse), f"{d.what}: other numbers"
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+def check_kind(target: Target, kind: int, draws: int = DRAWS) -> None:
+    errors = Errors()
+    for number in range(kind, draws * KINDS, KINDS):
+        check(target, number, errors)
+    errors.check(f"{CACHE_FORMATS[kind // 3]} {DTYPES[kind % 3]}")
+
+
+@pytest.mark.parametrize("kind", range(KINDS))
 @pytest.mark.parametrize("target", targets("cpp"), ids=str)
-def test_draws(target: Target, part: int) -> None:
-    for number in range(part, DRAWS, PARTS):
-        check(target, number)
+def test_draws(target: Target, kind: int) -> None:
+    check_kind(target, kind)

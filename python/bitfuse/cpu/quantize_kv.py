@@ -43,7 +43,7 @@ def run(
         of_v = (batch, seq, heads, -(-v.shape[-1] // channel_group))
         halves = [torch.empty(s, dtype=torch.float16) for s in (of_k, of_k, of_v, of_v)]
         # in the place of the tails, which are not touched: they have the sizes
-        to = CacheTensors(*codes, *halves, k, v, None, format, group_size, channel_group)
+        to = CacheTensors._make((*codes, *halves, k, v, None, format, group_size, channel_group))
         made = [*codes, *halves]
     if k.numel():
         _cpu.quantize_kv(cache.cache_integers(to, batch, k.dtype), cache.rows(k), cache.rows(v))
