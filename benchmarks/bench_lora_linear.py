@@ -131,7 +131,8 @@ def _peft(dtype: str, adapter: str) -> Case:
             rank = pair[0].shape[0]
             config = LoraConfig(r=rank, lora_alpha=int(SCALING * rank), target_modules=["0"])
             model: Any = get_peft_model(torch.nn.Sequential(base.to(DEVICE)), config)
-            model.train(gradient)  # bitsandbytes packs the weight for its CPU kernel in eval mode only
+            # bitsandbytes packs the weight for its CPU kernel in eval mode only
+            model.train(torch.is_grad_enabled())
             layer = model.base_model.model[0]
             layer.lora_A["default"].weight, layer.lora_B["default"].weight = pair
             layer(torch.zeros(1, k, dtype=DTYPES[dtype], device=DEVICE))
