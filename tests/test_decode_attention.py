@@ -59,7 +59,8 @@ def draw(target: Target, number: int) -> Draw:
     page_size = r.choice((None, None, 1, 4, 16, 64))
     cache = bitfuse.KVCache(
         batch, 224, kv_heads, dim, head_dim_v=dim_v, dtype=dtype, format=format, page_size=page_size,
-        group_size=r.choice((8, 32, 64)), k_scale=scales[0], v_scale=scales[1],
+        group_size=r.choice((8, 32, 64)), channel_group=r.choice((None, 32, 64)), k_scale=scales[0],
+        v_scale=scales[1],
     )  # fmt: skip
     if cache.block_table is not None:  # pages in any order
         order = torch.randperm(cache.block_table.numel(), dtype=torch.int32)

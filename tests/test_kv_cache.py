@@ -66,9 +66,13 @@ def test_bytes_are_few() -> None:
     sizes = {f: bitfuse.KVCache(1, 4096, 8, 128, format=f).nbytes for f in CACHE_FORMATS}
     elements = 2 * 4096 * 8 * 128
     assert sizes["none"] == 2 * elements + 4 and sizes["fp8"] == elements + 4
-    for format, width in BITS.items():
-        # a scale and an offset of 16 bits for 32 codes; two groups of both in full, and a length
-        assert sizes[format] == elements * (width + 1) // 8 + 2 * 64 * 8 * 128 * 2 + 4
+    # int4: a scale and an offset, 4 bytes, for 32 codes of K and of V; int8: for 64 of K and 128 of V
+    for format, scales, tail in (
+        ("int4", elements / 32 * 4, 64),
+        ("int8", elements / 2 * (4 / 64 + 4 / 128), 128),
+    ):
+        codes = elements * BITS[format] // 8
+        assert sizes[format] == codes + scales + 2 * tail * 8 * 128 * 2 + 4
     assert "int4, 1 x 4096 tokens, contiguous" in repr(bitfuse.KVCache(1, 4096, 8, 128, format="int4"))
 
 
@@ -174,11 +178,12 @@ def test_quantize_kv(target: Target, format: str) -> None:
         got = target.run(quantize_kv_op, k, v, format, 32, 32)
         wanted = Target("reference", "cpu").run(quantize_kv_op, k, v, format, 32, 32)
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, wanted, strict=True))
-        q = bitfuse.quantize_kv(k, v, format)
+        q = bitfuse.quantize_kv(k, v, format, 32, 32)
         if format == "fp8":
             assert float((from_fp8(q.k, q.k_scales, torch.float32) - k.float()).abs().max()) <= 0.5
             continue
-        cache = bitfuse.KVCache(2, 64, 3, 72, head_dim_v=40, dtype=dtype, format=format)
+        sizes: dict[str, Any] = dict(group_size=32, channel_group=32)
+        cache = bitfuse.KVCache(2, 64, 3, 72, head_dim_v=40, dtype=dtype, format=format, **sizes)
         cache.append(k, v)
         names = ("k", "v", "k_scales", "k_offsets", "v_scales", "v_offsets")
         assert all(torch.equal(bits(getattr(q, n)), bits(getattr(cache.tensors, n))) for n in names)
@@ -189,7 +194,8 @@ def test_groups_that_are_not_finite(backend: str) -> None:
     k, v = torch.randn(1, 32, 1, 32), torch.randn(1, 32, 1, 64)
     k[0, 3, 0, 7], v[0, 5, 0, 40] = math.nan, math.inf
     with bitfuse.use_backend(backend):
-        cache = bitfuse.KVCache(1, 32, 1, 32, head_dim_v=64, dtype=torch.float32, format="int8")
+        given: dict[str, Any] = dict(dtype=torch.float32, group_size=32, channel_group=32)
+        cache = bitfuse.KVCache(1, 32, 1, 32, head_dim_v=64, format="int8", **given)
         cache.append(k, v)
         keys, values = cache.gather(0)
         assert keys[:, 0, 7].isnan().all() and int(keys.isnan().sum()) == 32
@@ -469,6 +475,7 @@ BAD_CACHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(format="int4", head_dim=20), ValueError, "head_dim is 20, expected a multiple of 8 for int4"),
     (dict(page_size=12), ValueError, "page_size is 12, expected a power of two"),
     (dict(group_size=24), ValueError, "group_size is 24, expected a power of two"),
+    (dict(channel_group=24), ValueError, "channel_group is 24, expected a multiple of 32"),
     (dict(pages=4), ValueError, "pages is 4 without a page_size"),
     (dict(k_scale=torch.ones(2)), ValueError, "k_scale is given, which a cache of format 'none'"),
     (dict(format="fp8", k_scale=torch.ones(3)), ValueError, r"k_scale has shape \[3\], expected \[2\]"),

@@ -215,18 +215,23 @@ struct CodeWords {
     return J ? _mm512_srli_epi16(raw, 4) : _mm512_and_si512(raw, _mm512_set1_epi16(15));
   }
   static BITFUSE_INLINE Vi load_q(const uint32_t* p) { return load_dwords(p); }
-  static BITFUSE_INLINE Vi accumulate(Vi acc, Vi w, Vi x) { return _mm512_dpwssd_epi32(acc, w, x); }
+  // By hand: of the intrinsic GCC 12 copies every accumulator before and after.
+  static BITFUSE_INLINE Vi accumulate(Vi acc, Vi w, Vi x) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "vm"(x));
+    return acc;
+  }
   static BITFUSE_INLINE Vi poison(Vi acc, Raw) { return acc; }
 
-  // Floats [kBlock] of magnitudes up to 32767 as words, in the order of the columns.
-  static BITFUSE_INLINE void put_q(const float* from, Vf factor, uint32_t* to) {
+  // Products [kBlock] of magnitudes up to 32767 as words, in the order of the columns.
+  static BITFUSE_INLINE void put_q(const float* q, const float* scale, uint32_t* to) {
     Vi words[kWeights];
+    const Vi order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
 #pragma GCC unroll 2
     for (int i = 0; i < kWeights; ++i) {
-      const Vi low = _mm512_cvtps_epi32(mul(load(from + 32 * i), factor));
-      const Vi high = _mm512_cvtps_epi32(mul(load(from + 32 * i + 16), factor));
-      words[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)),
-                                    _mm512_cvtepi32_epi16(high), 1);
+      const int at = 32 * i;
+      const Vi low = _mm512_cvtps_epi32(mul(load(q + at), load(scale + at)));
+      const Vi high = _mm512_cvtps_epi32(mul(load(q + at + 16), load(scale + at + 16)));
+      words[i] = _mm512_permutexvar_epi64(order, _mm512_packs_epi32(low, high));
     }
     if constexpr (Bits == 8) return store_dwords(to, words[0]);
     alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,

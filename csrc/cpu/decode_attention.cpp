@@ -33,8 +33,9 @@ namespace bitfuse::BITFUSE_ISA {
 namespace {
 
 constexpr int64_t kUnit = 64;   // tokens
-constexpr int64_t kTasks = 16;  // spans that a call is cut into, at least, where they are kUnit long
-constexpr int64_t kTile = 4;    // rows of a register tile
+constexpr int64_t kTasks = 16;  // spans that a call is cut into, unless they were shorter than kLeastSpan
+constexpr int64_t kLeastSpan = 2 * kUnit;
+constexpr int64_t kTile = 4;  // rows of a register tile
 constexpr int64_t kPitch = kUnit + kLanes;
 constexpr int64_t kDim = kMostHeadDim;
 constexpr int64_t kStateBytes = 256 << 10;  // of a block's outputs, which bounds its queries
@@ -149,14 +150,16 @@ class Span {
 
   struct Space {
     Element* q;      // [kv_heads][row_slots][q_pitch], in the order of K's columns; codes: unscaled floats
-    float* natural;  // codes: [kv_heads][row_slots][2][kDim]: q in the order of channels, and of K's columns
+    float* natural;  // codes: [kv_heads][row_slots][2][kDim]: q in the order of channels, and of K's columns;
+                     // words: q over its largest magnitude, and that
     float* o;        // [kv_heads][row_slots][o_pitch]
     float* offsets;  // codes: [kv_heads][row_slots][kOffsets]: sums of p * offset; group g in each i with i %
                      // padded == g
     RowState* states;
     RowPlace* places;  // [row_slots]
     float* s;          // [row_slots][kPitch]
-    float* rescale;    // [row_slots]
+    float* rescale;    // [row_slots]: of what was before the unit
+    float* most;       // [row_slots]: the unit's largest probability
     Unit* units;       // two
   };
 
@@ -170,6 +173,7 @@ class Span {
     to.places = carver.take<RowPlace>(plan.row_slots);
     to.s = carver.take<float>(plan.row_slots * kPitch);
     to.rescale = carver.take<float>(plan.row_slots);
+    to.most = carver.take<float>(plan.row_slots);
     to.units = carver.take<Unit>(2);
   }
 
@@ -185,7 +189,7 @@ class Span {
     rest_ = cache_.dim % K::kBlock;
     if constexpr (V::kGrouped) {
       groups_ = cache_.value_groups();
-      padded_ = groups_ <= 2 ? 2 : groups_ <= 4 ? 4 : kMostGroups;
+      padded_ = groups_ <= 2 ? groups_ : groups_ <= 4 ? 4 : kMostGroups;
     }
   }
 
@@ -269,7 +273,11 @@ class Span {
         if constexpr (K::kGrouped) {
           float* to = my_.natural + at * 2 * kDim;
           std::memcpy(to, row, kDim * 4);
-          if constexpr (!K::kWords) reorder(row, to + kDim, nullptr);
+          if constexpr (K::kWords) {
+            to[kDim] = normalise(to);
+          } else {
+            reorder(row, to + kDim, nullptr);
+          }
         } else {
           alignas(64) float low[kDim], high[kDim];
           reorder(row, low, high);
@@ -277,6 +285,16 @@ class Span {
         }
       }
     }
+  }
+
+  // q over its largest magnitude, which is returned.
+  float normalise(float* q) const {
+    Vf top = zero();
+    for (int64_t c = 0; c < cache_.dim; c += kLanes) top = maximum(absolute(load(q + c)), top);
+    const float largest = largest_lane(top);
+    const Vf inverse = set1(largest > 0 ? 1 / largest : 0);
+    for (int64_t c = 0; c < cache_.dim; c += kLanes) store(q + c, mul(load(q + c), inverse));
+    return largest;
   }
 
   // Channels in the order of K's columns: floats, or the low and the high halves of pairs.
@@ -327,12 +345,17 @@ class Span {
         to_float(cache_.k_scales + at, Dtype::kFloat16, scale, cache_.dim);
         to_float(cache_.k_offsets + at, Dtype::kFloat16, offset, cache_.dim);
         centre(scale, offset, cache_.dim);
-        if constexpr (!K::kWords) reorder(scale, scale + kDim, nullptr);
+        float most = 0;
+        if constexpr (K::kWords) {
+          most = normalise_scales(scale, padded);
+        } else {
+          reorder(scale, scale + kDim, nullptr);
+        }
         for (int64_t r = 0; r < rows_; r += kTile) {
           alignas(64) Element q[kTile * kDim];
           Folded folded;
           const int64_t rows = rows_ - r <= 2 ? rows_ - r : kTile;
-          for (int64_t t = 0; t < rows; ++t) fold_keys(scale, offset, h, r, t, q, folded);
+          for (int64_t t = 0; t < rows; ++t) fold_keys(scale, most, offset, h, r, t, q, folded);
           dots(now, h, r, i, count, q, &folded);
         }
         i += count;
@@ -346,14 +369,24 @@ class Span {
       for (int64_t c = 0; c < count; ++c) offset[c] += K::kMiddle * scale[c];
   }
 
+  // The largest of scales, which become 32767 at most.
+  static float normalise_scales(float* scale, int64_t count) {
+    Vf top = zero();
+    for (int64_t c = 0; c < count; c += kLanes) top = maximum(load(scale + c), top);
+    const float largest = largest_lane(top);
+    const Vf factor = set1(largest > 0 ? kWordLargest / largest : 0);
+    for (int64_t c = 0; c < count; c += kLanes) store(scale + c, mul(load(scale + c), factor));
+    return largest;
+  }
+
   // What a group of K's tokens adds to each row's dots, and what multiplies sums of words.
   struct Folded {
     float bias[kTile], unit[kTile];
   };
 
-  // Row r + t times K's scales and offsets.
-  void fold_keys(const float* scale, const float* offset, int64_t h, int64_t r, int64_t t, Element* q,
-                 Folded& to) const {
+  // Row r + t times K's scales and offsets. Words: the scales are normalised, their largest was `most`.
+  void fold_keys(const float* scale, float most, const float* offset, int64_t h, int64_t r, int64_t t,
+                 Element* q, Folded& to) const {
     const float* row = my_.natural + (h * plan_.row_slots + r + t) * 2 * kDim;
     Element* out = q + t * q_pitch_;
     Vf bias = zero();
@@ -361,18 +394,9 @@ class Span {
     to.bias[t] = sum(bias);
     if constexpr (K::kWords) {
 #if defined(__AVX512BF16__)
-      alignas(64) float scaled[kDim];
-      const int64_t size = round_up(cache_.dim, K::kBlock);
-      Vf top = zero();
-      for (int64_t c = 0; c < size; c += kLanes) {
-        const Vf x = mul(load(row + c), load(scale + c));
-        store(scaled + c, x);
-        top = maximum(absolute(x), top);
-      }
-      const float largest = largest_lane(top);
-      to.unit[t] = largest * (1 / kWordLargest);
-      const Vf factor = set1(largest > 0 ? kWordLargest / largest : 0);
-      for (int64_t c = 0; c < size; c += K::kBlock) K::put_q(scaled + c, factor, out + c / 2);
+      to.bias[t] *= row[kDim];
+      to.unit[t] = row[kDim] * most * (1 / kWordLargest);
+      for (int64_t c = 0; c < cache_.dim; c += K::kBlock) K::put_q(row + c, scale + c, out + c / 2);
 #endif
     } else {
       for (int64_t a = 0; a < q_pitch_; a += kLanes)
@@ -454,7 +478,7 @@ class Span {
     }
   }
 
-  // Row r of s from products to probabilities, 0 behind the unit's end.
+  // Row r of s from products to probabilities, 0 behind the last token.
   void softmax(const Unit& now, int64_t h, int64_t r) {
     float* s = my_.s + r * kPitch;
     const RowPlace& place = my_.places[r];
@@ -496,11 +520,13 @@ class Span {
       store(s + t, p);
       total = add(total, p);
     }
-    alignas(64) float rescale[kLanes];
-    store(rescale, exponential(sub(set1(state.most), shift)));
+    for (int64_t t = round_up(count, kLanes); t < kUnit; t += kLanes) store(s + t, zero());
+    alignas(64) float both[kLanes] = {state.most, largest};
+    store(both, exponential(sub(load(both), shift)));
     state.most = raised;
-    state.sum = state.sum * rescale[0] + sum(total);
-    my_.rescale[r] = rescale[0];
+    state.sum = state.sum * both[0] + sum(total);
+    my_.rescale[r] = both[0];
+    my_.most[r] = both[1];
   }
 
   static BITFUSE_INLINE Vf lane_floats() {
@@ -512,6 +538,7 @@ class Span {
   // Scales and offsets of V, [token][padded groups], tokens behind the unit's end 0; of pairs the even
   // tokens, then the odd.
   struct ValueScales {
+    float most;  // words: scales are normalised, this was the largest
     alignas(64) float scale[kUnit * kMostGroups + kLanes], offset[kUnit * kMostGroups + kLanes];
   };
 
@@ -534,12 +561,15 @@ class Span {
       each(std::integral_constant<size_t, 8>{});
     } else if (groups_ == 2) {
       each(std::integral_constant<size_t, 4>{});
+    } else if (groups_ == 1) {
+      each(std::integral_constant<size_t, 2>{});
     } else {
       each(size_t(groups_) * 2);
     }
     to_float(scales, Dtype::kFloat16, to.scale, kUnit * padded_);
     to_float(offsets, Dtype::kFloat16, to.offset, kUnit * padded_);
     centre(to.scale, to.offset, kUnit * padded_);
+    if constexpr (V::kWords) to.most = normalise_scales(to.scale, kUnit * padded_);
   }
 
   // p of a row times V's scales, in the order of ValueScales: floats [token][padded], or words of pairs
@@ -567,26 +597,22 @@ class Span {
       const int64_t half = kUnit / 2 * padded_, tokens = 2 * kLanes / padded_;
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / padded_ * 2);
       const Vi even = load_dwords(index), odd = add_dwords(even, set1_dwords(1));
-      alignas(64) float scaled[kUnit * kMostGroups + 2 * kLanes];
-      Vf top = zero();
-      int64_t end = 0;
-      for (int64_t t = 0; t < count; t += tokens, end += kLanes) {
-        const Vf both = load(p + t), low = permute(both, even), high = permute(both, odd);
-        sums = fma(low, load(v.offset + end), sums);
-        sums = fma(high, load(v.offset + half + end), sums);
-        const Vf x = mul(low, load(v.scale + end)), y = mul(high, load(v.scale + half + end));
-        store(scaled + 2 * end, x);
-        store(scaled + 2 * end + kLanes, y);
-        top = maximum(y, maximum(x, top));
+      const float most = my_.most[r];
+      const Vf inverse = set1(most > 1e-37f ? 1 / most : 0);
+      Vf added = zero();
+      for (int64_t t = 0, at = 0; t < count; t += tokens, at += kLanes) {
+        // one group: of two vectors, which the 5 bits of an index reach; else the upper is not
+        const Vf both = load(p + t), more = padded_ == 1 ? load(p + t + kLanes) : both;
+        const Vf low = mul(_mm512_permutex2var_ps(both, even, more), inverse);
+        const Vf high = mul(_mm512_permutex2var_ps(both, odd, more), inverse);
+        added = fma(low, load(v.offset + at), added);
+        added = fma(high, load(v.offset + half + at), added);
+        const Vi x = _mm512_cvtps_epi32(mul(low, load(v.scale + at)));
+        const Vi y = _mm512_cvtps_epi32(mul(high, load(v.scale + half + at)));
+        store_dwords(to + at, _mm512_or_si512(x, shift_left<16>(y)));
       }
-      const float largest = largest_lane(top);
-      word = largest * (1 / kWordLargest);
-      const Vf factor = set1(largest > 0 ? kWordLargest / largest : 0);
-      for (int64_t at = 0; at < end; at += kLanes) {
-        const Vi low = _mm512_cvtps_epi32(mul(load(scaled + 2 * at), factor));
-        const Vi high = _mm512_cvtps_epi32(mul(load(scaled + 2 * at + kLanes), factor));
-        store_dwords(to + at, _mm512_or_si512(low, shift_left<16>(high)));
-      }
+      sums = fma(added, set1(most), sums);
+      word = most * v.most * (1 / kWordLargest);
 #endif
     } else {
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / padded_);
@@ -628,15 +654,13 @@ class Span {
         pitch = kPitch;
       }
       Ahead next{r == 0 ? ahead : nullptr, ahead_count, ahead_at};
-      if (rows == 1) {
-        accumulate<1>(now, h, r, of, pitch, units, next);
-      } else if (rows == 2) {
-        accumulate<2>(now, h, r, of, pitch, units, next);
-      } else if (rows == 3) {
-        accumulate<3>(now, h, r, of, pitch, units, next);
-      } else {
-        accumulate<4>(now, h, r, of, pitch, units, next);
+      if constexpr (V::kGrouped && V::kPairs) {
+        if (groups_ > 1) {
+          accumulate_rows<false>(rows, now, h, r, of, pitch, units, next);
+          continue;
+        }
       }
+      accumulate_rows<true>(rows, now, h, r, of, pitch, units, next);
     }
   }
 
@@ -645,7 +669,16 @@ class Span {
     int64_t count, at;
   };
 
-  template <int Rows>
+  template <bool Uniform, class... Rest>
+  void accumulate_rows(int64_t rows, const Unit& now, Rest... rest) {
+    if (rows == 1) return accumulate<1, Uniform>(now, rest...);
+    if (rows == 2) return accumulate<2, Uniform>(now, rest...);
+    if (rows == 3) return accumulate<3, Uniform>(now, rest...);
+    accumulate<4, Uniform>(now, rest...);
+  }
+
+  // Uniform: V's channels have one group, so that what multiplies a token is one word for all.
+  template <int Rows, bool Uniform>
   void accumulate(const Unit& now, int64_t h, int64_t r, const Element* p, int64_t pitch, const float* units,
                   const Ahead& next) {
     float* o = my_.o + (h * plan_.row_slots + r) * o_pitch_;
@@ -669,7 +702,7 @@ class Span {
 #if defined(__AVX512BF16__)
         constexpr int kWords = kWide / V::kValueWeights;  // vectors of words in the stretch
         uint32_t masks[kWords];
-        int64_t groups[2 * kWords] = {};
+        [[maybe_unused]] int64_t groups[2 * kWords] = {};
         for (int w = 0; w < kWords; ++w) {
           const int64_t at = c + w * V::kWordChannels;
           const int64_t bytes = least(32, V::bytes_of(most(0, cache_.dim_v - at)));
@@ -687,16 +720,21 @@ class Span {
           }
           const char *a = now.v[t] + at, *b = now.v[least(t + 1, now.count - 1)] + at;
           const Element* x = p + t / 2 * (V::kGrouped ? padded_ : 1);
+          Vi own[Rows];
+          if constexpr (Uniform)
+#pragma GCC unroll 4
+            for (int row = 0; row < Rows; ++row) own[row] = set1_dwords(x[row * pitch]);
           unrolled<kWords>([&](auto word) __attribute__((always_inline)) {
             constexpr int kWord = decltype(word)::value;
             const Vi raw = V::interleave(a + 32 * kWord, b + 32 * kWord, masks[kWord]);
-            Vi own[Rows];
+            if constexpr (!Uniform) {
 #pragma GCC unroll 4
-            for (int row = 0; row < Rows; ++row) {
-              const Element* y = x + row * pitch;
-              own[row] = set1_dwords(V::kGrouped ? y[groups[2 * kWord]] : *y);
-              if constexpr (V::kHalves)
-                own[row] = _mm512_mask_set1_epi32(own[row], 0xff00, int(y[groups[2 * kWord + 1]]));
+              for (int row = 0; row < Rows; ++row) {
+                const Element* y = x + row * pitch;
+                own[row] = set1_dwords(y[groups[2 * kWord]]);
+                if constexpr (V::kHalves)
+                  own[row] = _mm512_mask_set1_epi32(own[row], 0xff00, int(y[groups[2 * kWord + 1]]));
+              }
             }
             unrolled<V::kValueWeights>([&](auto step) __attribute__((always_inline)) {
               constexpr int kVec = kWord * V::kValueWeights + decltype(step)::value;
@@ -900,7 +938,7 @@ void decode_attention(const DecodeCall& call) {
     longest += call.lengths[b];
     for (int64_t i = 0; i < blocks; ++i) keys += most(0, whole_of(b) - begin_of(b, i * plan.block));
   }
-  plan.span = round_up(most(1, (keys + kTasks - 1) / kTasks), kUnit);
+  plan.span = round_up(most(kLeastSpan, (keys + kTasks - 1) / kTasks), kUnit);
   auto for_tasks = [&](auto f) {
     for (int64_t b = 0; b < cache.batch; ++b)
       for (int64_t i = 0; i < blocks; ++i) {

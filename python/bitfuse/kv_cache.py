@@ -31,6 +31,13 @@ FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
 HALF_LARGEST = 65504.0
 CHANNEL_STEP = 32  # channel_group is a multiple of it
+# tokens; of 4 bits a range of fewer numbers is worth more
+DEFAULT_GROUPS = {"int8": 64, "int4": 32}
+
+
+def default_channels(format: str, head_dim_v: int) -> int:
+    """Channels of V that share scales."""
+    return -(-head_dim_v // CHANNEL_STEP) * CHANNEL_STEP if format == "int8" else CHANNEL_STEP
 
 
 class CacheTensors(NamedTuple):

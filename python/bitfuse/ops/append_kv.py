@@ -12,12 +12,14 @@ from ..kv_cache import (
     BITS,
     CACHE_FORMATS,
     CHANNEL_STEP,
+    DEFAULT_GROUPS,
     FP8,
     CacheTensors,
     Rotary,
     check_cache,
     check_places,
     check_rotary,
+    default_channels,
     gather,
     rotate,
     store,
@@ -131,8 +133,10 @@ class KVCache:
         kv_heads, head_dim, head_dim_v: sizes; head_dim_v is head_dim by default. Codes want multiples of 8.
         dtype: float32, float16 or bfloat16: of queries and, in format "none", of the cache.
         format: "none", "fp8", "int8" or "int4".
-        group_size: int8, int4: tokens that share K's scales, a power of two, at most a page; and channels
-            that share V's, rounded up to a multiple of 32.
+        group_size: int8, int4: tokens that share K's scales, a power of two; 64 for int8 and 32 for int4 by
+            default, and never more than a page.
+        channel_group: int8, int4: channels that share V's scales, a multiple of 32; by default 32 for int4,
+            the whole head for int8.
         page_size: tokens of a page, a power of two; None for a contiguous cache.
         pages: of a paged cache; as many as the batch can fill by default. `block_table` starts with pages in
             order: copy your own into it when you give out pages yourself, or where sequences share some.
@@ -159,7 +163,8 @@ class KVCache:
         head_dim_v: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         format: str = "none",
-        group_size: int = 32,
+        group_size: int | None = None,
+        channel_group: int | None = None,
         page_size: int | None = None,
         pages: int | None = None,
         k_scale: torch.Tensor | None = None,
@@ -185,9 +190,12 @@ class KVCache:
                 )
             if format in BITS and most is not None and size % 8:
                 raise ValueError(f"{name} is {size}, expected a multiple of 8 for {format}")
+        group_size = DEFAULT_GROUPS.get(format, 1) if group_size is None else group_size
         for name, power in (("page_size", page_size), ("group_size", group_size)):
             if power is not None and (power < 1 or power & (power - 1)):
                 raise ValueError(f"{name} is {power}, expected a power of two")
+        if channel_group is not None and (channel_group < CHANNEL_STEP or channel_group % CHANNEL_STEP):
+            raise ValueError(f"channel_group is {channel_group}, expected a multiple of {CHANNEL_STEP}")
         for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
             if scale is not None:
                 if format != "fp8":
@@ -216,7 +224,7 @@ class KVCache:
             scales = [None if s is None else s.to(k.device) for s in (k_scale, v_scale)]
             self.tensors = CacheTensors(k, v, scales[0], None, scales[1], None, None, None, table, format)
             return
-        channels = -(-group_size // CHANNEL_STEP) * CHANNEL_STEP
+        channels = default_channels(format, head_dim_v) if channel_group is None else channel_group
         half: dict[str, Any] = dict(dtype=torch.float16, device=device)
         of_k = (rows, room // group_size, kv_heads, head_dim)
         of_v = (rows, room, kv_heads, -(-head_dim_v // channels))

@@ -7,7 +7,16 @@ from typing import NamedTuple
 import torch
 
 from ..cpu import quantize_kv as cpp
-from ..kv_cache import BITS, CHANNEL_STEP, head_scales, quantize_keys, quantize_values, to_fp8
+from ..kv_cache import (
+    BITS,
+    CHANNEL_STEP,
+    DEFAULT_GROUPS,
+    default_channels,
+    head_scales,
+    quantize_keys,
+    quantize_values,
+    to_fp8,
+)
 from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
@@ -88,12 +97,21 @@ quantize_kv_op = Op(
 )
 
 
+def _sizes(
+    v: torch.Tensor, format: str, group_size: int | None, channel_group: int | None
+) -> tuple[int, int]:
+    return (
+        DEFAULT_GROUPS.get(format, 1) if group_size is None else group_size,
+        default_channels(format, v.shape[-1] if v.dim() else 1) if channel_group is None else channel_group,
+    )
+
+
 def quantize_kv(
     k: torch.Tensor,
     v: torch.Tensor,
     format: str = "int8",
-    group_size: int = 32,
-    channel_group: int = 32,
+    group_size: int | None = None,
+    channel_group: int | None = None,
 ) -> QuantizedKV:
     """Keys and values of whole groups of tokens as the codes that a `KVCache` holds (KIVI: Liu et al., 2024):
     K per channel, in groups of tokens; V per token, in groups of channels; fp8 per head. No gradient.
@@ -101,8 +119,10 @@ def quantize_kv(
     Args:
         k, v: [batch, seq, kv_heads, head_dim] and [..., head_dim_v], float32, float16 or bfloat16.
         format: "int8", "int4" or "fp8".
-        group_size: tokens that share K's scales: a power of two that divides seq. fp8 has none.
-        channel_group: channels that share V's scales: a multiple of 32. fp8 has none.
+        group_size: tokens that share K's scales: a power of two that divides seq; 64 for int8 and 32 for int4
+            by default. fp8 has none.
+        channel_group: channels that share V's scales: a multiple of 32; by default 32 for int4, the whole
+            head for int8. fp8 has none.
 
     Returns:
         `QuantizedKV`.
@@ -114,7 +134,8 @@ def quantize_kv(
     for name, t in (("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
-    return QuantizedKV(*quantize_kv_op(k.detach(), v.detach(), format, group_size, channel_group))
+    sizes = _sizes(v, format, group_size, channel_group)
+    return QuantizedKV(*quantize_kv_op(k.detach(), v.detach(), format, *sizes))
 
 
 @explains(quantize_kv)
@@ -122,7 +143,7 @@ def _explain(
     k: torch.Tensor,
     v: torch.Tensor,
     format: str = "int8",
-    group_size: int = 32,
-    channel_group: int = 32,
+    group_size: int | None = None,
+    channel_group: int | None = None,
 ) -> Explanation:
-    return quantize_kv_op.explain(k, v, format, group_size, channel_group)
+    return quantize_kv_op.explain(k, v, format, *_sizes(v, format, group_size, channel_group))
