@@ -4,9 +4,8 @@
 // [token][head][dim], so that a span is one stretch of memory (of a page). Units of kUnit tokens are walked
 // head by head:
 //
-//     s[row][token] = K q       a tile of Rows x Tokens = kLanes accumulators, so that one vector of lane
-//     sums
-//                               ends it; a vector of K in registers meets Rows rows
+//     s[row][token] = K q       a tile of Rows x Tokens = kLanes accumulators, which end as one vector of
+//                               lane sums; a vector of K in registers meets Rows rows
 //     softmax of each row of s  lanes are tokens; running maximum and sum
 //     o[row] += p V             a tile of Rows x 4 vectors of channels; a vector of V meets Rows rows
 //
@@ -16,7 +15,8 @@
 // a unit, for all heads: pages cost nothing else.
 //
 // Few bits: K's scales are folded into the queries, a group of tokens at a time, its offsets into q . offset;
-// V's scales into the probabilities, its offsets into sums of p * offset. The tail of a sequence, in full
+// V's scales into the probabilities, its offsets into sums of p * offset. Where the machine multiplies words
+// both become int16, a row's largest product 32767, and sums are exact. The tail of a sequence, in full
 // precision, is a task of its own.
 //
 // Bound by bytes: 2 rows of dim elements a token and kv head. With 4 query heads a kv head and bfloat16 pairs
