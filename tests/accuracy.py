@@ -22,3 +22,26 @@ def assert_accurate(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor,
         )
         error, allowed = norm(got.double() - exact), 2 * norm(plain.double() - exact) + eps
         assert error <= allowed, f"{what}: {measure} error {error:.3g}, allowed {allowed:.3g}"
+
+
+class Errors:
+    """Results of several draws, held against the accuracy rule together: a tensor of a few numbers passes or
+    fails by the luck of plain PyTorch's roundings."""
+
+    def __init__(self) -> None:
+        self.results: dict[tuple[str, torch.dtype], list[tuple[torch.Tensor, ...]]] = {}
+
+    def add(self, name: str, got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
+        assert got.dtype == plain.dtype and got.shape == exact.shape, (
+            name,
+            got.dtype,
+            got.shape,
+            exact.shape,
+        )
+        flat = tuple(t.cpu().flatten() for t in (got, exact, plain))
+        self.results.setdefault((name, got.dtype), []).append(flat)
+
+    def check(self, what: str) -> None:
+        for (name, _), results in self.results.items():
+            got, exact, plain = (torch.cat(t) for t in zip(*results, strict=True))
+            assert_accurate(got, exact, plain, f"{name}, {what}")

@@ -11,7 +11,7 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import Errors
 from backends import Target, targets
 from bitfuse.attention_args import AttentionArgs
 from bitfuse.ops.attention import Wanted, _reference, _reference_backward, attention_backward, attention_op
@@ -137,29 +137,6 @@ def draw(target: Target, number: int) -> Draw:
         torch.randn((heads, *sizes[0]) if c.packed else (batch, heads, sizes[0][1])),
     )
     return Draw(q, k, v, args, grad, grad_lse if r.random() < 0.5 else None)
-
-
-class Errors:
-    """Results of several draws, held against the accuracy rule together: a tensor of a few numbers passes or
-    fails by the luck of plain PyTorch's roundings."""
-
-    def __init__(self) -> None:
-        self.results: dict[tuple[str, torch.dtype], list[tuple[torch.Tensor, ...]]] = {}
-
-    def add(self, name: str, got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
-        assert got.dtype == plain.dtype and got.shape == exact.shape, (
-            name,
-            got.dtype,
-            got.shape,
-            exact.shape,
-        )
-        flat = tuple(t.cpu().flatten() for t in (got, exact, plain))
-        self.results.setdefault((name, got.dtype), []).append(flat)
-
-    def check(self, what: str) -> None:
-        for (name, _), results in self.results.items():
-            got, exact, plain = (torch.cat(t) for t in zip(*results, strict=True))
-            assert_accurate(got, exact, plain, f"{name}, {what}")
 
 
 def check(target: Target, number: int, backward: bool, errors: Errors) -> None:

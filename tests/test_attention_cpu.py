@@ -25,9 +25,10 @@ pytestmark = pytest.mark.skipif(cpp._cpu is None, reason="bitfuse._cpu is not bu
 
 # The draws of test_attention.py at one level: of each kind the first ten.
 DRAWS = """
+from accuracy import Errors
 from backends import Target
 from bitfuse.cpu import attention as cpp
-from test_attention import KINDS, Errors, check, kind
+from test_attention import KINDS, check, kind
 for of_kind in range(KINDS):
     errors = Errors()
     for number in range(of_kind, 10 * KINDS, KINDS):

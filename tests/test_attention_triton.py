@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import Errors
 from backends import Target, targets
 from bitfuse.attention_args import AttentionArgs
 from bitfuse.ops.attention import Wanted, _reference, _reference_backward, attention_backward, attention_op
-from test_attention import DRAWS, KINDS, Errors, check, kind
+from test_attention import DRAWS, KINDS, check, kind
 
 pytest.importorskip("triton")
 from bitfuse.kernels import attention as backend

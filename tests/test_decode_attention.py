@@ -10,13 +10,13 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
+from accuracy import Errors
 from backends import Target, targets
 from bitfuse.attention_args import AttentionArgs
 from bitfuse.kv_cache import CACHE_FORMATS, CacheTensors, DecodeArgs, Rotary, gather
 from bitfuse.ops.append_kv import turned
 from bitfuse.ops.attention import attention_op
 from bitfuse.ops.decode_attention import _reference, _seen, decode_attention_op
-from test_attention import Errors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (0, 1, 5, 31, 32, 33, 63, 64, 65, 100, 130, 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -96,6 +97,26 @@ def test_asking_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         plus_one(torch.zeros(3))
     with pytest.raises(ValueError, match="name is 'tritn'"), bitfuse.use_backend("tritn"):
         pass
+
+
+def test_plain_by_design(caplog: pytest.LogCaptureFixture) -> None:
+    """Plain torch is what serves, and what explain says; nobody is warned, no backend is refused."""
+    op = Op("plus_one_plain(Tensor x) -> Tensor", check, reference, torch.empty_like, (), plain=True)
+    x = torch.zeros(3)
+    with caplog.at_level(logging.WARNING, "bitfuse"):
+        for name in (None, *bitfuse.op.BACKENDS):
+            with bitfuse.use_backend(name) if name else contextlib.nullcontext():
+                assert torch.equal(op(x), x + 1)
+                explanation = op.explain(x)
+            assert explanation.chosen == "reference" and not explanation.refused
+            assert str(explanation) == (
+                "plus_one_plain on cpu: reference runs, plain torch on every device by design"
+            )
+    assert not caplog.records
+    with pytest.raises(TypeError, match=r"x has dtype torch.int64"):
+        op(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="plain is True, and backends has 1, expected none"):
+        Op("two(Tensor x) -> Tensor", check, reference, torch.empty_like, (backend("cpp"),), plain=True)
 
 
 def test_arguments_are_checked_however_the_op_is_called() -> None:

@@ -48,9 +48,10 @@ class Explanation:
     device: str
     chosen: str
     refused: dict[str, str]
+    note: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.op} on {self.device}: {self.chosen} runs"]
+        lines = [f"{self.op} on {self.device}: {self.chosen} runs{self.note and ', '}{self.note}"]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
 
 
@@ -139,6 +140,8 @@ class Op:
         fake: shapes and dtypes only, for torch.compile and torch.export.
         flatten, unflatten: from the arguments of a call to those of the schema, and back; None when they are
             the same.
+        plain: the op is plain torch on every device by design, such as a few matmuls that torch already does
+            well: the reference serves it, whichever backend is asked for, without a warning.
     """
 
     def __init__(
@@ -150,8 +153,12 @@ class Op:
         backends: tuple[Backend, ...],
         flatten: Callable[..., tuple[Any, ...]] | None = None,
         unflatten: Callable[..., tuple[Any, ...]] | None = None,
+        plain: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
+        if plain and backends:
+            raise ValueError(f"{self.name}: plain is True, and backends has {len(backends)}, expected none")
+        self.plain = plain
         self.check = check
         self.reference = reference
         self.fake = fake
@@ -182,7 +189,7 @@ class Op:
         device = _first(args).device
         for backend in self._order.get(device) or self._ordered(device):
             if backend.supports(*args) is None:
-                if backend.name == "reference":
+                if backend.name == "reference" and not self.plain:
                     self._tell(device.type, args)
                 return backend.run(*args)
         raise AssertionError("the reference serves every call")
@@ -197,6 +204,8 @@ class Op:
 
     def _only(self, name: str | None, args: tuple[Any, ...]) -> Backend:
         device = _first(args).device.type
+        if self.plain:
+            return self.backends[-1]
         for backend in self.backends:
             if backend.name != name:
                 continue
@@ -221,6 +230,8 @@ class Op:
         self.check(*args)
         device = _first(args).device.type
         asked = asked_backend()
+        if self.plain:
+            return Explanation(self.name, device, "reference", {}, "plain torch on every device by design")
         if asked is not None:
             backend = self._only(asked, args)
             return Explanation(
