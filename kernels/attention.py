@@ -30,8 +30,6 @@ from bitfuse.attention_args import AttentionArgs
 from bitfuse.dropout import threshold
 
 from .lowbit_linear import (
-    FIRST,
-    SECOND,
     Device,
     Plan,
     _alignment,
@@ -39,6 +37,7 @@ from .lowbit_linear import (
     _handles,
     _refuse,
     jit,
+    keep,
     row_keys,
 )
 
@@ -52,15 +51,6 @@ LOG2_E, LN_2 = map(constexpr, (math.log2(math.e), math.log(2.0)))
 
 # what both directions share; rows are of queries, and every tile may lie either way: i and j are given as
 # [TileM, 1] and [1, TileN], or as [1, TileM] and [TileN, 1]
-
-
-@jit
-def survives(first, second, columns, threshold):
-    """Which pairs dropout keeps (`bitfuse.dropout`): first and second of each row, and columns, broadcast."""
-    v = columns.to(tl.uint32) ^ first
-    v = (v ^ (v >> 16)) * FIRST
-    v = (v ^ (v >> 15) ^ second) * SECOND
-    return (v ^ (v >> 16)) >= threshold.to(tl.uint32, bitcast=True)
 
 
 @jit
@@ -249,7 +239,7 @@ def _step(
     shrink = power(top - base, Form[6])
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
-        p = tl.where(survives(first, second, j + drawn, numbers[4]), p, 0.0)
+        p = tl.where(keep(first, second, j + drawn, numbers[4]), p, 0.0)
     value = tile(v, n, length, Edge != "", Form[5])
     acc = dot(p.to(value.dtype), value, acc * shrink[:, None])
     return acc, total, new

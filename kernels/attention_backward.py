@@ -49,14 +49,13 @@ from .attention import (
     problem_of,
     product,
     span,
-    survives,
     tile,
     unseen_hidden,
     vector,
     visited,
 )
 from .attention import supports as supports_forward
-from .lowbit_linear import Device, Plan, _alignment, _device, _handles, jit, row_keys
+from .lowbit_linear import Device, Plan, _alignment, _device, _handles, jit, keep, row_keys
 
 try:
     import triton.language as tl
@@ -107,7 +106,7 @@ def _gradient(
     p = power(z * scale - lse, Form[6])
     dropped = p
     if seed is not None:
-        kept = survives(first, second, j + drawn, numbers[4])
+        kept = keep(first, second, j + drawn, numbers[4])
         dropped = tl.where(kept, p, 0.0)
         dp = tl.where(kept, dp * numbers[5], 0.0)
     dz = p * (dp - delta)

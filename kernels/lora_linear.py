@@ -107,7 +107,7 @@ def _shrink(
         at = rank.to(tl.int64)[:, None] * K + (k + column)[None, :]
         f = tl.load(factor + at, mask=(rank < R)[:, None] & there[None, :], other=0.0).T
     if seed is not None:
-        tile = tl.where(keep(first, second, k + column, threshold), tile, 0.0)
+        tile = tl.where(keep(first[:, None], second[:, None], (k + column)[None, :], threshold), tile, 0.0)
     return dot_exactly(tile, f, acc, tile.dtype, XPieces, Pieces)
 
 
@@ -182,7 +182,7 @@ def _column_sum(
     low = tl.load(h + row.to(tl.int64)[:, None] * R + rank[None, :], mask=mask, other=0.0)
     if seed is not None:
         first, second = row_keys(seed, row)
-        tile = tl.where(keep(first, second, column, threshold), tile, 0.0)
+        tile = tl.where(keep(first[:, None], second[:, None], column[None, :], threshold), tile, 0.0)
     return dot_exactly(low.T, tile, acc, tile.dtype, Pieces, XPieces)
 
 
@@ -289,7 +289,7 @@ def _widen_kernel(
         acc = add_low_rank(acc, h, factor, scaling, m, n, M, N, R, Float, Wide, TileR)
     if seed is not None:
         first, second = row_keys(seed, m)
-        acc = tl.where(keep(first, second, n, threshold), acc, 0.0)
+        acc = tl.where(keep(first[:, None], second[:, None], n[None, :], threshold), acc, 0.0)
     mask = (m < M)[:, None] & (n < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     if previous is not None:

@@ -418,10 +418,11 @@ def row_keys(seed, rows):
 
 @jit
 def keep(first, second, columns, threshold):
-    """Which elements of [rows, columns] survive dropout; threshold is the unsigned one in an int32."""
-    v = columns.to(tl.uint32)[None, :] ^ first[:, None]
+    """Which elements survive dropout: the words of their rows and their columns, broadcast; threshold is the
+    unsigned one in an int32."""
+    v = columns.to(tl.uint32) ^ first
     v = (v ^ (v >> 16)) * FIRST
-    v = (v ^ (v >> 15) ^ second[:, None]) * SECOND
+    v = (v ^ (v >> 15) ^ second) * SECOND
     return (v ^ (v >> 16)) >= threshold.to(tl.uint32, bitcast=True)
 
 
@@ -586,7 +587,7 @@ def _grad_x_kernel(
         acc = add_low_rank(acc, h, factor, scaling, m, k, M, K, rank, Float, True, TileR)
         if seed is not None:
             first, second = row_keys(seed, m)
-            acc = tl.where(keep(first, second, k, threshold), acc, 0.0)
+            acc = tl.where(keep(first[:, None], second[:, None], k[None, :], threshold), acc, 0.0)
     byte = tile_k * (TileN * Bits // 8) + tl.arange(0, TileN * Bits // 8)
     width = K // 8 * Bits
     row = tl.arange(0, TileK)

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "dropout.h"
 
 namespace bitfuse::BITFUSE_ISA {
 
@@ -82,11 +83,11 @@ struct Block {
 
 class Scores {
  public:
-  explicit Scores(const AttentionCall& call) : call_(call), group_(call.heads / call.kv_heads) {
-    const double words = __builtin_nearbyint(call.dropout.p * 4294967296.0);
-    threshold_ = words >= 4294967295.0 ? 0xffffffffu : uint32_t(words);
-    keep_scale_ = float(1 / (1 - call.dropout.p));
-  }
+  explicit Scores(const AttentionCall& call)
+      : call_(call),
+        group_(call.heads / call.kv_heads),
+        keep_scale_(float(1 / (1 - call.dropout.p))),
+        threshold_(dropout_threshold(call.dropout.p)) {}
 
   int64_t group() const { return group_; }
   bool dropout() const { return call_.dropout.p > 0; }
@@ -110,8 +111,8 @@ class Scores {
       to.place[lane] = ((call_.packed ? 0 : batch * call_.heads) + head) * call_.rows + s.q_begin + i;
       if (call_.alibi) to.slope[lane] = call_.alibi[batch * call_.alibi_batch + head];
       if (dropout()) {
-        to.hash[lane] = mix(uint32_t(to.place[lane]) + uint32_t(call_.dropout.seed));
-        to.other[lane] = mix(to.hash[lane] ^ uint32_t(call_.dropout.seed >> 32) ^ 0x9e3779b9u);
+        const DropoutRow words(call_.dropout.seed, uint32_t(to.place[lane]));
+        to.hash[lane] = words.first, to.other[lane] = words.second;
       }
       const AttentionBias& bias = call_.bias;
       if (bias.data) {
@@ -195,23 +196,13 @@ class Scores {
 
   // value in the lanes of a vector whose pair with key `column` (the prefix counts) survives.
   BITFUSE_INLINE Vf keep(const Lanes& lanes, int64_t column, int v, Vf value) const {
-    Vi h = xor_dwords(set1_dwords(uint32_t(column)), load_dwords(lanes.hash + v));
-    h = mul_dwords(xor_dwords(h, shift_right<16>(h)), set1_dwords(kFirst));
-    h = xor_dwords(xor_dwords(h, shift_right<15>(h)), load_dwords(lanes.other + v));
-    h = mul_dwords(h, set1_dwords(kSecond));
-    return where_at_least(xor_dwords(h, shift_right<16>(h)), set1_dwords(threshold_), value);
+    const Vi bits = dropout_bits(set1_dwords(uint32_t(column)), load_dwords(lanes.hash + v),
+                                 load_dwords(lanes.other + v));
+    return where_at_least(bits, set1_dwords(threshold_), value);
   }
   int64_t column(const Block& block) const { return block.first + (block.own ? call_.prefix : 0); }
 
  private:
-  // the hash of python/bitfuse/dropout.py
-  static constexpr uint32_t kFirst = 0x7feb352d, kSecond = 0x846ca68b;
-  static BITFUSE_INLINE uint32_t mix(uint32_t v) {
-    v = (v ^ v >> 16) * kFirst;
-    v = (v ^ v >> 15) * kSecond;
-    return v ^ v >> 16;
-  }
-
   // scores[j][v] = f(j, v, scores[j][v]); v counts lanes.
   template <class F>
   BITFUSE_INLINE static void each(const Lanes& lanes, const Block& block, float* scores, F f) {

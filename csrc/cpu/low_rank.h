@@ -11,48 +11,35 @@
 // exact before they are summed in float32.
 #pragma once
 
+#include "dropout.h"
 #include "elements.h"
 #include "lora_linear.h"
 #include "matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
 
-// Which elements of a row survive, as `keep` of python/bitfuse/dropout.py: a hash of seed, row and column.
 class Mask {
  public:
   explicit Mask(const Dropout& dropout)
-      : low_(uint32_t(dropout.seed)),
-        high_(uint32_t(dropout.seed >> 32)),
-        share_(set1(float(1 - dropout.p))) {
-    const double words = __builtin_nearbyint(dropout.p * 4294967296.0);
-    threshold_ = words >= 4294967295.0 ? 0xffffffffu : uint32_t(words);
-  }
+      : seed_(dropout.seed), threshold_(dropout_threshold(dropout.p)), share_(set1(float(1 - dropout.p))) {}
 
   struct Row {
-    Vi a, b, threshold;
+    Vi first, second, threshold;
     Vf share;
     // `value` over the share that survives in the lanes that do, 0 in the others; lane 0 is column `column`.
     BITFUSE_INLINE Vf keep(int64_t column, Vf value) const {
-      Vi v = xor_dwords(add_dwords(set1_dwords(uint32_t(column)), lane_numbers()), a);
-      v = mul_dwords(xor_dwords(v, shift_right<16>(v)), set1_dwords(kFirst));
-      v = xor_dwords(xor_dwords(v, shift_right<15>(v)), b);
-      v = mul_dwords(v, set1_dwords(kSecond));
-      return where_at_least(xor_dwords(v, shift_right<16>(v)), threshold, div(value, share));
+      const Vi columns = add_dwords(set1_dwords(uint32_t(column)), lane_numbers());
+      return where_at_least(dropout_bits(columns, first, second), threshold, div(value, share));
     }
   };
   BITFUSE_INLINE Row row(int64_t index) const {
-    const uint32_t a = mix(uint32_t(index) + low_);
-    return {set1_dwords(a), set1_dwords(mix(a ^ high_ ^ 0x9e3779b9u)), set1_dwords(threshold_), share_};
+    const DropoutRow words(seed_, uint32_t(index));
+    return {set1_dwords(words.first), set1_dwords(words.second), set1_dwords(threshold_), share_};
   }
 
  private:
-  static constexpr uint32_t kFirst = 0x7feb352d, kSecond = 0x846ca68b;
-  static BITFUSE_INLINE uint32_t mix(uint32_t v) {
-    v = (v ^ v >> 16) * kFirst;
-    v = (v ^ v >> 15) * kSecond;
-    return v ^ v >> 16;
-  }
-  uint32_t low_, high_, threshold_;
+  uint64_t seed_;
+  uint32_t threshold_;
   Vf share_;
 };
 

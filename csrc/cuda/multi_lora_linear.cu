@@ -1,14 +1,16 @@
 // multi_lora_linear for few tokens: y[m] += s_e x[m] A_e^T B_e^T in place, e the adapter of row m, in one
 // launch.
 //
-// Bound: the bytes of A and B of the adapters that rows ask for, each read once. The blocks make h between
-// them (adapter.cuh), having asked L2 for their rows of B, so that memory is never idle; then a block takes
-// 32 outputs after the other, its warps every eighth pair of an adapter and a tile of its ranks, and adds
-// their sums to y in the order of the warps. Where no row has an adapter a block reads the ids and ends.
+// Bound: with few adapters the bytes of their A and B, each read once; with many, the instructions of the
+// expansion, which multiplies a whole tile of tokens by each adapter's B though one row of it counts. The
+// blocks make h between them (adapter.cuh), having asked L2 for their rows of B, so that memory is never
+// idle; then a block takes 32 outputs after the other, its warps every eighth pair of an adapter and a tile
+// of its ranks, and adds their sums to y in the order of the warps. Where no row has an adapter a block reads
+// the ids and ends.
 //
-// By count on an H100, 64 rows with an adapter of rank 16 each, N = K = 8192: A and B 33.6 MB, 10 us; B once
-// more from L2 to registers, 3 us if it were at L2's rate, which it is not: a warp's waits follow one
-// another.
+// By count on an H100, 64 rows with an adapter of rank 16 each, N = K = 8192: A and B 33.6 MB, 10 us; then
+// the expansion, whose loads from L2 and products follow one another in a warp: about twice that by its
+// count.
 //
 // Shared memory: the groups, then the sums of the warps, [warp][token][32 outputs], in the place of the
 // shrink's scratch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +69,7 @@ def check_name(name: object) -> str:
     return name
 
 
-class AdapterLinear(torch.nn.Module):
+class AdapterLinear(torch.nn.Module, abc.ABC):
     """A frozen linear layer under named adapters, any of them active.
 
     The base layer is held, not copied, and its parameters are frozen. Hooks on its calls move to this layer.
@@ -234,9 +235,9 @@ class AdapterLinear(torch.nn.Module):
         self.merged_layer = None
         self.merged_adapters = ()
 
+    @abc.abstractmethod
     def _merger(self, names: tuple[str, ...]) -> Callable[[slice, torch.Tensor], torch.Tensor]:
         """What makes of float32 rows of the base weight those of the merged one."""
-        raise NotImplementedError
 
     def _merge_bias(self, bias: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         return bias
