@@ -1,0 +1,16 @@
+"""The command line, a file a command: `bitfuse` is `python -m bitfuse`.
+
+A command imports what it needs inside, so that `--help` and a wrong option answer at once.
+"""
+
+from __future__ import annotations
+
+from . import demo, finetune, info  # in the order of `bitfuse --help`
+from .app import app
+
+__all__ = ["app", "demo", "finetune", "info", "main"]
+
+
+def main() -> None:
+    """The `bitfuse` script, and `python -m bitfuse`."""
+    app(prog_name="bitfuse")
