@@ -10,7 +10,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
-    **dict.fromkeys(("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook"), 0),
+    **dict.fromkeys(
+        ("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook", "arch"), 0
+    ),
     **dict.fromkeys(
         ("activations", "attention_args", "blockwise", "dropout", "kv_cache", "lora_args", "multi_lora_args"),
         0,
