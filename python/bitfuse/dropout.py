@@ -32,9 +32,14 @@ def keep(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Tensor:
         rows, columns: of the matrix; leading dimensions are flattened into rows.
         p: probability to drop, 0 <= p < 1.
     """
+    return keep_rows(seed, torch.arange(rows, device=seed.device), columns, p)
+
+
+def keep_rows(seed: torch.Tensor, rows: torch.Tensor, columns: int, p: float) -> torch.Tensor:
+    """`keep` for some rows of the matrix, by their numbers, int64: bool [len(rows), columns]."""
     seed = seed.reshape(())
     low, high = seed & _WORD, (seed >> 32) & _WORD
-    a = _mix((torch.arange(rows, device=seed.device) + low) & _WORD)
+    a = _mix((rows + low) & _WORD)
     b = _mix(a ^ high ^ GOLDEN)
     v = torch.arange(columns, device=seed.device) ^ a.unsqueeze(1)
     v = _times(v ^ (v >> 16), FIRST)

@@ -5,6 +5,7 @@ from .bottleneck import BottleneckAdapter
 from .ia3 import IA3Adapter, IA3Linear
 from .linear import Linear
 from .lora import LoRAAdapter, LoRALinear
+from .multihead_attention import MultiheadAttention
 
 __all__ = [
     "AdapterLinear",
@@ -15,4 +16,5 @@ __all__ = [
     "LoRAAdapter",
     "LoRALinear",
     "Merged",
+    "MultiheadAttention",
 ]
