@@ -115,6 +115,17 @@ def architectures() -> list[str]:
     return flags
 
 
+def hopper(archs: list[str]) -> list[str]:
+    """What csrc/cuda/*_sm90.cu are compiled for: 90a alone, whose instructions no other target has; with its
+    own PTX where that of 90 was asked for, which the tests' simulator runs. Nothing where 90a was not asked
+    for: they are left out."""
+    if "-gencode=arch=compute_90a,code=sm_90a" not in archs:
+        return []
+    ptx = "-gencode=arch=compute_90,code=compute_90" in archs
+    code = "[sm_90a,compute_90a]" if ptx else "sm_90a"
+    return [f"-gencode=arch=compute_90a,code={code}"]
+
+
 def up_to_date(target: Path, command: list[str]) -> bool:
     """True when the object was made by the same command from files that have not changed since."""
     depfile, log = target.with_suffix(".d"), target.with_suffix(".cmd")
@@ -188,10 +199,16 @@ class Build(build_ext):
     def cuda_objects(self, nvcc: Path, home: Path) -> list[Path]:
         flags = ["-std=c++20", "-O3", "-lineinfo", "-cudart", "shared", f"-I{CSRC}", "-Xcompiler", "-fPIC"]
         archs = architectures()
-        kernels = [str(nvcc), *flags, "-ccbin", CXX[0], *archs]
+        kernels = [str(nvcc), *flags, "-ccbin", CXX[0]]
+        of_hopper = hopper(archs)
         made_for = " ".join(arch.rpartition("=")[2] for arch in archs)
         bindings = [*self.bindings(), f'-DBITFUSE_CUDA_ARCHITECTURES="{made_for}"']
-        jobs = [(kernels, s, f"cuda/{s.stem}.o") for s in sorted((CSRC / "cuda").glob("*.cu"))]
+        bindings += ["-DBITFUSE_SM90A"] if of_hopper else []
+        jobs = [
+            ([*kernels, *targets], s, f"cuda/{s.stem}.o")
+            for s in sorted((CSRC / "cuda").glob("*.cu"))
+            if (targets := of_hopper if s.stem.endswith("_sm90") else archs)
+        ]
         includes = [
             f"-I{home / folder}"
             for folder in ("include", "targets/x86_64-linux/include")

@@ -23,4 +23,5 @@ PYBIND11_MODULE(_cuda, module) {
       "90.");
   bind_multi_lora_linear(module);
   bind_lowbit_linear(module);
+  bind_attention(module);
 }

@@ -23,6 +23,7 @@ E choice(int value, int count, const char* name) {
 // What bind_multi_lora_linear makes of integers and checks, and lora_linear takes too.
 struct Adapters : AdapterArgs {};
 
+void bind_attention(py::module_& module);
 void bind_lowbit_linear(py::module_& module);
 void bind_multi_lora_linear(py::module_& module);
 

@@ -13,6 +13,7 @@ import torch
 
 from ..attention_args import AttentionArgs
 from ..cpu import attention as cpp
+from ..cuda import attention as cuda
 from ..dropout import keep
 from ..kernels import attention as triton
 from ..kernels import attention_backward as triton_backward
@@ -340,6 +341,7 @@ attention_op = Op(
     _fake,
     (
         Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("cuda", ("cuda",), cuda.supports, cuda.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     flatten=lambda q, k, v, a: (q, k, v, *a),
