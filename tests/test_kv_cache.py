@@ -24,7 +24,7 @@ from bitfuse.ops.quantize_kv import quantize_kv_op
 from bitfuse.ops.rope import rope_op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CPP = targets("cpp")
+NATIVE = targets("cpp", "triton")
 
 
 def filled(format: str = "none", page_size: int | None = None, **given: Any) -> bitfuse.KVCache:
@@ -91,7 +91,7 @@ def test_rejected_tokens_are_taken_back(format: str) -> None:
     assert torch.equal(keys[45], k[1, 0]) and torch.equal(values[45], v[1, 0])
 
 
-@pytest.mark.parametrize("target", CPP, ids=str)
+@pytest.mark.parametrize("target", NATIVE, ids=str)
 @pytest.mark.parametrize("format", CACHE_FORMATS)
 def test_append_is_the_reference_bit_for_bit(target: Target, format: str) -> None:
     for dtype, page_size, interleaved in zip(DTYPES, (None, 8, 32), (True, False, False), strict=True):
@@ -99,7 +99,7 @@ def test_append_is_the_reference_bit_for_bit(target: Target, format: str) -> Non
         k, v = target.place(torch.randn(3, 37, 2, 40).to(dtype), torch.randn(3, 37, 2, 24).to(dtype))
         scale = torch.rand(2) + 0.5 if format == "fp8" else None
         found = []
-        for backend in ("reference", target.backend):
+        for one in (Target("reference", target.device), target):
             cache = bitfuse.KVCache(
                 3, 90, 2, 40, head_dim_v=24, dtype=dtype, format=format, page_size=page_size, k_scale=scale
             )
@@ -108,8 +108,9 @@ def test_append_is_the_reference_bit_for_bit(target: Target, format: str) -> Non
             for name, t in tensors._asdict().items():
                 if isinstance(t, torch.Tensor):
                     tensors = tensors._replace(**{name: target.place(t)[0]})
-            one = Target(backend, "cpu")
-            one.run(append_kv_op, k, v, tensors, cache.seqlens, Rotary(cos, sin, None, interleaved))
+            one.run(
+                append_kv_op, k, v, tensors, *target.place(cache.seqlens), Rotary(cos, sin, None, interleaved)
+            )
             found.append(tensors)
         for name in CacheTensors._fields:
             a, b = (getattr(t, name) for t in found)
@@ -169,14 +170,14 @@ def test_pages_that_are_not_there(backend: str) -> None:
 # quantize_kv
 
 
-@pytest.mark.parametrize("target", CPP, ids=str)
+@pytest.mark.parametrize("target", NATIVE, ids=str)
 @pytest.mark.parametrize("format", ("int8", "int4", "fp8"))
 def test_quantize_kv(target: Target, format: str) -> None:
     for dtype in DTYPES:
         k, v = target.place((torch.randn(2, 64, 3, 72) * 3).to(dtype), torch.randn(2, 64, 3, 40).to(dtype))
         k[0, :32, 0, 5] = 1.5  # a group of one value
         got = target.run(quantize_kv_op, k, v, format, 32, 32)
-        wanted = Target("reference", "cpu").run(quantize_kv_op, k, v, format, 32, 32)
+        wanted = Target("reference", target.device).run(quantize_kv_op, k, v, format, 32, 32)
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, wanted, strict=True))
         q = bitfuse.quantize_kv(k, v, format, 32, 32)
         if format == "fp8":
@@ -219,7 +220,7 @@ def test_nan_in_fp8_comes_out(dtype: torch.dtype) -> None:
 # rope
 
 
-@pytest.mark.parametrize("target", targets("cpp", "reference"), ids=str)
+@pytest.mark.parametrize("target", targets("cpp", "triton", "reference"), ids=str)
 def test_rope(target: Target) -> None:
     for dtype in DTYPES:
         for half, interleaved, positions in ((16, False, None), (5, True, (1, 9)), (3, False, (2, 9))):
@@ -265,7 +266,7 @@ def halves(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return o1, lse1, o2, lse2
 
 
-@pytest.mark.parametrize("target", targets("cpp", "reference"), ids=str)
+@pytest.mark.parametrize("target", targets("cpp", "triton", "reference"), ids=str)
 def test_merge_attention(target: Target) -> None:
     for dtype in DTYPES:
         tensors = target.place(*halves(dtype))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..cpu import append_kv as cpp
+from ..kernels import append_kv as triton
 from ..kv_cache import (
     BITS,
     CACHE_FORMATS,
@@ -113,7 +114,10 @@ append_kv_op = Op(
     _check,
     _reference,
     _fake,
-    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run),
+    ),
     flatten=lambda k, v, cache, cache_seqlens, rotary: (k, v, *cache, cache_seqlens, *rotary),
     unflatten=_unflatten,
 )

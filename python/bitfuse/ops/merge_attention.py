@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..cpu import merge_attention as cpp
+from ..kernels import merge_attention as triton
 from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
@@ -55,7 +56,10 @@ merge_attention_op = Op(
     _check,
     _reference,
     _fake,
-    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run),
+    ),
 )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..cpu import quantize_kv as cpp
+from ..kernels import quantize_kv as triton
 from ..kv_cache import (
     BITS,
     CHANNEL_STEP,
@@ -93,7 +94,10 @@ quantize_kv_op = Op(
     _check,
     _reference,
     _fake,
-    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run),
+    ),
 )
 
 

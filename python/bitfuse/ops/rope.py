@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..cpu import rope as cpp
+from ..kernels import rope as triton
 from ..kv_cache import Rotary, check_rotary, rotate
 from ..op import Backend, Explanation, Op, explains
 from .lowbit_linear import FLOATS
@@ -50,7 +51,10 @@ rope_op = Op(
     _check,
     _reference,
     _fake,
-    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run),
+    ),
     flatten=lambda x, rotary, inverse: (x, *rotary, inverse),
     unflatten=lambda x, cos, sin, positions, interleaved, inverse: (
         x,
