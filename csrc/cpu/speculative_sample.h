@@ -12,14 +12,19 @@ struct ProbabilityRows {
   int64_t batch_stride, stride;
 };
 
+// A chain is a tree in which node i is the child of node i - 1.
 struct SpeculativeCall {
-  int64_t batch, drafted, vocabulary;
-  ProbabilityRows draft;     // [batch, drafted, vocabulary]
-  ProbabilityRows target;    // [batch, drafted + 1, vocabulary]
-  const int64_t* draft_ids;  // [batch, drafted]; one outside the vocabulary ends the draft
-  const double* uniforms;    // [batch, drafted + 1]
-  int64_t* ids;              // [batch, drafted + 1]
-  int64_t* accepted;         // [batch]
+  int64_t batch, nodes, rows, vocabulary;
+  bool replacement;
+  ProbabilityRows draft;      // [batch, rows, vocabulary]
+  ProbabilityRows target;     // [batch, nodes + 1, vocabulary]
+  const int64_t* draft_ids;   // [batch, nodes]; what is outside the vocabulary is no node
+  const int64_t* parents;     // [batch, nodes], -1 at the root; null: a chain
+  const int64_t* draft_rows;  // [batch, nodes]; null: node i's is row i
+  const double* uniforms;     // [batch, nodes + 1]
+  int64_t* ids;               // [batch, nodes + 1]
+  int64_t* accepted;          // [batch]
+  int64_t* path;              // [batch, nodes], or null
 };
 
 #define BITFUSE_DECLARE_LEVEL(level)                    \

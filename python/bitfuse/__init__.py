@@ -36,6 +36,7 @@ from .ops.rope import rope
 from .ops.sample import sample
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention
 from .ops.speculative_sample import speculative_sample
+from .ops.speculative_sample_tree import speculative_sample_tree
 from .quantization import QuantizationReport, quantize_
 from .weight import LowBitWeight, quantize
 
@@ -86,6 +87,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "set_adapter_",
     "speculative_sample",
+    "speculative_sample_tree",
     "unfuse_peft_",
     "unmerge_adapters_",
     "use_backend",

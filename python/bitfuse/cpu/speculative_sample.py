@@ -1,4 +1,4 @@
-"""speculative_sample on the CPU: tensors to addresses. The kernel, and what bounds it: csrc/cpu/."""
+"""speculative_sample and speculative_sample_tree on the CPU: tensors to addresses. The kernel: csrc/cpu/."""
 
 from __future__ import annotations
 
@@ -28,3 +28,38 @@ def run(
         _DTYPES[q.dtype], q.data_ptr(), *q.stride()[:2], u.data_ptr(), ids.data_ptr(), accepted.data_ptr(),
     )  # fmt: skip
     return ids, accepted
+
+
+def supports_tree(draft_probs: torch.Tensor, *rest: object) -> str | None:
+    """None when `run_tree` can serve the call, else the reason."""
+    return None if _cpu is not None else _missing
+
+
+def run_tree(
+    draft_probs: torch.Tensor,
+    draft_ids: torch.Tensor,
+    parents: torch.Tensor,
+    draft_rows: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    uniforms: torch.Tensor,
+    replacement: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The ids, how many were accepted, and which nodes. The arguments have passed the op's check and
+    `supports_tree`."""
+    batch, nodes = draft_ids.shape
+    p, q = (t if t.stride(-1) == 1 else t.contiguous() for t in (draft_probs, target_probs))
+    drawn, tree, u = (
+        draft_ids.long().contiguous(),
+        parents.long().contiguous(),
+        uniforms.double().contiguous(),
+    )
+    own = None if draft_rows is None else draft_rows.long().contiguous()
+    ids = p.new_empty(batch, nodes + 1, dtype=torch.int64)
+    accepted, path = p.new_empty(batch, dtype=torch.int64), p.new_empty(batch, nodes, dtype=torch.int64)
+    _cpu.speculative_sample_tree(
+        batch, nodes, p.shape[1], p.shape[2], _DTYPES[p.dtype], p.data_ptr(), *p.stride()[:2],
+        drawn.data_ptr(), tree.data_ptr(), 0 if own is None else own.data_ptr(), replacement,
+        _DTYPES[q.dtype], q.data_ptr(), *q.stride()[:2], u.data_ptr(), ids.data_ptr(), accepted.data_ptr(),
+        path.data_ptr(),
+    )  # fmt: skip
+    return ids, accepted, path

@@ -15,6 +15,7 @@ from .rope import rope
 from .sample import sample
 from .scaled_dot_product_attention import scaled_dot_product_attention
 from .speculative_sample import speculative_sample
+from .speculative_sample_tree import speculative_sample_tree
 
 __all__ = [
     "KVCache",
@@ -37,5 +38,6 @@ __all__ = [
     "sample",
     "scaled_dot_product_attention",
     "speculative_sample",
+    "speculative_sample_tree",
     "varlen_attention",
 ]

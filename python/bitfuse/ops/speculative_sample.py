@@ -42,11 +42,16 @@ def _fixed(probabilities: torch.Tensor) -> torch.Tensor:
     return (seen * ONE).to(torch.int64)
 
 
+def _clamped(uniforms: torch.Tensor) -> torch.Tensor:
+    """float64 in [0, 1]; NaN as 0."""
+    return torch.where(uniforms > 0, uniforms, 0.0).clamp(max=1.0).double()
+
+
 def _inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The first token of each row at which the sum of the weights exceeds floor(uniform * total)."""
     prefix = weights.cumsum(-1)
     total = prefix[:, -1]
-    at = (torch.where(uniforms > 0, uniforms, 0.0).clamp(max=1.0).double() * total.double()).to(torch.int64)
+    at = (_clamped(uniforms) * total.double()).to(torch.int64)
     return (prefix <= torch.minimum(at, total - 1).unsqueeze(1)).sum(-1)
 
 
@@ -59,7 +64,7 @@ def _reference(
     at = ids.clamp(0, vocabulary - 1).unsqueeze(-1)
     p = draft_probs.gather(-1, at).squeeze(-1).double()
     q = target_probs[:, :-1].gather(-1, at).squeeze(-1).double()
-    kept = drawn & (uniforms[:, :-1].double() * p < q)
+    kept = drawn & (_clamped(uniforms[:, :-1]) * p < q)
     accepted = kept.long().cumprod(-1).sum(-1)
 
     ended = torch.cat([~drawn, drawn.new_ones(batch, 1)], 1)[rows, accepted]
