@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import timing
 import torch
+from bitfuse.bench import timing
+from bitfuse.bench.timing import DEVICE, DTYPES, GPU, Chain
 from bitfuse.cpu import adamw8bit as cpp
 from bitfuse.optim import AdamW8bit
-from timing import DEVICE, DTYPES, GPU, Chain
 
 OURS = "bitfuse AdamW8bit"
 

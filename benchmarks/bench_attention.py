@@ -19,10 +19,10 @@ from typing import Any
 
 import bitfuse
 import pytest
-import timing
 import torch
+from bitfuse.bench import timing
+from bitfuse.bench.timing import DEVICE, DTYPES, GPU, Ceiling, Chain
 from bitfuse.cpu import lowbit_linear as cpp
-from timing import DEVICE, DTYPES, GPU, Ceiling, Chain
 
 
 @dataclass(frozen=True)

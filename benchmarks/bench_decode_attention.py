@@ -19,10 +19,10 @@ from typing import Any
 
 import bitfuse
 import pytest
-import timing
 import torch
+from bitfuse.bench import timing
+from bitfuse.bench.timing import DEVICE, DTYPES, GPU, Ceiling, Chain
 from bitfuse.cpu import lowbit_linear as cpp
-from timing import DEVICE, DTYPES, GPU, Ceiling, Chain
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DTYPE = "bfloat16"
@@ -111,7 +111,7 @@ def make_chain(case: Case, batch: int, length: int, cold_bytes: int) -> Chain:
         for _ in range(2)
     )
     q = torch.randn(batch, 1, HEADS, HEAD_DIM, generator=generator).to(DEVICE, DTYPES[DTYPE])
-    layers = []
+    layers: list[Callable[[], Any]] = []
     for i in range(timing.depth_of(case.nbytes(elements), cold_bytes)):
         layers.append(functools.partial(case.build(k.roll(i, 1), v.roll(i, 1)), q))
     flops = 4.0 * batch * length * HEADS * HEAD_DIM

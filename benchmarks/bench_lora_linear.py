@@ -24,10 +24,10 @@ from typing import Any
 
 import bitfuse
 import pytest
-import timing
 import torch
+from bitfuse.bench import timing
+from bitfuse.bench.timing import DEVICE, DTYPES, GPU, Ceiling, Chain
 from bitfuse.cpu import lowbit_linear as cpp
-from timing import DEVICE, DTYPES, GPU, Ceiling, Chain
 
 FORMATS = ("int4", "nf4")
 ADAPTERS = ("float32", "bfloat16")

@@ -20,11 +20,11 @@ from typing import Any
 
 import bitfuse
 import pytest
-import timing
 import torch
+from bitfuse.bench import timing
+from bitfuse.bench.timing import DEFAULT_DTYPES, DEVICE, DTYPES, GPU, Ceiling, Chain
 from bitfuse.cpu import lowbit_linear as cpp
 from bitfuse.ops.lowbit_linear import forward_op, lowbit_linear_grad_x
-from timing import DEFAULT_DTYPES, DEVICE, DTYPES, GPU, Ceiling, Chain
 
 DEFAULT_FORMATS = ("int4", "nf4", "int8", "fp8")
 Run = Callable[[torch.Tensor], Any]

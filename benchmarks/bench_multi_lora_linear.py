@@ -24,11 +24,11 @@ from typing import Any
 
 import bitfuse
 import pytest
-import timing
 import torch
+from bitfuse.bench import timing
+from bitfuse.bench.timing import DEVICE, DTYPES, GPU, Ceiling, Chain
 from bitfuse.cpu import lowbit_linear as cpp
 from bitfuse.ops.multi_lora_linear import multi_lora_linear
-from timing import DEVICE, DTYPES, GPU, Ceiling, Chain
 
 MIXES = ("none", "identical", "distinct", "uniform", "zipf", "skewed")
 FORMATS = ("dense", "int4")

@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
     **dict.fromkeys(
-        ("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook", "arch"), 0
+        ("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook", "cost", "arch"), 0
     ),
     **dict.fromkeys(
         ("activations", "attention_args", "blockwise", "dropout", "kv_cache", "lora_args", "multi_lora_args"),
@@ -22,7 +22,19 @@ RANK = {
     **dict.fromkeys(("nn", "optim", "compat"), 3),
     **dict.fromkeys(("quantization", "lora"), 4),
     **dict.fromkeys(
-        ("checkpoints", "integrations", "info", "demo", "finetune", "cli", "__main__", "__init__"), 5
+        (
+            "checkpoints",
+            "integrations",
+            "hypothetical",
+            "info",
+            "demo",
+            "finetune",
+            "bench",
+            "cli",
+            "__main__",
+            "__init__",
+        ),
+        5,
     ),
 }
 # the order inside the lowest room
@@ -31,10 +43,12 @@ PEERS = {
     "blockwise": 1,
     "packing": 0,
     "dropout": 0,
-    "op": 1,
-    "weight": 2,
-    "lora_args": 3,
-    "kv_cache": 3,
+    "arch": 0,
+    "cost": 1,
+    "op": 2,
+    "weight": 3,
+    "lora_args": 4,
+    "kv_cache": 4,
 }
 
 

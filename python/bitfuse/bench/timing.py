@@ -261,7 +261,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 def add_options(parser: argparse.ArgumentParser, op: str) -> None:
     """The options that every benchmark has."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    default = Path(__file__).parent / "results" / slug / f"{op}.json"
+    default = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / slug / f"{op}.json"
     add = parser.add_argument
     add("--cold-mb", type=int, default=512, help="MiB of weights in a chain, more than any cache (512)")
     add("--rounds", type=int, default=5, help="samples of each case (5)")

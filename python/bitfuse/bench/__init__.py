@@ -1,0 +1,1 @@
+"""Benchmarks: the cases, how time is taken, and the results that `bitfuse bench` writes and compares."""
