@@ -17,8 +17,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
 # the simulator runs PTX, for the two generations that the kernels are written for
 TEST_ARCHS ?= 80+PTX;90a+PTX
-NVCC_WHEELS := cuda-pathfinder nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
-  nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+NVCC_WHEELS = $(shell PYTHONPATH=python/bitfuse python3 -c 'from arch.toolchain import NVCC_WHEELS; print(*NVCC_WHEELS)')
 
 .PHONY: demo test lint bench gpu clean
 
