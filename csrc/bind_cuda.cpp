@@ -21,6 +21,7 @@ PYBIND11_MODULE(_cuda, module) {
       py::arg("index"),
       "Multiprocessors, bytes of shared memory of a block and of a multiprocessor, compute capability as "
       "90.");
+  bind_decode_attention(module);
   bind_multi_lora_linear(module);
   bind_lowbit_linear(module);
   bind_attention(module);

@@ -24,6 +24,7 @@ E choice(int value, int count, const char* name) {
 struct Adapters : AdapterArgs {};
 
 void bind_attention(py::module_& module);
+void bind_decode_attention(py::module_& module);
 void bind_lowbit_linear(py::module_& module);
 void bind_multi_lora_linear(py::module_& module);
 
