@@ -39,7 +39,7 @@ import torch
 from bitfuse import dropout
 from bitfuse.codebook import unbiased_levels
 from bitfuse.formats import E2M1, FORMATS, NESTED_BLOCK, NF4, nested_code
-from bitfuse.op import simulated_gpu
+from bitfuse.op import pretended_gpu, simulated_gpu
 from bitfuse.weight import WeightTensors
 
 try:
@@ -764,6 +764,8 @@ def _cuda_device(index: int) -> Device:
 
 
 def _device(device: torch.device) -> Device:
+    if (gpu := pretended_gpu()) is not None:
+        return Device(0, gpu.capability, gpu.multiprocessors)
     if device.index is not None:
         return _cuda_device(device.index)
     # the simulator, which may be another device at each call
@@ -773,7 +775,8 @@ def _device(device: torch.device) -> Device:
 
 
 def _refuse(device: torch.device) -> str | None:
-    if device in _served:
+    pretended = pretended_gpu() is not None
+    if device in _served and not pretended:
         return None
     if triton is None:
         return "triton is not installed"
@@ -783,7 +786,8 @@ def _refuse(device: torch.device) -> str | None:
         return None if simulated_gpu() else f"it runs on cuda, the tensors are on {device.type}"
     if (capability := _device(device).capability) < 80:
         return f"it needs compute capability 8.0, {device} has {capability / 10}"
-    _served.add(device)
+    if not pretended:
+        _served.add(device)
     return None
 
 

@@ -66,7 +66,7 @@ def test_the_reference_serves_the_rest_and_says_so_once(caplog: pytest.LogCaptur
 def test_explain() -> None:
     explanation = plus_one.explain(torch.zeros(3, 1))
     assert explanation.chosen == "reference" and explanation.refused["cpp"] == "2 dimensions are too many"
-    assert str(plus_one.explain(torch.zeros(3))) == "plus_one_test on cpu: cpp runs"
+    assert str(plus_one.explain(torch.zeros(3))) == "plus_one_test on cpu: cpp runs\n  24 B"
     with pytest.raises(TypeError, match="op is 3, expected a bitfuse op or layer"):
         bitfuse.explain(3)
 
@@ -110,7 +110,7 @@ def test_plain_by_design(caplog: pytest.LogCaptureFixture) -> None:
                 explanation = op.explain(x)
             assert explanation.chosen == "reference" and not explanation.refused
             assert str(explanation) == (
-                "plus_one_plain on cpu: reference runs, plain torch on every device by design"
+                "plus_one_plain on cpu: reference runs, plain torch on every device by design\n  24 B"
             )
     assert not caplog.records
     with pytest.raises(TypeError, match=r"x has dtype torch.int64"):

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,12 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch_mode
 
+from .arch.gpus import Gpu, find
+from .cost import Cost, Rates, as_time, moved
+
 log = logging.getLogger("bitfuse")
 _library = torch.library.Library("bitfuse", "DEF")
+_pretended: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar("bitfuse_gpu", default=None)
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("bitfuse_backend", default=None)
 _ENVIRONMENT = os.environ.get(
     "BITFUSE_BACKEND"
@@ -42,17 +47,33 @@ class Backend:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Who serves a call, and why those before it in the order do not."""
+    """Who serves a call, why those before it in the order do not, and what the call costs.
+
+    Attributes:
+        refused: by backend, the reason.
+        note: about `chosen`.
+        cost: bytes and FLOPs.
+        rates: of the device, where they are known: a GPU's data sheet; None for a CPU.
+    """
 
     op: str
     device: str
     chosen: str
     refused: dict[str, str]
-    note: str = ""
+    note: str
+    cost: Cost
+    rates: Rates | None
 
     def __str__(self) -> str:
         lines = [f"{self.op} on {self.device}: {self.chosen} runs{self.note and ', '}{self.note}"]
-        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
+        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        lines.append(f"  {self.cost}")
+        if self.rates is not None:
+            least, by = self.cost.seconds(self.rates)
+            lines[-1] += f": at least {as_time(least)} on {self.rates.name}, bound by {by}"
+            if self.chosen != "reference":
+                lines[-1] += f"; about {as_time(self.cost.predicted(self.rates))} to be expected"
+        return "\n".join(lines)
 
 
 class BackendError(RuntimeError):
@@ -64,6 +85,27 @@ def simulated_gpu() -> bool:
     """True when the GPU simulator stands in for the CUDA runtime: GPU backends then take CPU tensors, when
     asked for."""
     return hasattr(ctypes.CDLL(None), "cusim_run_ptx")
+
+
+@contextlib.contextmanager
+def pretend(gpu: Gpu | None) -> Iterator[None]:
+    """Explain calls that nobody makes: tensors made inside are fake, and may be on "cuda", which is then this
+    GPU; it need not be here. Nothing can run."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    token = _pretended.set(gpu)
+    try:
+        # a fake tensor's address reads as 0, which is aligned, with a warning each time
+        with warnings.catch_warnings(), FakeTensorMode():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        _pretended.reset(token)
+
+
+def pretended_gpu() -> Gpu | None:
+    """The GPU of `pretend`."""
+    return _pretended.get()
 
 
 @contextlib.contextmanager
@@ -140,6 +182,8 @@ class Op:
         fake: shapes and dtypes only, for torch.compile and torch.export.
         flatten, unflatten: from the arguments of a call to those of the schema, and back; None when they are
             the same.
+        cost: what a call can't do without, of the same arguments; None: it reads its tensors and writes what
+            the fake makes, and multiplies next to nothing.
         plain: the op is plain torch on every device by design, such as a few matmuls that torch already does
             well: the reference serves it, whichever backend is asked for, without a warning.
     """
@@ -154,11 +198,13 @@ class Op:
         flatten: Callable[..., tuple[Any, ...]] | None = None,
         unflatten: Callable[..., tuple[Any, ...]] | None = None,
         plain: bool = False,
+        cost: Callable[..., Cost] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         if plain and backends:
             raise ValueError(f"{self.name}: plain is True, and backends has {len(backends)}, expected none")
         self.plain = plain
+        self.cost = cost or self._moves
         self.check = check
         self.reference = reference
         self.fake = fake
@@ -226,31 +272,41 @@ class Op:
             log.warning("bitfuse falls back to plain PyTorch, which is slow. %s", self.explain(*args))
 
     def explain(self, *args: Any) -> Explanation:
-        """Who would serve a call with these arguments, and why the others would not. Runs nothing."""
+        """Who would serve a call with these arguments, why the others would not, and what it costs. Runs
+        nothing."""
         self.check(*args)
-        device = _first(args).device.type
+        device = _first(args).device
         asked = asked_backend()
-        if self.plain:
-            return Explanation(self.name, device, "reference", {}, "plain torch on every device by design")
-        if asked is not None:
-            backend = self._only(asked, args)
-            return Explanation(
-                self.name,
-                device,
-                backend.name,
-                {b.name: f"{asked} was asked for" for b in self.backends if b is not backend},
-            )
         refused: dict[str, str] = {}
-        for backend in self.backends:
-            if device not in backend.devices:
-                refused[backend.name] = (
-                    f"it runs on {' and '.join(backend.devices)}, the tensors are on {device}"
-                )
-            elif reason := backend.supports(*args):
-                refused[backend.name] = reason
-            else:
-                return Explanation(self.name, device, backend.name, refused)
-        return Explanation(self.name, device, "reference", refused)
+        note = ""
+        if self.plain:
+            chosen, note = "reference", "plain torch on every device by design"
+        elif asked is not None:
+            chosen = self._only(asked, args).name
+            refused = {b.name: f"{asked} was asked for" for b in self.backends if b.name != chosen}
+        else:
+            for backend in self.backends:
+                chosen = backend.name
+                if device.type not in backend.devices:
+                    on = " and ".join(backend.devices)
+                    refused[chosen] = f"it runs on {on}, the tensors are on {device.type}"
+                elif reason := backend.supports(*args):
+                    refused[chosen] = reason
+                else:
+                    break
+        return Explanation(self.name, device.type, chosen, refused, note, self.cost(*args), _rates(device))
+
+    def _moves(self, *args: Any) -> Cost:
+        return Cost(moved(args) + moved(self.fake(*args)), 0, _first(args).dtype)
+
+
+def _rates(device: torch.device) -> Rates | None:
+    """Of a GPU that is known by its name."""
+    gpu = pretended_gpu()
+    if gpu is None and device.type == "cuda":
+        with contextlib.suppress(ValueError):
+            gpu = find(torch.cuda.get_device_name(device))
+    return None if gpu is None else Rates.of(gpu)
 
 
 def _first(args: tuple[Any, ...]) -> torch.Tensor:

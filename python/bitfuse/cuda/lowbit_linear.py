@@ -12,7 +12,7 @@ import torch
 
 from ..codebook import pairs_of_levels
 from ..formats import FORMATS, nested_code
-from ..op import simulated_gpu
+from ..op import pretended_gpu, simulated_gpu
 from ..weight import WeightTensors
 
 try:
@@ -51,6 +51,8 @@ def _gpu(index: int) -> tuple[int, ...]:
 
 def _device(index: int) -> tuple[int, ...]:
     """Multiprocessors, shared memory of a block and of a multiprocessor, compute capability of a device."""
+    if (gpu := pretended_gpu()) is not None:
+        return gpu.multiprocessors, gpu.arch.block_kib << 10, gpu.arch.shared_kib << 10, gpu.capability
     # the simulator's can change from call to call
     return _cuda.device_info(index) if simulated_gpu() else _gpu(index)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..blockwise import blocks_of, dequantize_blocks, quantize_blocks
+from ..cost import Cost, moved
 from ..cpu import adamw8bit as cpp
 from ..kernels import adamw8bit as triton
 from ..op import Backend, Explanation, Op, explains
@@ -116,6 +117,8 @@ op = Op(
         Backend("cpp", ("cpu",), cpp.supports, cpp.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
+    # all but the gradient is read and written; torch's float32 beside the memory's rate costs nothing
+    cost=lambda p, grad, *rest: Cost(moved(grad) + 2 * moved(p, *rest), 0, p.dtype),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cost import Cost, moved
 from ..cpu import append_kv as cpp
 from ..kernels import append_kv as triton
 from ..kv_cache import (
@@ -118,6 +119,7 @@ append_kv_op = Op(
         Backend("cpp", ("cpu",), cpp.supports, cpp.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
+    cost=lambda k, v, *rest: Cost(2 * moved(k, v), 0, k.dtype),
     flatten=lambda k, v, cache, cache_seqlens, rotary: (k, v, *cache, cache_seqlens, *rotary),
     unflatten=_unflatten,
 )

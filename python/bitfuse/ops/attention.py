@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..attention_args import AttentionArgs
+from ..cost import Cost, moved
 from ..cpu import attention as cpp
 from ..cuda import attention as cuda
 from ..dropout import keep
@@ -327,6 +329,27 @@ def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -
     return [q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(rows, dtype=torch.float32)]
 
 
+def _pairs(q: torch.Tensor, k: torch.Tensor, a: AttentionArgs) -> int:
+    """Queries that see a key, of all heads; packed sequences as if each had the mean length."""
+    batch, sq, sk = q.shape[0], q.shape[1] if q.dim() == 4 else 0, k.shape[1] if k.dim() == 4 else 0
+    if a.cu_seqlens_q is not None:
+        batch = max(a.cu_seqlens_q.shape[0] - 1, 1)
+        sq, sk = -(-q.shape[0] // batch), -(-k.shape[0] // batch)
+    row = np.arange(sq) + (0 if a.top_left else sk - sq)
+    first = (row - a.left).clip(0, sk) if a.left >= 0 else 0 * row
+    end = (row + a.right + 1).clip(0, sk) if a.right >= 0 else 0 * row + sk
+    prefix = 0 if a.prefix_k is None else a.prefix_k.shape[1]
+    seen = int((end - first).clip(0).sum()) + sq * prefix
+    return batch * q.shape[-2] * seen
+
+
+def _cost(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> Cost:
+    rows = q.numel() // q.shape[-1]
+    out = rows * (v.shape[-1] * q.element_size() + 4)
+    flops = 2 * (q.shape[-1] + v.shape[-1]) * _pairs(q, k, a)
+    return Cost(moved(q, k, v, a.bias, a.prefix_k, a.prefix_v) + out, flops, q.dtype)
+
+
 _SCHEMA = (
     "float softmax_scale, int left, int right, bool top_left, float softcap, float dropout_p, Tensor? seed, "
     "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? prefix_k, Tensor? prefix_v, "
@@ -344,6 +367,7 @@ attention_op = Op(
         Backend("cuda", ("cuda",), cuda.supports, cuda.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
+    cost=_cost,
     flatten=lambda q, k, v, a: (q, k, v, *a),
     unflatten=lambda q, k, v, *a: (q, k, v, AttentionArgs(*a)),
 )
@@ -390,6 +414,24 @@ def _fake_backward(
     ]
 
 
+def _cost_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    a: AttentionArgs,
+    wanted: Wanted,
+    deterministic: bool,
+) -> Cost:
+    """Five products instead of two: q k^T again, dP, dV, dQ and dK."""
+    pairs = _pairs(q, k, a)
+    flops = 2 * (3 * q.shape[-1] + 2 * v.shape[-1]) * pairs
+    return Cost(moved(grad, q, k, v, out, lse) + moved(q, k, v), flops, q.dtype)
+
+
 def _flatten_backward(*args: Any) -> tuple[Any, ...]:
     *tensors, a, wanted, deterministic = args
     return (*tensors, *a, list(wanted), deterministic)
@@ -411,6 +453,7 @@ attention_backward = Op(
         Backend("cpp", ("cpu",), cpp.supports_backward, cpp.run_backward),
         Backend("triton", ("cuda",), triton_backward.supports, triton_backward.run),
     ),
+    cost=_cost_backward,
     flatten=_flatten_backward,
     unflatten=_unflatten_backward,
 )

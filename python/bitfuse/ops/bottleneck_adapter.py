@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..activations import activate, check_activation, derivative
+from ..cost import Cost, moved
 from ..cpu import bottleneck_adapter as cpp
 from ..kernels import bottleneck_adapter as triton
 from ..op import Backend, Explanation, Op, explains
@@ -73,6 +74,20 @@ def _fake(
     ]
 
 
+def _cost(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    activation: str,
+    residual: bool,
+) -> Cost:
+    rows, (n, r) = x.shape[:-1].numel(), up.shape
+    out = rows * (n * x.element_size() + r * 4)
+    return Cost(moved(x, down, down_bias, up, up_bias) + out, 2 * rows * r * (x.shape[-1] + n), x.dtype)
+
+
 bottleneck_adapter_op = Op(
     "bottleneck_adapter(Tensor x, Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias, "
     "str activation, bool residual) -> Tensor[]",
@@ -83,6 +98,7 @@ bottleneck_adapter_op = Op(
         Backend("cpp", ("cpu",), cpp.supports, cpp.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
+    cost=_cost,
 )
 
 

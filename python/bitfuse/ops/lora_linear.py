@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..cost import Cost, moved
 from ..cpu import lora_linear as cpp
 from ..cuda import lora_linear as cuda
 from ..dropout import keep
@@ -108,6 +109,15 @@ def _fake(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) 
     return ys + [x.new_empty(rows, p.lora_A.shape[0], dtype=torch.float32) for p in projections]
 
 
+def _cost(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) -> Cost:
+    rows = math.prod(x.shape[:-1])
+    shapes = [p.shape for p in projections]
+    out = sum(n * x.element_size() + r * 4 for n, _, r in shapes) * rows
+    return Cost(
+        moved(x, projections) + out, 2 * rows * sum(n * k + r * (n + k) for n, k, r in shapes), x.dtype
+    )
+
+
 _PROJECTIONS = (
     "Tensor?[] weights, str[] formats, int[] group_sizes, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, "
     "Tensor?[] scale_by, Tensor?[] bias, Tensor?[] out_scale, Tensor?[] seed"
@@ -151,6 +161,7 @@ lora_linear_op = Op(
         Backend("cuda", ("cuda",), cuda.supports, cuda.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
+    cost=_cost,
     flatten=lambda x, projections, dropout_p: (x, *_flatten(projections), dropout_p),
     unflatten=lambda x, *flat: (x, _unflatten(*flat[:-1]), flat[-1]),
 )

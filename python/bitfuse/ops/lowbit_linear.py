@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..cost import Cost, moved
 from ..cpu import lowbit_linear as cpp
 from ..cuda import lowbit_linear as cuda
 from ..formats import get_format
@@ -115,6 +116,14 @@ def _fake_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
+def _cost(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None = None) -> Cost:
+    """Of either direction."""
+    n, k = weight.shape
+    rows = x.numel() // max(x.shape[-1], 1)
+    out = rows * (n + k - x.shape[-1]) * x.element_size()
+    return Cost(moved(x, weight, bias) + out, 2 * rows * n * k, x.dtype)
+
+
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? scale_scales, Tensor? scale_offset"
 
 forward_op = Op(
@@ -127,6 +136,7 @@ forward_op = Op(
         Backend("cuda", ("cuda",), cuda.supports, cuda.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
+    cost=_cost,
     flatten=lambda x, weight, bias: (x, *weight[:5], bias, *weight[5:]),
     unflatten=lambda x, *flat: (x, WeightTensors(*flat[:5], *flat[6:]), flat[5]),
 )
@@ -139,6 +149,7 @@ lowbit_linear_grad_x = Op(
         Backend("cpp", ("cpu",), cpp.supports_grad_x, cpp.run_grad_x),
         Backend("triton", ("cuda",), triton.supports_grad_x, triton.run_grad_x),
     ),
+    cost=_cost,
     flatten=lambda grad, weight: (grad, *weight),
     unflatten=lambda grad, *flat: (grad, WeightTensors(*flat)),
 )

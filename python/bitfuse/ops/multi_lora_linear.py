@@ -16,6 +16,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch_mode
 
+from ..cost import Cost, moved
 from ..cpu import multi_lora_linear as cpp
 from ..cuda import multi_lora_linear as cuda
 from ..kernels import multi_lora_linear as triton
@@ -165,6 +166,22 @@ def _fake(
     return None
 
 
+def _cost(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: Adapters,
+    lora_B: Adapters,
+    scaling: torch.Tensor,
+    adapter_ids: torch.Tensor,
+) -> Cost:
+    """As if every row had an adapter, of its own as far as there are as many."""
+    rows, e, k, n = x.numel() // max(x.shape[-1], 1), count_of(lora_A), x.shape[-1], y.shape[-1]
+    adapters = moved(lora_A, lora_B)
+    rank = sum(t.numel() for t in lora_A) / max(e * k, 1)
+    nbytes = moved(x, y, y, adapter_ids) + adapters * min(rows, e) // max(e, 1)
+    return Cost(nbytes, int(2 * rows * rank * (k + n)), x.dtype)
+
+
 multi_lora_add_ = Op(
     "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, "
     "Tensor adapter_ids) -> ()",
@@ -176,6 +193,7 @@ multi_lora_add_ = Op(
         Backend("cuda", ("cuda",), cuda.supports, cuda.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
+    cost=_cost,
 )
 
 
