@@ -44,7 +44,8 @@ void launch(const AttentionSm90Args& a, int device, cudaStream_t stream) {
   call.section = static_cast<int>(std::clamp<int64_t>(SectionBytes / head_bytes, 1, a.batch * a.kv_heads));
   constexpr float Log2E = 1.4426950408889634f;
   call.scale = (C::Capped ? a.softcap : a.scale) * Log2E;
-  call.before_cap = C::Capped ? a.scale / a.softcap : 0.0f;
+  if (C::Capped)
+    call.before_cap = a.scale / a.softcap * (std::is_same_v<typename C::T, __half> ? 2 * Log2E : 1);
 
   const auto kernel = attention_sm90_kernel<C>;
   static AllowedShared allowed;

@@ -88,7 +88,7 @@ struct Call {
   int tiles, row_tiles;     // row_tiles: of one head
   int section;              // key heads of a section
   float scale;              // of a logit, in powers of two
-  float before_cap;         // of q k, when capped
+  float before_cap;         // of q k, for tanh_approx
 };
 
 // One tile: where it is, and which keys it visits.
@@ -254,18 +254,18 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// As good as float16 needs (an absolute error like float32's), or by the hardware: 2^-11 of the result, which
-// is a quarter of bfloat16's own rounding.
+// tanh(x by), by the hardware: right to 2^-11 of the result, a quarter of bfloat16's own rounding. For
+// float16 by 1 - 2 / (exp(2x) + 1), with an absolute error like float32's; `by` then has 2 log2(e) in it.
 template <typename T>
-__device__ __forceinline__ float tanh_approx(float x) {
+__device__ __forceinline__ float tanh_approx(float x, float by) {
   float y;
   if constexpr (std::is_same_v<T, __half>) {
-    constexpr float Log2E = 1.4426950408889634f;
-    y = copysignf(1.0f - __fdividef(2.0f, exp2_approx(fabsf(x) * (2 * Log2E)) + 1.0f), x);
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(exp2_approx(x * by) + 1.0f));
+    return fmaf(-2.0f, y, 1.0f);
   } else {
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x * by));
+    return y;
   }
-  return y;
 }
 
 // Two numbers as T's, the first in the lower half.
@@ -320,7 +320,7 @@ __device__ __forceinline__ bool softmax(const Call& call, Rows<C>& r, const int 
   constexpr int Logits = C::TileN / 2;
   if constexpr (C::Capped) {
 #pragma unroll
-    for (int i = 0; i < Logits; ++i) r.s[i] = tanh_approx<typename C::T>(r.s[i] * call.before_cap);
+    for (int i = 0; i < Logits; ++i) r.s[i] = tanh_approx<typename C::T>(r.s[i], call.before_cap);
   }
   if constexpr (Masked) {
 #pragma unroll

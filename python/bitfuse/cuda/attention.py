@@ -20,9 +20,9 @@ _TILE = 128  # queries of the smallest tile
 
 
 def _strides(t: torch.Tensor) -> list[int]:
-    """Of batches, rows and heads; where there is one, it is never stepped over."""
-    strides = [s if n > 1 else _STEP for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)]
-    return strides if t.dim() == 4 else [_STEP, *strides]
+    """Of batches, rows and heads; that of a single one is never stepped over."""
+    strides = [s if n > 1 else t.shape[-1] for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)]
+    return strides if t.dim() == 4 else [t.shape[-1], *strides]
 
 
 def _unwalkable(name: str, t: torch.Tensor) -> str | None:
