@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from .build import load
-from .device import SimulationError, compute_capability, multiprocessors, run_ptx, shared_memory
+from .device import SimulationError, compute_capability, device, multiprocessors, run_ptx, shared_memory
 
 __all__ = ["CusimDriver", "SimulationError", "install"]
 
@@ -106,6 +106,7 @@ class _Launcher:
         self.descriptors = list(getattr(metadata, "tensordesc_meta", None) or [])
         self.threads = metadata.num_warps * 32
         self.shared = metadata.shared
+        self.cooperative = bool(getattr(metadata, "launch_cooperative_grid", False))
         self.scratch = (metadata.global_scratch_size, metadata.global_scratch_align)
 
     def __call__(
@@ -136,7 +137,8 @@ class _Launcher:
         name, ptx = function
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        run_ptx(ptx, name, (x, y, z), (self.threads,), values, self.shared)
+        with device(resident=x * y * z if self.cooperative else None):  # its blocks may wait for one another
+            run_ptx(ptx, name, (x, y, z), (self.threads,), values, self.shared)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..cpu import speculative_sample as cpp
+from ..kernels import speculative_sample as triton
 from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
@@ -95,7 +96,10 @@ speculative_sample_op = Op(
     _check,
     _reference,
     _fake,
-    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run),
+    ),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..cpu import speculative_sample as cpp
+from ..kernels import speculative_sample as triton
 from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
@@ -129,7 +130,10 @@ speculative_sample_tree_op = Op(
     _check,
     _reference,
     _fake,
-    (Backend("cpp", ("cpu",), cpp.supports_tree, cpp.run_tree),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports_tree, cpp.run_tree),
+        Backend("triton", ("cuda",), triton.supports_tree, triton.run_tree),
+    ),
 )
 
 
