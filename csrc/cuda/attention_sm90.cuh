@@ -311,12 +311,12 @@ struct Rows {
   float top[2], sum[2];  // what the sums are relative to, as a logit; this thread's part of the row's sum
 };
 
-// From the products s: the probabilities in their place, and the rows' sums. Returns whether o has to be
-// multiplied by `shrink`, which is the same for all lanes.
-// `from`, `to`: the row's first and last-but-one visible column, from the thread's own first column on.
+// From the products s: logits, and what they are relative to, `base`, as powers of two. Returns whether o has
+// to be multiplied by `shrink`, which is the same for all lanes. `from`, `to`: the row's first and
+// last-but-one visible column, from the thread's own first column on.
 template <typename C, bool Masked>
-__device__ __forceinline__ bool softmax(const Call& call, Rows<C>& r, const int (&from)[2],
-                                        const int (&to)[2], float (&shrink)[2]) {
+__device__ __forceinline__ bool find_base(const Call& call, Rows<C>& r, const int (&from)[2],
+                                          const int (&to)[2], float (&base)[2], float (&shrink)[2]) {
   constexpr int Logits = C::TileN / 2;
   if constexpr (C::Capped) {
 #pragma unroll
@@ -343,7 +343,6 @@ __device__ __forceinline__ bool softmax(const Call& call, Rows<C>& r, const int 
     grew |= (largest[row] - r.top[row]) * call.scale > LazyGrowth;  // not where both are -inf
   }
   grew = __any_sync(0xffffffffu, grew);
-  float base[2];
   if (grew) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -357,15 +356,20 @@ __device__ __forceinline__ bool softmax(const Call& call, Rows<C>& r, const int 
 #pragma unroll
     for (int row = 0; row < 2; ++row) base[row] = r.top[row] == -INFINITY ? 0.0f : r.top[row] * call.scale;
   }
+  return grew;
+}
+
+// From logits the probabilities in their place, and the rows' sums.
+template <typename C>
+__device__ __forceinline__ void exponentiate(const Call& call, Rows<C>& r, const float (&base)[2]) {
   float part[4] = {};
 #pragma unroll
-  for (int i = 0; i < Logits; ++i) {
+  for (int i = 0; i < C::TileN / 2; ++i) {
     r.s[i] = exp2_approx(fmaf(r.s[i], call.scale, -base[i / 2 % 2]));
     part[i % 4] += r.s[i];
   }
   r.sum[0] += part[0] + part[1];
   r.sum[1] += part[2] + part[3];
-  return grew;
 }
 
 template <typename C>
@@ -471,7 +475,7 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
 
     if (w.count > 0) {
       int from[2], to[2];
-      float shrink[2];
+      float base[2], shrink[2];
       auto bounds = [&](int t) {  // of the columns of a masked tile
         const int first = w.visited(t) * TileN + lane % 4 * 2;
 #pragma unroll
@@ -486,6 +490,9 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
         k_ring.advance();
         if (t == w.count - 1) release(q_empty);
       };
+      auto next_k = [&](int t) {
+        if (t + 1 < w.count) k_ring.wait_full();
+      };
       auto v_done = [&] {
         release(v_ring.empty());
         v_ring.advance();
@@ -499,11 +506,12 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
       keep_behind(r.s);
       k_done(0);
       bounds(0);
-      softmax<C, true>(call, r, from, to, shrink);
+      find_base<C, true>(call, r, from, to, base, shrink);
+      exponentiate<C>(call, r, base);
       round_probabilities<C>(r);
+      next_k(0);
 
       auto step = [&]<bool Masked>(std::bool_constant<Masked>, int t) {
-        k_ring.wait_full();
         if constexpr (C::PingPong) named_barrier_sync<TurnThreads>(turn);
         multiply_qk<C>(r, q, shared + C::KOffset + k_ring.stage() * C::KBytes);
         v_ring.wait_full();
@@ -513,16 +521,21 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
         keep_behind(r.s);
         k_done(t);
         if constexpr (Masked) bounds(t);
-        const bool grew = softmax<C, Masked>(call, r, from, to, shrink);
+        const bool grew = find_base<C, Masked>(call, r, from, to, base, shrink);
+        exponentiate<C>(call, r, base);
+        // The branches of this wait keep the next one where it is: ptxas would have it before the
+        // exponentials.
+        keep_behind(r.s);
+        next_k(t);
         wgmma_wait<0>();
         keep_behind(r.o);
         keep_behind(r.p);
         v_done();
+        round_probabilities<C>(r);
         if (grew) {
 #pragma unroll
           for (int i = 0; i < C::Dim / 2; ++i) r.o[i] *= shrink[i / 2 % 2];
         }
-        round_probabilities<C>(r);
       };
       int t = 1;
       for (; t < w.masked; ++t) step(std::true_type{}, t);
