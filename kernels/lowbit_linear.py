@@ -29,14 +29,15 @@ decoding, which TileM tokens share.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from bitfuse import dropout
+from bitfuse import dropout, policy
 from bitfuse.codebook import unbiased_levels
 from bitfuse.formats import E2M1, FORMATS, NESTED_BLOCK, NF4, nested_code
 from bitfuse.op import pretended_gpu, simulated_gpu
@@ -706,19 +707,105 @@ def choose(
         tile_m, tile_n, tile_k, stages = 64, 128, 128 if bits == 4 and wgmma and not grad_x else 64, 3
     else:
         tile_m, tile_n, tile_k, warps, stages = 128, 128, 64, 8, 3
-    run = tile_n if grad_x else tile_k
-    sub = math.gcd(group_size, run) if group_size else run
-    scale_product = not grad_x and group_size > 0 and sub == run and (tile_m <= 32 or float_bytes == 4)
     tiles = -(-m // tile_m) * -(-n // tile_n)
     most = max(1, k // MIN_SPLIT)
     if m <= 32:
         splits = _fewest_splits(tiles, min(most, max(1, 4 * multiprocessors // tiles)), multiprocessors)
     else:
         splits = max(1, min(most, multiprocessors // tiles))
+    registers = 128 if tile_m == 128 and wgmma else None
+    return _completed(
+        (tile_m, tile_n, tile_k), splits, warps, stages, registers, k, group_size, float_bytes, grad_x
+    )
+
+
+def _completed(
+    tile: tuple[int, int, int],
+    splits: int,
+    warps: int,
+    stages: int,
+    registers: int | None,
+    k: int,
+    group_size: int,
+    float_bytes: int,
+    grad_x: bool,
+) -> Config:
+    """A Config of these tiles: the scales' runs and the steps that follow from them."""
+    tile_m, tile_n, tile_k = tile
+    run = tile_n if grad_x else tile_k
+    sub = math.gcd(group_size, run) if group_size else run
+    scale_product = not grad_x and group_size > 0 and sub == run and (tile_m <= 32 or float_bytes == 4)
     steps = -(-k // (tile_k * splits))
     splits = -(-k // (tile_k * steps))
-    registers = 128 if tile_m == 128 and wgmma else None
     return Config(tile_m, tile_n, tile_k, sub, scale_product, splits, steps, warps, stages, registers)
+
+
+def candidates(
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    float_bytes: int,
+    capability: int,
+    multiprocessors: int,
+) -> list[Config]:
+    """The choice of `choose` for the forward, then what is worth measuring beside it: other tiles, more or
+    fewer splits, copies further ahead."""
+    first = choose(m, n, k, bits, group_size, float_bytes, capability, multiprocessors)
+    found = [first]
+    tile_ks = (64, 128) if float_bytes == 2 else (first.tile_k,)
+    for tile_n in sorted({first.tile_n, 64, 128} if float_bytes == 2 else {first.tile_n}):
+        for tile_k in tile_ks:
+            for stages in (3, 4, 5) if float_bytes == 2 else (first.stages,):
+                # a stage holds tiles of x and of codes, and must leave room for a second program
+                held = stages * (first.tile_m * tile_k * float_bytes + tile_n * tile_k * bits // 8)
+                if held > 100 << 10:
+                    continue
+                for splits in sorted({first.splits, max(1, first.splits // 2), first.splits * 2}):
+                    if splits > max(1, k // MIN_SPLIT):
+                        continue
+                    tile = (first.tile_m, tile_n, tile_k)
+                    config = _completed(
+                        tile, splits, first.warps, stages, first.registers, k, group_size, float_bytes, False
+                    )
+                    if config not in found:
+                        found.append(config)
+    return found
+
+
+def tuning_key(m: int, n: int, k: int, format: str, group_size: int, dtype: torch.dtype) -> str:
+    """Of a Config in the policy's cache."""
+    return policy.key("lowbit_linear", policy.bucket(m), n, k, format, group_size, dtype)
+
+
+_trial: Config | None = None
+
+
+@contextlib.contextmanager
+def trying(config: Config) -> Iterator[None]:
+    """Take this Config for every forward inside."""
+    global _trial
+    _trial = config
+    _plan.cache_clear()
+    try:
+        yield
+    finally:
+        _trial = None
+        _plan.cache_clear()
+
+
+def _tuned(
+    device: Device, m: int, n: int, k: int, format: str, group_size: int, dtype: torch.dtype
+) -> Config | None:
+    """What was measured to be the fastest on this GPU."""
+    if _trial is not None:
+        return _trial
+    if pretended_gpu() is not None or not torch.cuda.is_available():
+        return None
+    configs = policy.of(torch.cuda.get_device_name(device.number))["configs"]
+    found = configs.get(tuning_key(m, n, k, format, group_size, dtype))
+    return None if found is None else Config(*found)
 
 
 def _fewest_splits(tiles: int, most: int, multiprocessors: int) -> int:
@@ -906,7 +993,8 @@ def _plan(
     code, scale = CODES[format], _SCALES[scale_dtype]
     group_size = 0 if group_size == k else group_size
     width, depth = (k, n) if grad_x else (n, k)
-    config = choose(m, width, depth, code.bits, group_size, dtype.itemsize, *device[1:], grad_x)
+    config = None if grad_x else _tuned(device, m, n, k, format, group_size, dtype)
+    config = config or choose(m, width, depth, code.bits, group_size, dtype.itemsize, *device[1:], grad_x)
     tile_m, tile_n, tile_k, sub, scale_product, splits, steps, warps, stages, registers = config
     even = width % tile_n == 0 if grad_x else depth % tile_k == 0
     # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
@@ -943,7 +1031,10 @@ def _plan(
             enable_fp_fusion=True,
             **(dict(launch_pdl=True) if overlap else {}),
         ),
-        _handles.setdefault((device.number, grad_x, dtype, scale_dtype, given, factor, constants), {}),
+        _handles.setdefault(
+            (device.number, grad_x, dtype, scale_dtype, given, factor, constants, warps, stages, registers),
+            {},
+        ),
         None if splits == 1 else (splits, m, width),
         reduce,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
     **dict.fromkeys(
-        ("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook", "cost", "arch"), 0
+        ("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook", "cost", "arch", "policy"), 0
     ),
     **dict.fromkeys(
         ("activations", "attention_args", "blockwise", "dropout", "kv_cache", "lora_args", "multi_lora_args"),
@@ -27,6 +27,7 @@ RANK = {
             "integrations",
             "hypothetical",
             "info",
+            "tuning",
             "demo",
             "finetune",
             "bench",
@@ -44,6 +45,7 @@ PEERS = {
     "packing": 0,
     "dropout": 0,
     "arch": 0,
+    "policy": 0,
     "cost": 1,
     "op": 2,
     "weight": 3,

@@ -18,6 +18,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch_mode
 
+from . import policy
 from .arch.gpus import Gpu, find
 from .cost import Cost, Rates, as_time, moved
 
@@ -54,6 +55,7 @@ class Explanation:
         note: about `chosen`.
         cost: bytes and FLOPs.
         rates: of the device, where they are known: a GPU's data sheet; None for a CPU.
+        policy_key: what `bitfuse tune` remembers such calls by; None where there is nothing to tune.
     """
 
     op: str
@@ -63,6 +65,7 @@ class Explanation:
     note: str
     cost: Cost
     rates: Rates | None
+    policy_key: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.op} on {self.device}: {self.chosen} runs{self.note and ', '}{self.note}"]
@@ -184,6 +187,8 @@ class Op:
             the same.
         cost: what a call can't do without, of the same arguments; None: it reads its tensors and writes what
             the fake makes, and multiplies next to nothing.
+        kind: of the same arguments, what decides which backend is the fastest on a GPU; asked where `bitfuse
+            tune` has measured.
         plain: the op is plain torch on every device by design, such as a few matmuls that torch already does
             well: the reference serves it, whichever backend is asked for, without a warning.
     """
@@ -199,6 +204,7 @@ class Op:
         unflatten: Callable[..., tuple[Any, ...]] | None = None,
         plain: bool = False,
         cost: Callable[..., Cost] | None = None,
+        kind: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         if plain and backends:
@@ -210,6 +216,9 @@ class Op:
         self.fake = fake
         self.backends = (*backends, Backend("reference", ("cpu", "cuda"), lambda *args: None, reference))
         self._order: dict[torch.device, tuple[Backend, ...]] = {}
+        self._kind = kind
+        # by device that has measurements, the fastest backend of a kind of call, or None
+        self._tuned: dict[torch.device, dict[tuple[Any, ...], str | None]] = {}
         self._told: set[tuple[Any, ...]] = set()
         self._flatten = flatten
         self.__doc__ = reference.__doc__
@@ -233,18 +242,37 @@ class Op:
         if _ENVIRONMENT or _asked.get() is not None:
             return self._only(asked_backend(), args).run(*args)
         device = _first(args).device
-        for backend in self._order.get(device) or self._ordered(device):
+        order = self._order.get(device) or self._ordered(device)
+        if self._tuned:
+            order = self._preferring(device, order, args)
+        for backend in order:
             if backend.supports(*args) is None:
                 if backend.name == "reference" and not self.plain:
                     self._tell(device.type, args)
                 return backend.run(*args)
         raise AssertionError("the reference serves every call")
 
+    def _preferring(
+        self, device: torch.device, order: tuple[Backend, ...], args: tuple[Any, ...]
+    ) -> tuple[Backend, ...]:
+        """The order with the backend first that was measured to be the fastest for such a call."""
+        tuned = self._tuned.get(device)
+        if tuned is None or self._kind is None:
+            return order
+        kind = self._kind(*args)
+        if kind not in tuned:
+            tuned[kind] = policy.fastest(torch.cuda.get_device_name(device), self.name, kind)
+        first = tuned[kind]
+        return tuple(sorted(order, key=lambda b: b.name != first)) if first else order
+
     def _ordered(self, device: torch.device) -> tuple[Backend, ...]:
         if device.type == "meta":
             order: tuple[Backend, ...] = (Backend("fake", ("meta",), lambda *args: None, self.fake),)
         else:
             order = tuple(b for b in self.backends if device.type in b.devices or b.name == "reference")
+        real = device.type == "cuda" and torch.cuda.is_available()
+        if self._kind and real and policy.of(torch.cuda.get_device_name(device))["backends"]:
+            self._tuned[device] = {}
         self._order[device] = order
         return order
 
@@ -285,7 +313,10 @@ class Op:
             chosen = self._only(asked, args).name
             refused = {b.name: f"{asked} was asked for" for b in self.backends if b.name != chosen}
         else:
-            for backend in self.backends:
+            order = self.backends
+            if pretended_gpu() is None and (device in self._order or self._ordered(device)):
+                order = self._preferring(device, order, args)
+            for backend in order:
                 chosen = backend.name
                 if device.type not in backend.devices:
                     on = " and ".join(backend.devices)
@@ -294,7 +325,10 @@ class Op:
                     refused[chosen] = reason
                 else:
                     break
-        return Explanation(self.name, device.type, chosen, refused, note, self.cost(*args), _rates(device))
+        key = None if self._kind is None else policy.key(self.name, *self._kind(*args))
+        return Explanation(
+            self.name, device.type, chosen, refused, note, self.cost(*args), _rates(device), key
+        )
 
     def _moves(self, *args: Any) -> Cost:
         return Cost(moved(args) + moved(self.fake(*args)), 0, _first(args).dtype)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.compiler import is_compiling
 
+from ..cost import Cost, moved
 from ..lora_args import LoraArgs
 from ..op import Explanation, explain
 from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear, new_seed
@@ -374,7 +375,9 @@ class LoRALinear(AdapterLinear):
             return explain(lora_linear, *args, out_scale=out_scale)
         if isinstance(layer, Linear):
             return layer.explain(x)
-        return Explanation("torch.nn.Linear", x.device.type, "torch", {})
+        rows, (n, k) = x.numel() // max(x.shape[-1], 1), layer.weight.shape
+        cost = Cost(moved(x, *layer.parameters()) + rows * n * x.element_size(), 2 * rows * n * k, x.dtype)
+        return Explanation("torch.nn.Linear", x.device.type, "torch", {}, "", cost, None)
 
     def clear_norms(self) -> None:
         """Find DoRA's kept norms anew: for a change that torch does not see."""

@@ -20,6 +20,7 @@ from ..dropout import keep
 from ..kernels import attention as triton
 from ..kernels import attention_backward as triton_backward
 from ..op import Backend, Explanation, Op, explains
+from ..policy import bucket
 from ..weight import check_tensor
 from .lora_linear import new_seed
 from .lowbit_linear import FLOATS
@@ -350,6 +351,14 @@ def _cost(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -
     return Cost(moved(q, k, v, a.bias, a.prefix_k, a.prefix_v) + out, flops, q.dtype)
 
 
+def _kind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> tuple[Any, ...]:
+    packed = a.cu_seqlens_q is not None
+    lengths = (a.max_seqlen_q, a.max_seqlen_k) if packed else (q.shape[1], k.shape[1])
+    batch = a.cu_seqlens_q.shape[0] - 1 if a.cu_seqlens_q is not None else q.shape[0]
+    heads = (q.shape[-2], k.shape[-2], q.shape[-1])
+    return bucket(batch), *map(bucket, lengths), *heads, a.right == 0, packed, q.dtype
+
+
 _SCHEMA = (
     "float softmax_scale, int left, int right, bool top_left, float softcap, float dropout_p, Tensor? seed, "
     "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? prefix_k, Tensor? prefix_v, "
@@ -368,6 +377,7 @@ attention_op = Op(
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     cost=_cost,
+    kind=_kind,
     flatten=lambda q, k, v, a: (q, k, v, *a),
     unflatten=lambda q, k, v, *a: (q, k, v, AttentionArgs(*a)),
 )

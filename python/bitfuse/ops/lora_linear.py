@@ -20,6 +20,7 @@ from ..dropout import keep
 from ..kernels import lora_linear as triton
 from ..lora_args import LoraArgs
 from ..op import Backend, Explanation, Op, explains
+from ..policy import bucket
 from ..weight import LowBitWeight, WeightTensors, check_tensor
 from .lowbit_linear import FLOATS, check_float, check_weight
 
@@ -118,6 +119,13 @@ def _cost(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) 
     )
 
 
+def _kind(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) -> tuple[Any, ...]:
+    first = projections[0]
+    n, k, rank = first.shape
+    format = first.weight.format if isinstance(first.weight, WeightTensors) else _DENSE
+    return bucket(x.numel() // max(k, 1)), n, k, format, rank, len(projections), x.dtype
+
+
 _PROJECTIONS = (
     "Tensor?[] weights, str[] formats, int[] group_sizes, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, "
     "Tensor?[] scale_by, Tensor?[] bias, Tensor?[] out_scale, Tensor?[] seed"
@@ -162,6 +170,7 @@ lora_linear_op = Op(
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     cost=_cost,
+    kind=_kind,
     flatten=lambda x, projections, dropout_p: (x, *_flatten(projections), dropout_p),
     unflatten=lambda x, *flat: (x, _unflatten(*flat[:-1]), flat[-1]),
 )

@@ -14,6 +14,7 @@ from ..cuda import lowbit_linear as cuda
 from ..formats import get_format
 from ..kernels import lowbit_linear as triton
 from ..op import Backend, Explanation, Op, explains
+from ..policy import bucket
 from ..weight import LowBitWeight, WeightTensors, check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -124,6 +125,11 @@ def _cost(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None = No
     return Cost(moved(x, weight, bias) + out, 2 * rows * n * k, x.dtype)
 
 
+def _kind(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    n, k = weight.shape
+    return bucket(x.numel() // max(k, 1)), n, k, weight.format, weight.group_size, x.dtype
+
+
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? scale_scales, Tensor? scale_offset"
 
 forward_op = Op(
@@ -137,6 +143,7 @@ forward_op = Op(
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     cost=_cost,
+    kind=_kind,
     flatten=lambda x, weight, bias: (x, *weight[:5], bias, *weight[5:]),
     unflatten=lambda x, *flat: (x, WeightTensors(*flat[:5], *flat[6:]), flat[5]),
 )

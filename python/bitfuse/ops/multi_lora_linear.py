@@ -31,6 +31,7 @@ from ..multi_lora_args import (
     transposed,
 )
 from ..op import Backend, Explanation, Op, explains
+from ..policy import bucket
 from ..weight import LowBitWeight, WeightTensors, check_tensor
 from .lora_linear import MAX_RANK
 from .lowbit_linear import FLOATS, check_float, forward_op, lowbit_linear_grad_x
@@ -182,6 +183,18 @@ def _cost(
     return Cost(nbytes, int(2 * rows * rank * (k + n)), x.dtype)
 
 
+def _kind(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: Adapters,
+    lora_B: Adapters,
+    scaling: torch.Tensor,
+    adapter_ids: torch.Tensor,
+) -> tuple[Any, ...]:
+    k = x.shape[-1]
+    return bucket(x.numel() // max(k, 1)), y.shape[-1], k, count_of(lora_A), lora_A[0].shape[-2], x.dtype
+
+
 multi_lora_add_ = Op(
     "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, "
     "Tensor adapter_ids) -> ()",
@@ -194,6 +207,7 @@ multi_lora_add_ = Op(
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     cost=_cost,
+    kind=_kind,
 )
 
 
