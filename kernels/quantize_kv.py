@@ -42,9 +42,7 @@ def run(
         of_k = (batch, seq // group_size, heads, dim)
         of_v = (batch, seq, heads, -(-v.shape[-1] // channel_group))
         halves = [torch.empty(s, dtype=torch.float16, device=device) for s in (of_k, of_k, of_v, of_v)]
-        to = CacheTensors(
-            codes[0], codes[1], *halves, format=format, group_size=group_size, channel_group=channel_group
-        )
+        to = CacheTensors._make((*codes, *halves, None, None, None, format, group_size, channel_group))
         made = [*codes, *halves]
     if k.numel():
         append_kv.run(k, v, to, None, Rotary())

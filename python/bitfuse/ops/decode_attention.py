@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from ..attention_args import AttentionArgs
+from ..cost import Cost, moved
 from ..cpu import decode_attention as cpp
+from ..cuda import decode_attention as cuda
+from ..kernels import decode_attention as triton
 from ..kv_cache import (
     CacheTensors,
     DecodeArgs,
@@ -21,6 +24,7 @@ from ..kv_cache import (
     store,
 )
 from ..op import Backend, Explanation, Op, explains
+from ..policy import bucket
 from ..weight import check_tensor
 from .append_kv import (
     CACHE_SCHEMA,
@@ -150,6 +154,51 @@ def _fake(
     return q.new_empty(batch, queries, heads, cache.head_dim_v), lse
 
 
+def _cost(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    cache: CacheTensors,
+    cache_seqlens: torch.Tensor,
+    rotary: Rotary,
+    a: DecodeArgs,
+) -> Cost:
+    """Of sequences as long as they are; of full ones where the lengths can't be read."""
+    batch, queries, heads, dim = q.shape
+    known = type(cache_seqlens) is torch.Tensor
+    tokens = int(cache_seqlens.sum()) if known else batch * cache.capacity
+    own = cache.k.shape[0] * cache.k.shape[1]
+    token = moved(cache.k, cache.v, cache.k_scales, cache.v_scales, cache.k_offsets, cache.v_offsets) / own
+    new = 0 if k is None else k.shape[0] * k.shape[1]
+    out = batch * queries * heads * (cache.head_dim_v * q.element_size() + 4)
+    flops = 2 * heads * queries * (dim + cache.head_dim_v) * (tokens + new)
+    return Cost(moved(q, k, v) + int(token * (tokens + new)) + out, flops, q.dtype)
+
+
+def _kind(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    cache: CacheTensors,
+    cache_seqlens: torch.Tensor,
+    rotary: Rotary,
+    a: DecodeArgs,
+) -> tuple[Any, ...]:
+    batch, queries, heads, dim = q.shape
+    page = 0 if cache.block_table is None else cache.k.shape[1]
+    return (
+        bucket(batch),
+        queries,
+        bucket(cache.capacity),
+        heads,
+        cache.k.shape[2],
+        dim,
+        cache.format,
+        page,
+        q.dtype,
+    )
+
+
 def _flatten(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -175,7 +224,13 @@ decode_attention_op = Op(
     _check,
     _reference,
     _fake,
-    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("cuda", ("cuda",), cuda.supports, cuda.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run),
+    ),
+    cost=_cost,
+    kind=_kind,
     flatten=_flatten,
     unflatten=_unflatten,
 )
