@@ -911,15 +911,18 @@ def test_special_registers() -> None:
 
 
 def test_counts() -> None:
-    """A coalesced load, one with a stride, and a bank conflict."""
+    """A coalesced load, one with a stride, copies that in every second lane only fill with zeros, and a bank
+    conflict."""
     x = np.zeros(32 * 32, dtype=np.float32)
     start = -x.ctypes.data % 128 // 4
     x = x[start:]
     body = """mad.wide.u32 %rd1, %t, 4, %x; ld.global.f32 %f1, [%rd1]; mad.wide.u32 %rd2, %t, 32, %x;
-    ld.global.f32 %f2, [%rd2]; mad.lo.u32 %r1, %t, 128, %smem; st.shared.f32 [%r1], %f1;"""
+    ld.global.f32 %f2, [%rd2]; and.b32 %r2, %t, 1; mul.lo.u32 %r2, %r2, 16; mad.lo.u32 %r1, %t, 16, %smem;
+    cp.async.cg.shared.global [%r1], [%rd2], 16, %r2; cp.async.wait_all; bar.sync 0;
+    mad.lo.u32 %r1, %t, 128, %smem; st.shared.f32 [%r1], %f1;"""
     cusim.counts()
     with cusim.device(counts=True):
         run(body, {"x": x}, shared=4096)
     counted = cusim.counts()["k"]
-    assert (counted["global_sectors"], counted["global_sectors_ideal"]) == (4 + 32, 4 + 4)
-    assert (counted["shared_wavefronts"], counted["shared_wavefronts_ideal"]) == (32, 1)
+    assert (counted["global_sectors"], counted["global_sectors_ideal"]) == (4 + 32 + 16, 4 + 4 + 8)
+    assert (counted["shared_wavefronts"], counted["shared_wavefronts_ideal"]) == (4 + 32, 4 + 1)

@@ -234,18 +234,24 @@ void cp_async(Warp& w, const Instr& i, uint32_t m) {
     from[l] = s[l] + i.offsets[1];
     to[l] = (d[l] + i.offsets[0]) & ~kSharedTag;
   }
+  int read[kLanes] = {};
+  uint32_t reading = 0;  // lanes that do not only fill with zeros
+  for (int l : lanes_of(m)) {
+    read[l] = bytes;
+    if (i.ops.size() > 2) {
+      if (i.aux2)
+        read[l] = truth(w, i.ops[2], l) ? 0 : bytes;
+      else
+        read[l] = (int)std::min<uint64_t>(uint32_t(w.row(i.ops[2])[l]), bytes);
+    }
+    reading |= uint32_t(read[l] > 0) << l;
+  }
   if (counting(w)) {
-    count_access(w, Space::Global, m, from, bytes);
+    count_access(w, Space::Global, reading, from, bytes);
     count_access(w, Space::Shared, m, to, bytes);
   }
   for (int l : lanes_of(m)) {
-    int n = bytes;
-    if (i.ops.size() > 2) {
-      if (i.aux2)
-        n = truth(w, i.ops[2], l) ? 0 : n;
-      else
-        n = (int)std::min<uint64_t>(uint32_t(w.row(i.ops[2])[l]), n);
-    }
+    const int n = read[l];
     if (from[l] % bytes || to[l] % bytes) fault(w, l, "misaligned cp.async");
     if (n) {
       // touches the bytes now, so that a fault names this instruction and not the wait
