@@ -4,7 +4,7 @@
 #   make test    builds everything and runs the tests; without a GPU the CUDA and Triton kernels run on a simulator
 #   make lint    ruff, mypy, clang-format
 #   make bench   every benchmark, figures as JSON under benchmarks/results/
-#   make gpu PYTHON=python3    on a machine with a GPU: build in place, all tests, all benchmarks; touches no network
+#   make gpu PYTHON=python3    on a machine with a GPU: build, all tests, all benchmarks, tuning, sanitizer; no network
 #
 # ARGS="..." passes further arguments to the demo, pytest or the benchmarks.
 
@@ -37,11 +37,7 @@ bench: $(SETUP) $(VENV)/.bench $(VENV)/.built
 	for b in benchmarks/bench_*.py; do $(PYTHON) $$b $(ARGS) || exit 1; done
 
 gpu: $(SETUP)
-	BITFUSE_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	@export PYTHONPATH=python; status=0; \
-	$(PYTHON) -m pytest $(ARGS) || status=$$?; \
-	for b in benchmarks/bench_*.py; do $(PYTHON) $$b || status=$$?; done; \
-	exit $$status
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)

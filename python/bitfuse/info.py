@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import policy
 from ._version import __version__
 from .formats import FORMATS
 from .op import Backend, simulated_gpu
@@ -60,6 +61,7 @@ def collect(probe: bool = True) -> dict[str, Any]:
         "cuda": cuda(),
         "devices": devices(),
         "native": {"_cpu": _native("_cpu", "isa"), "_cuda": _native("_cuda", "architectures")},
+        "caches": caches(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in _ENVIRONMENT},
     }
     if probe:
@@ -130,6 +132,23 @@ def cuda() -> dict[str, str | bool | None]:
         "driver": driver.splitlines()[0] if driver else None,
         "simulated": simulated_gpu(),
     }
+
+
+def caches() -> dict[str, Any]:
+    """What earlier runs left: kernels that Triton compiled, and what `bitfuse tune` measured, by GPU."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    kernels = [e for e in os.scandir(folder) if e.is_dir()] if folder.is_dir() else []
+    held = sum(f.stat().st_size for kernel in kernels for f in os.scandir(kernel) if f.is_file())
+    found: dict[str, Any] = {"triton": {"kernels": len(kernels), "mib": round(held / 2**20, 1)}}
+    try:
+        measured = policy.read(policy.path())
+        found["tuned"] = {
+            gpu: f"{len(of['done'])} cases" + ("" if of["versions"] == policy.versions() else ", out of date")
+            for gpu, of in measured.items()
+        }
+    except (policy.PolicyError, KeyError, TypeError):
+        found["tuned"] = {"unreadable": "delete policy.json, and run bitfuse tune again"}
+    return found
 
 
 def check_backend(backend: Backend) -> BackendCheck:
@@ -241,6 +260,11 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append((d["device"], f"{d['name']} ({rest})"))
     for module, said in facts["native"].items():
         lines.append((module, ", ".join(f"{k} {v}" for k, v in said.items() if k != "built") or "built"))
+    kept = facts["caches"]
+    lines.append(
+        ("triton", f"{kept['triton']['kernels']} compiled kernels kept, {kept['triton']['mib']} MiB")
+    )
+    lines += [("tuned", f"{gpu}: {said}") for gpu, said in kept["tuned"].items()]
     lines += [("env", f"{k}={v}") for k, v in facts["environment"].items()]
     for b in facts.get("backends", ()):
         if not b["alive"]:
