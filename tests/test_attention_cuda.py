@@ -23,6 +23,8 @@ from bitfuse.ops.attention import _reference, attention_op
 from test_attention import Errors
 
 native = pytest.importorskip("bitfuse._cuda")
+if not hasattr(native, "attention_sm90"):
+    pytest.skip("bitfuse._cuda was built without code for sm_90a", allow_module_level=True)
 
 
 def on_hopper(target: Target) -> bool:

@@ -3,24 +3,25 @@
 //
 // A block stays on its multiprocessor and takes tile after tile: TileM queries of one head. Its warps:
 //   warp 0          the producer: has TMA bring Q, and K and V in tiles of TileN keys through two rings of
-//                   Stages stages, as far ahead as the rings allow, into the next tile's too; and takes the
-//                   next tile's number from a counter, which it hands over in a ring of its own
+//                   Stages stages, as far ahead as the rings allow, into the next tile's too; takes the next
+//                   tile's number from a counter, works out where it is, and hands that over in a ring
 //   warps 1 to 3    give their registers away and leave
 //   the others      2 or 3 warpgroups of 64 queries: the products by wgmma, the softmax between them
 //
 // Shared memory: Q [Dim / 64][TileM][64], Stages times K and V [Dim / 64][TileN][64], swizzled rows of 128
 // bytes; then the barriers.
 //
-// A thread has two rows of its warp's 16, and of each the columns that wgmma.cuh says: TileN / 2 logits, Dim
-// / 2 sums, TileN / 4 pairs of probabilities, which are operand A of the second product where they are. Step
-// t:
+// A thread has two rows of its warp's 16, and of each the columns that wgmma.cuh says: TileN / 2 logits,
+// Dim / 2 sums, TileN / 4 pairs of probabilities, which are operand A of the second product where they are.
+// Step t:
 //
 //   S = Q K(t)^T             wgmma, group 1
 //   O += P(t - 1) V(t - 1)   wgmma, group 2
 //   wait for group 1; its stage of K is free
 //   the maximum of each row; exp2(scale S - maximum), summed
+//   wait for K(t + 1)
 //   wait for group 2; its stage of V is free
-//   O times what the maximum grew by, where it did; P(t)
+//   P(t); O times what the maximum grew by, where it did
 //
 // So the softmax of step t runs beside the second product of step t - 1. And warpgroups take turns
 // (PingPong): a named barrier lets one queue both products after the other has, so that one's products run
@@ -70,9 +71,9 @@ struct Tiling {
   static constexpr int QBytes = TileM * Dim * 2, KBytes = TileN * Dim * 2;
   static constexpr int KOffset = QBytes, VOffset = KOffset + Stages * KBytes;
   static constexpr int QFull = VOffset + Stages * KBytes, VTail = QFull + 16;
-  static constexpr int KRing = VTail + 8, VRing = KRing + Ring<Stages>::Bytes;
-  static constexpr int TileRing = VRing + Ring<Stages>::Bytes, TileNumbers = TileRing + Ring<2>::Bytes;
-  static constexpr int SharedBytes = TileNumbers + 8;
+  static constexpr int KRing = VTail + 16, VRing = KRing + Ring<Stages>::Bytes;
+  static constexpr int WorkRing = VRing + Ring<Stages>::Bytes, Works = WorkRing + Ring<2>::Bytes;
+  static constexpr int SharedBytes = Works + 2 * 64;
   static_assert(SharedBytes + 1024 <= 228 * 1024, "a block's most on sm_90");
 };
 
@@ -91,20 +92,23 @@ struct Call {
   float before_cap;         // of q k, for tanh_approx
 };
 
-// One tile: where it is, and which keys it visits.
-struct Work {
-  int m, head, kv_head, b;  // first query in its sequence
+// One tile: where it is, and which keys it visits. The producer makes it and hands it over: it has the time.
+struct __align__(16) Work {
+  int m, head, kv_head, b;  // m: the first query in its sequence
   int q_first, k_first, sq, sk;
   int shift;  // query i stands at key i + shift
   int lo, right_end,
-      whole_end;             // tiles of keys: edge from lo, whole ones before whole_end, last right_end - 1
-  int right, masked, count;  // tiles cut on the right; cut at all; all
+      whole_end;             // tiles of keys: those cut on the left from lo on, whole ones before whole_end
+  int right, masked, count;  // how many are cut on the right; cut at all; all
+  int end;                   // 1: there is no tile, and no further one
 
   // The t-th tile of keys that is visited.
   __device__ __forceinline__ int visited(int t) const {
     return t < right ? right_end - 1 - t : t < masked ? lo + (t - right) : whole_end - 1 - (t - masked);
   }
 };
+
+static_assert(sizeof(Work) == 64);
 
 __device__ __forceinline__ int clamped(int x, int least, int most) { return min(max(x, least), most); }
 
@@ -118,13 +122,17 @@ __device__ __forceinline__ void span(const int* cu_seqlens, int b, int length, i
 }
 
 template <typename C>
-__device__ Work work_of(const Call& call, int tile) {
+__device__ __forceinline__ Work work_of(const Call& call, int tile) {
   constexpr int TileM = C::TileM, TileN = C::TileN;
+  Work w{};
+  if (tile >= call.tiles) {
+    w.end = 1;
+    return w;
+  }
   const int per_section = call.section * call.group * call.row_tiles;
   const int first_head = tile / per_section * call.section;
   const int wide = min(call.section, call.batch * call.kv_heads - first_head) * call.group;
   const int in_section = tile % per_section;
-  Work w;
   const int kv = first_head + in_section % wide / call.group;
   w.m = (call.row_tiles - 1 - in_section / wide) * TileM;
   w.b = kv / call.kv_heads;
@@ -133,7 +141,6 @@ __device__ Work work_of(const Call& call, int tile) {
   span(call.cu_seqlens_q, w.b, call.sq, call.total_q, w.q_first, w.sq);
   span(call.cu_seqlens_k, w.b, call.sk, call.total_k, w.k_first, w.sk);
   w.shift = (w.sk - w.sq) * call.bottom;
-  w.lo = w.right_end = w.whole_end = w.right = w.masked = w.count = 0;
   if (w.m >= w.sq) return w;
   const int first = w.m, last = min(w.m + TileM, w.sq) - 1;
   const int before = call.left - w.shift, after = call.right + w.shift;
@@ -145,6 +152,28 @@ __device__ Work work_of(const Call& call, int tile) {
   w.right = w.right_end - w.whole_end;
   w.masked = w.right + whole_from - w.lo;
   w.count = w.right_end - w.lo;
+  return w;
+}
+
+__device__ __forceinline__ void put(uint32_t to, const Work& w) {
+  const int* const words = &w.m;
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + 4 * i), "r"(words[i]),
+                 "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
+                 : "memory");
+  }
+}
+__device__ __forceinline__ Work taken(uint32_t from) {
+  Work w;
+  int* const words = &w.m;
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                 : "r"(from + 4 * i)
+                 : "memory");
+  }
   return w;
 }
 
@@ -164,7 +193,7 @@ __device__ void produce(const Call& call, uint32_t shared, int lane) {
   constexpr int TileN = C::TileN, Stages = C::Stages;
   const uint32_t q_full = shared + C::QFull, q_empty = q_full + 8, v_tail = shared + C::VTail;
   Ring<Stages> k_ring(shared + C::KRing), v_ring(shared + C::VRing);
-  Ring<2> tiles(shared + C::TileRing);
+  Ring<2> works(shared + C::WorkRing);
   const bool packed = call.cu_seqlens_k != nullptr;
   uint32_t q_parity = 1, tail_parity = 0;
   if (lane == 0) {
@@ -172,9 +201,15 @@ __device__ void produce(const Call& call, uint32_t shared, int lane) {
     tma_prefetch_map(call.k);
     tma_prefetch_map(call.v);
   }
-  int tile = blockIdx.x;
-  while (tile < call.tiles) {
+  for (int tile = blockIdx.x;;) {
     const Work w = work_of<C>(call, tile);
+    works.wait_empty();
+    if (lane == 0) {
+      put(shared + C::Works + 64 * works.stage(), w);
+      mbarrier_arrive(works.full());
+    }
+    works.advance();
+    if (w.end) break;
     unsigned next = 0;
     if (lane == 0) next = gridDim.x + atomicAdd(call.counters, 1u);
     const int batch = packed ? 0 : w.b;
@@ -227,14 +262,7 @@ __device__ void produce(const Call& call, uint32_t shared, int lane) {
       load_v(w.count - 1);
     }
 
-    tile = __shfl_sync(0xffffffffu, min(next, static_cast<unsigned>(call.tiles)), 0);
-    tiles.wait_empty();
-    if (lane == 0) {
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared + C::TileNumbers + 4 * tiles.stage()), "r"(tile)
-                   : "memory");
-      mbarrier_arrive(tiles.full());
-    }
-    tiles.advance();
+    tile = __shfl_sync(0xffffffffu, static_cast<int>(next), 0);
   }
   // the last block leaves the counters as it found them
   if (lane == 0) {
@@ -454,7 +482,7 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
   const uint32_t q_full = shared + C::QFull, q_empty = q_full + 8;
   const uint64_t q = matrix_descriptor(shared + group * WarpgroupRows * BoxRowBytes);
   Ring<Stages> k_ring(shared + C::KRing), v_ring(shared + C::VRing);
-  Ring<2> tiles(shared + C::TileRing);
+  Ring<2> works(shared + C::WorkRing);
   uint32_t q_parity = 0;
   const int turn = FirstBarrier + group, next_turn = FirstBarrier + (group + 1) % Groups;
   if (C::PingPong && group == Groups - 1) named_barrier_arrive<TurnThreads>(next_turn);
@@ -464,9 +492,13 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
   };
 
   Rows<C> r;
-  int tile = blockIdx.x;
-  while (tile < call.tiles) {
-    const Work w = work_of<C>(call, tile);
+  for (;;) {
+    works.wait_full();
+    const Work w = taken(shared + C::Works + 64 * works.stage());
+    __syncwarp();
+    release(works.empty());
+    works.advance();
+    if (w.end) break;
     const int row0 = w.m + group * WarpgroupRows + warp * 16 + lane / 4;
     r.top[0] = r.top[1] = -INFINITY;
     r.sum[0] = r.sum[1] = 0.0f;
@@ -548,15 +580,6 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
       v_done();
     }
     store<C>(call, w, r, row0, lane);
-
-    tiles.wait_full();
-    asm volatile("ld.shared.b32 %0, [%1];"
-                 : "=r"(tile)
-                 : "r"(shared + C::TileNumbers + 4 * tiles.stage())
-                 : "memory");
-    __syncwarp();
-    release(tiles.empty());
-    tiles.advance();
   }
 }
 
@@ -573,7 +596,7 @@ __global__ void __launch_bounds__(C::Threads, 1) attention_sm90_kernel(const __g
     mbarrier_init(shared + C::VTail, 1);
     Ring<C::Stages>(shared + C::KRing).init(1, Warps);
     Ring<C::Stages>(shared + C::VRing).init(1, Warps);
-    Ring<2>(shared + C::TileRing).init(1, Warps);
+    Ring<2>(shared + C::WorkRing).init(1, Warps);
     mbarrier_init_fence();
   }
   __syncthreads();
