@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .lowbit_linear import _refuse, jit, tl
-from .teams import team, together
+from .teams import before, exchange, team
 
 TILE = 2048
 
@@ -74,8 +74,8 @@ def _sum_row(row, begin, end, Tile: tl.constexpr):
 @jit
 def _total(own, room, count, phase, part, Parts: tl.constexpr):
     """The team's sum of a number, and the sum of those before."""
-    total, before = together(tl.full((1,), 0, tl.int64) + own, room, count, phase, part, Parts, 1)
-    return tl.sum(total, 0), tl.sum(before, 0)
+    every = exchange(tl.full((1,), 0, tl.int64) + own, room, count, phase, part, Parts, 1, 1)
+    return tl.sum(tl.sum(every, 0), 0), tl.sum(before(every, part, Parts), 0)
 
 
 _INTEGERS = [
@@ -115,7 +115,7 @@ def _kernel(
     draft_total = tl.full((), 0, tl.int64)
     total = tl.full((), 0, tl.int64)  # of the weights; of this program's; of those of the programs before
     own = tl.full((), 0, tl.int64)
-    before = tl.full((), 0, tl.int64)
+    ahead = tl.full((), 0, tl.int64)
     summed = tl.full((), 0, tl.int32)
     left = tl.full((), 1, tl.int32)
     kept_nodes = tl.full((), 0, tl.int32)
@@ -173,7 +173,7 @@ def _kernel(
                 phase += 1
                 if every > 0:
                     refusals += 1
-                    total, own, before = every, mine, those
+                    total, own, ahead = every, mine, those
                     summed = tl.full((), 1, tl.int32)
                 else:  # q <= p everywhere, which rounded rows can come to
                     left = tl.full((), 0, tl.int32)
@@ -182,9 +182,9 @@ def _kernel(
     q_row = target + (node + 1) * t_row
     if summed == 0:
         own = _sum_weights(q_row, draft, d_row, refused, refusals, begin, end, Tile)
-        total, before = _total(own, room, count, phase, part, Parts)
+        total, ahead = _total(own, room, count, phase, part, Parts)
     uniform = _clamped(tl.load(uniforms + nodes * u_node))
-    rest = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1) - before
+    rest = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1) - ahead
     if (rest >= 0) & (rest < own):
         first = begin
         while rest >= 0:
@@ -280,6 +280,6 @@ def _run(
         nodes, p.shape[1], length, who.tiles, *rows, *_strides(drawn),
         *_strides(parents), *_strides(draft_rows), *_strides(uniforms), int(replacement), align, TILE,
         who.parts,
-        num_warps=8, enable_fp_fusion=False, **who.options,
+        num_warps=8, maxnreg=128, enable_fp_fusion=False, **who.options,
     )  # fmt: skip
     return ids, accepted, path

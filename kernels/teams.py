@@ -1,9 +1,9 @@
-"""Programs that share a row: a team sums what each of its programs has found, and waits until all have it.
+"""Programs that share a row: each of a team learns what the others have found, and waits until all have.
 
 A sum over a row whose outcome decides what the row is summed for next would be a launch for each sum, and the
-host must not look. So the programs of a row stay: each writes its part of a sum to memory, counts itself in,
-and waits for the others. That takes a launch that has all programs on the device at once (cooperative), and
-about a microsecond. Rows enough to fill the device get a program each, which waits for nobody.
+host must not look. So the programs of a row stay: each writes its part to memory, counts itself in, and waits
+for the others. That takes a launch that has all programs on the device at once (cooperative), and about a
+microsecond. Rows enough to fill the device get a program each, which waits for nobody.
 """
 
 from __future__ import annotations
@@ -16,27 +16,33 @@ from .lowbit_linear import _device, jit, tl
 
 
 @jit
-def together(values, room, count, phase, part, Parts: tl.constexpr, Size: tl.constexpr):
-    """The sum of `values`, int64 [Size], over the team, and over the programs before this one.
+def exchange(
+    values, room, count, phase, part, Parts: tl.constexpr, Size: tl.constexpr, Room: tl.constexpr
+):  # fmt: skip
+    """`values`, int64 [Size], of each program of the team: [Parts, Size].
 
-    room: of the team, int64 [2, Parts, Size]: who comes late to one sum reads it while the next is written.
-    count: of the team, int32, 0 at the launch; phase: how many sums there were before.
+    room: of the team, int64 [2, Parts, Room], Size at most Room: who comes late to one exchange reads it
+    while the next is written. count: of the team, int32, 0 at the launch; phase: exchanges so far.
     """
     if Parts == 1:
-        return values, tl.zeros_like(values)
+        return values[None, :]
     else:
-        at = room + (phase % 2) * (Parts * Size)
+        at = room + (phase % 2) * (Parts * Room)
         column = tl.arange(0, Size)
-        tl.store(at + part * Size + column, values)
+        tl.store(at + part * Room + column, values)
         tl.debug_barrier()
         tl.atomic_add(count, 1, sem="release")
         while tl.atomic_add(count, 0, sem="acquire") < (phase + 1) * Parts:
             pass
         tl.debug_barrier()
-        row = tl.arange(0, Parts)[:, None]
         # volatile: not from a cache that the others' writes do not reach
-        every = tl.load(at + row * Size + column[None, :], volatile=True)
-        return tl.sum(every, 0), tl.sum(tl.where(row < part, every, 0), 0)
+        return tl.load(at + tl.arange(0, Parts)[:, None] * Room + column[None, :], volatile=True)
+
+
+@jit
+def before(every, part, Parts: tl.constexpr):
+    """The sum over the programs that stand before this one."""
+    return tl.sum(tl.where(tl.arange(0, Parts)[:, None] < part, every, 0), 0)
 
 
 class Team(NamedTuple):
@@ -45,7 +51,7 @@ class Team(NamedTuple):
     Attributes:
         parts: programs a row, a power of two.
         tiles: of each program.
-        room, counts: what `together` takes, for all rows; None for programs on their own.
+        room, counts: what `exchange` takes, for all rows; None for programs on their own.
     """
 
     parts: int
@@ -63,7 +69,7 @@ MOST_PARTS = 64
 
 
 def team(rows: int, columns: int, tile: int, size: int, device: torch.device) -> Team:
-    """For `rows` rows, 1 or more, in tiles of `tile` columns, whose sums are of `size` numbers."""
+    """For `rows` rows, 1 or more, in tiles of `tile` columns, whose programs exchange `size` numbers."""
     tiles = -(-columns // tile)
     most = min(_device(device).multiprocessors // rows, tiles, MOST_PARTS)
     if most < 2:

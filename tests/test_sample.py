@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any
 
 import bitfuse
+import cusim
 import pytest
 import torch
 from backends import Target, targets
 from bitfuse.ops.sample import _arguments, sample_op
 
-TARGETS = targets("reference", "cpp")
+TARGETS = targets("reference", "cpp", "triton")
 FILTERS: list[dict[str, Any]] = [
     {},
     dict(temperature=0.0),
@@ -56,6 +59,62 @@ def test_is_the_filters_one_after_the_other(target: Target, number: int) -> None
                 if at < 0:
                     break
             assert int(got[row]) == token, (seed, row)
+
+
+def drawn(seed: int, rows: int, vocabulary: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The op's arguments: rows of different kinds, and per-row options, some of them out of range."""
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    kinds = [
+        lambda z: z * 3,
+        lambda z: (z * 4).round() / 4,
+        lambda z: torch.zeros_like(z),
+        lambda z: z * 50,
+        lambda z: torch.where(z > 3, z, -torch.inf),
+        lambda z: torch.where(z > 2.5, torch.nan, z.abs()),
+    ]
+    logits = torch.stack([r.choice(kinds)(torch.randn(vocabulary)) for _ in range(rows)]).to(dtype)
+    nan = math.nan
+
+    def per_row(dtype: torch.dtype, *values: float) -> torch.Tensor:
+        return torch.tensor([r.choice(values) for _ in range(rows)], dtype=dtype)
+
+    return [
+        logits,
+        torch.rand(rows, dtype=torch.float64),
+        per_row(torch.float64, 1.0, 1.0, 0.3, 3.0, 0.0, nan, 1e-30, 1e30),
+        per_row(torch.int64, 0, 0, 1, 7, 300, vocabulary - 1, vocabulary + 1, -3),
+        per_row(torch.float64, 1.0, 1.0, 0.9, 0.3, 0.0, 1e-9, 1 - 1e-9, nan, 2.0, -1.0),
+        per_row(torch.float64, 0.0, 0.0, 0.02, 0.5, 1.0, 2.0, nan, -1.0),
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_backend_gives_the_same_tokens(target: Target) -> None:
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    sizes = ((6, 3000, bf16), (1, 9000, f32), (2, 5003, f16), (9, 1, bf16))
+    for seed in range(28):
+        arguments = drawn(seed, *sizes[seed % 4])
+        wanted = sample_op.reference(*arguments)
+        if seed == 4:  # a slice of a larger tensor
+            arguments[0] = torch.cat([arguments[0] + 1, arguments[0]], 1)[:, arguments[0].shape[1] :]
+            placed = [t.to(target.device) for t in arguments]
+        else:
+            placed = target.place(*arguments)
+        assert torch.equal(target.run(sample_op, *placed).cpu(), wanted), seed
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.sm], ids=str)
+def test_teams_of_programs(target: Target) -> None:
+    """Up to eight programs a row, every access to global memory checked for races."""
+    for seed in range(16):
+        arguments = drawn(seed, 1, 9000, torch.float32)
+        for multiprocessors in (2, 8):
+            with (
+                cusim.device(sm=target.sm, racecheck=2, seed=seed, multiprocessors=multiprocessors),
+                bitfuse.use_backend("triton"),
+            ):
+                assert torch.equal(sample_op(*arguments), sample_op.reference(*arguments)), seed
 
 
 def test_probabilities() -> None:

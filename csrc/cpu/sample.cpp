@@ -71,7 +71,8 @@ int64_t sample_row(const SampleCall& call, int64_t row, const Room& room) {
     if (z != z) z = -INFINITY;
     if (z > room.logits[likeliest]) likeliest = int32_t(i);
   }
-  const double top = room.logits[likeliest], temperature = call.temperature[row], min_p = call.min_p[row];
+  const double top = room.logits[likeliest], temperature = call.temperature[row];
+  const double min_p = call.min_p[row] <= 1 ? call.min_p[row] : 1.0;
   if (!(temperature > 0)) return likeliest;
   int64_t count = 0;
   for (int64_t i = 0; i < call.vocabulary; ++i) {
@@ -87,7 +88,6 @@ int64_t sample_row(const SampleCall& call, int64_t row, const Room& room) {
     room.weights[i] = fixed;
     room.candidates[count++] = {float(z), int32_t(i)};
   }
-  if (!count) return likeliest;
   const bool all = (call.top_k[row] <= 0 || call.top_k[row] >= count) && call.top_p[row] >= 1;
   if (!all) {
     const Candidate last = cut(room, count, call.top_k[row], call.top_p[row]);

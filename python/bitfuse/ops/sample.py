@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..cpu import sample as cpp
+from ..kernels import sample as triton
 from ..op import Backend, Explanation, Op, explains
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
@@ -48,7 +49,7 @@ def _reference(
     top = z.amax(-1, keepdim=True)
     temperature = torch.where(temperature > 0, temperature, 0.0)
     weights = torch.exp(torch.where(z == top, 0.0, (z - top) / temperature.unsqueeze(1)))
-    weights = torch.where(weights >= min_p.unsqueeze(1), weights, 0.0)
+    weights = torch.where(weights >= torch.where(min_p <= 1, min_p, 1.0).unsqueeze(1), weights, 0.0)
     fixed = (weights * ONE).to(torch.int64)
     # the most likely first, equals by their ids
     order = z.argsort(dim=-1, descending=True, stable=True)
@@ -79,7 +80,10 @@ sample_op = Op(
     _check,
     _reference,
     _fake,
-    (Backend("cpp", ("cpu",), cpp.supports, cpp.run),),
+    (
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run),
+    ),
 )
 
 
@@ -137,7 +141,8 @@ def sample(
             is uniform.
         uniforms: float32 or float64 [rows], in [0, 1).
         temperature: divides the logits; 0 is the most likely token. This and what follows is a number, or a
-            tensor [rows] of one a row, whose values are not looked at.
+            tensor [rows] of one a row, whose values are not looked at: one out of range counts as the
+            nearest that is not, NaN as no temperature, all of top_p, and a min_p of 1.
         top_k: tokens that are kept; 0 is all.
         top_p: the fewest, most likely tokens whose probabilities sum to top_p or more; 1 is all.
         min_p: tokens with a probability of min_p times the largest, or more.
