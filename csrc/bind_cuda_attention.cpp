@@ -19,11 +19,11 @@ AttentionTensor tensor(const char* name, uintptr_t data, int64_t batch, int64_t 
 }
 
 void run(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t cu_seqlens_q,
-         uintptr_t cu_seqlens_k, uintptr_t counters, int64_t q_batch, int64_t q_row, int64_t q_head,
-         int64_t k_batch, int64_t k_row, int64_t k_head, int64_t v_batch, int64_t v_row, int64_t v_head,
-         int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim, int64_t sq, int64_t sk, int64_t total_q,
-         int64_t total_k, int64_t left, int64_t right, bool top_left, double scale, double softcap, int type,
-         int64_t multiprocessors, int device, uintptr_t stream) {
+         uintptr_t cu_seqlens_k, uintptr_t sinks, uintptr_t counters, int64_t q_batch, int64_t q_row,
+         int64_t q_head, int64_t k_batch, int64_t k_row, int64_t k_head, int64_t v_batch, int64_t v_row,
+         int64_t v_head, int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim, int64_t sq, int64_t sk,
+         int64_t total_q, int64_t total_k, int64_t left, int64_t right, bool top_left, double scale,
+         double softcap, int type, int64_t multiprocessors, int device, uintptr_t stream) {
   AttentionSm90Args a{};
   a.q = tensor("q", q, q_batch, q_row, q_head);
   a.k = tensor("k", k, k_batch, k_row, k_head);
@@ -33,6 +33,7 @@ void run(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, ui
   a.cu_seqlens_q = address<const int>("cu_seqlens_q", cu_seqlens_q, 4, false);
   a.cu_seqlens_k = address<const int>("cu_seqlens_k", cu_seqlens_k, 4, false);
   if ((cu_seqlens_q == 0) != (cu_seqlens_k == 0)) refuse("cu_seqlens_k", "given or not", "as cu_seqlens_q");
+  a.sinks = address<const float>("sinks", sinks, 4, false);
   a.counters = address<unsigned>("counters", counters, 4);
   a.batch = size(batch, "batch"), a.heads = size(heads, "heads"), a.kv_heads = size(kv_heads, "kv_heads");
   require(heads % kv_heads == 0, "kv_heads", kv_heads, "a divisor of heads");

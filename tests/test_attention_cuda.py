@@ -102,6 +102,7 @@ def test_draws(target: Target, dim: int, dtype: torch.dtype) -> None:
             0 if causal else r.choice((0, 4, 150)) if window else -1,
             r.random() < 0.2,
             3.0 if number % 4 == 1 else 0.0,
+            sinks=target.place(torch.randn(heads))[0] if r.random() < 0.3 else None,
             **cu,
         )
         assert target.reason(attention_op, q, k, v, a) is None
@@ -153,6 +154,19 @@ def test_maxima_that_grow(target: Target, dtype: torch.dtype) -> None:
         rising[:, ::3, :, 0] = 0
         for t in (q, rising):
             one(target, t.to(dtype), k.to(dtype), v.to(dtype), AttentionArgs(0.125))
+
+
+@TARGETS
+def test_sinks_where_nothing_is_seen(target: Target) -> None:
+    """lse is the sink's then, and out 0; a sink of -inf is none."""
+    sinks = torch.tensor([0.7, -math.inf])
+    for sk in (0, 3):
+        q, k = target.place(torch.randn(1, 5, 2, 64).half(), torch.randn(1, sk, 2, 64).half())
+        a = AttentionArgs(0.1, -1, 0, sinks=target.place(sinks)[0])
+        out, lse = target.run(attention_op, q, k, k, a)
+        alone = lse.cpu()[0, :, : 5 - sk]
+        torch.testing.assert_close(alone, sinks.unsqueeze(1).expand(alone.shape))
+        assert not out.cpu()[:, : 5 - sk].any()
 
 
 @TARGETS
@@ -239,7 +253,6 @@ def test_reasons(target: Target) -> None:
         (x[..., :32], plain, "the head dims are 32 and 32, not both 64, 128 or 256"),
         (x, plain._replace(bias=some), "it has no kernel for attn_bias"),
         (x, plain._replace(alibi_slopes=some), "it has no kernel for alibi_slopes"),
-        (x, plain._replace(sinks=some), "it has no kernel for sinks"),
         (x, plain._replace(prefix_k=x, prefix_v=x), "it has no kernel for prefix_k"),
         (x, plain._replace(dropout_p=0.1), "it has no kernel for dropout_p"),
         (x, plain._replace(softmax_scale=0.0), "softmax_scale is 0.0, not above 0"),
@@ -261,10 +274,10 @@ def test_reasons(target: Target) -> None:
 
 # of the binding, in its order
 NAMES = [
-    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "counters", "q_batch", "q_row", "q_head",
-    "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "batch", "heads", "kv_heads", "dim", "sq",
-    "sk", "total_q", "total_k", "left", "right", "top_left", "scale", "softcap", "type", "multiprocessors",
-    "device", "stream",
+    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "sinks", "counters", "q_batch", "q_row",
+    "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "batch", "heads", "kv_heads", "dim",
+    "sq", "sk", "total_q", "total_k", "left", "right", "top_left", "scale", "softcap", "type",
+    "multiprocessors", "device", "stream",
 ]  # fmt: skip
 
 
@@ -276,6 +289,7 @@ NAMES = [
         (dict(out=24), "out is 24"),
         (dict(lse=2), "lse is 2"),
         (dict(cu_seqlens_q=64), "cu_seqlens_k is given or not, expected as cu_seqlens_q"),
+        (dict(sinks=6), "sinks is 6"),
         (dict(counters=0), "counters is null"),
         (dict(q_row=0), "q's stride is 0"),
         (dict(k_head=60), "k's stride is 60, expected a multiple of 8"),
@@ -299,7 +313,7 @@ NAMES = [
 )
 def test_the_binding_trusts_no_integer(changes: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", "lse", "counters"), 1 << 12)
-    good |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "type", "device", "stream"), 0)
+    good |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "sinks", "type", "device", "stream"), 0)
     good |= dict.fromkeys((n for n in NAMES if n[1:2] == "_"), 64)
     good |= dict(batch=1, heads=1, kv_heads=1, dim=64, sq=8, sk=8, total_q=8, total_k=8, left=0, right=0)
     good |= dict(top_left=False, scale=1.0, softcap=0.0, multiprocessors=4)

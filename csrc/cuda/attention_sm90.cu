@@ -53,7 +53,7 @@ void launch(const AttentionSm90Args& a, int device, cudaStream_t stream) {
   call.k = map_of(type, a.k, C::Dim, k_rows, a.kv_heads, batch, C::TileN);
   call.v = map_of(type, a.v, C::Dim, k_rows, a.kv_heads, batch, C::TileN);
   call.out = a.out, call.lse = a.lse, call.counters = a.counters;
-  call.cu_seqlens_q = a.cu_seqlens_q, call.cu_seqlens_k = a.cu_seqlens_k;
+  call.cu_seqlens_q = a.cu_seqlens_q, call.cu_seqlens_k = a.cu_seqlens_k, call.sinks = a.sinks;
   call.sq = a.sq, call.sk = a.sk, call.total_q = a.total_q, call.total_k = a.total_k;
   call.heads = a.heads, call.kv_heads = a.kv_heads, call.group = a.heads / a.kv_heads, call.batch = a.batch;
   call.left = a.left, call.right = a.right, call.bottom = a.top_left ? 0 : 1;
@@ -63,6 +63,7 @@ void launch(const AttentionSm90Args& a, int device, cudaStream_t stream) {
   call.section = static_cast<int>(std::clamp<int64_t>(SectionBytes / head_bytes, 1, a.batch * a.kv_heads));
   constexpr float Log2E = 1.4426950408889634f;
   call.scale = (C::Capped ? a.softcap : a.scale) * Log2E;
+  call.sink_scale = Log2E / call.scale;
   if (C::Capped)
     call.before_cap = a.scale / a.softcap * (std::is_same_v<typename C::T, __half> ? 2 * Log2E : 1);
 

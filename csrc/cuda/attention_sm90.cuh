@@ -82,6 +82,7 @@ struct Call {
   void* out;
   float* lse;
   const int *cu_seqlens_q, *cu_seqlens_k;  // null: sq and sk
+  const float* sinks;                      // [heads]; null: none
   unsigned* counters;                      // tiles taken, blocks that are done
   int sq, sk, total_q, total_k;
   int heads, kv_heads, group, batch;
@@ -89,6 +90,7 @@ struct Call {
   int tiles, row_tiles;     // row_tiles: of one head
   int section;              // key heads of a section
   float scale;              // of a logit, in powers of two
+  float sink_scale;         // of a sink, so that `scale` makes it a power of two
   float before_cap;         // of q k, for tanh_approx
 };
 
@@ -500,8 +502,9 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
     works.advance();
     if (w.end) break;
     const int row0 = w.m + group * WarpgroupRows + warp * 16 + lane / 4;
-    r.top[0] = r.top[1] = -INFINITY;
-    r.sum[0] = r.sum[1] = 0.0f;
+    const float sink = call.sinks == nullptr ? -INFINITY : __ldg(call.sinks + w.head) * call.sink_scale;
+    r.top[0] = r.top[1] = sink;
+    r.sum[0] = r.sum[1] = sink > -INFINITY && lane % 4 == 0 ? 1.0f : 0.0f;
 #pragma unroll
     for (float& o : r.o) o = 0.0f;
 

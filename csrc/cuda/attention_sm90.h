@@ -20,6 +20,7 @@ struct AttentionSm90Args {
   float* lse;               // [batch, heads, sq], or [heads, total_q]
   const int* cu_seqlens_q;  // [batch + 1]; null: not packed
   const int* cu_seqlens_k;
+  const float* sinks;  // [heads]: one more logit a head, without a value; null: none
   unsigned* counters;  // two, zero before and after
   int batch;           // sequences
   int heads, kv_heads, dim;

@@ -47,7 +47,6 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs
     for name, given in (
         ("attn_bias", a.bias is not None),
         ("alibi_slopes", a.alibi_slopes is not None),
-        ("sinks", a.sinks is not None),
         ("prefix_k", a.prefix_k is not None),
         ("dropout_p", a.dropout_p > 0),
     ):
@@ -92,19 +91,17 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> 
     if not (lse.numel() and batch and sq):
         return [out, lse]
     if sk == 0:
-        return [out.zero_(), lse.fill_(float("-inf"))]
-    cu_seqlens_q, cu_seqlens_k = (
-        None if t is None else t.contiguous() for t in (a.cu_seqlens_q, a.cu_seqlens_k)
-    )
+        lse.fill_(float("-inf")) if a.sinks is None else lse.copy_(a.sinks.unsqueeze(1).expand(lse.shape))
+        return [out.zero_(), lse]
+    small = [None if t is None else t.contiguous() for t in (a.cu_seqlens_q, a.cu_seqlens_k, a.sinks)]
     left, right = (x if 0 <= x < _UNBOUNDED else _UNBOUNDED for x in (a.left, a.right))
     index = q.device.index or 0
     stream = torch._C._cuda_getCurrentRawStream(index) if q.is_cuda else 0
     counters = base.zeroed_counters(2, q.device, stream)
     base._cuda.attention_sm90(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
-        0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
-        counters.data_ptr(), *_strides(q), *_strides(k), *_strides(v), batch, heads, k.shape[-2], dim, sq, sk,
+        *(0 if t is None else t.data_ptr() for t in small), counters.data_ptr(),
+        *_strides(q), *_strides(k), *_strides(v), batch, heads, k.shape[-2], dim, sq, sk,
         q.shape[0] if packed else sq, k.shape[0] if packed else sk, left, right, a.top_left, a.softmax_scale,
         a.softcap, base._FLOATS[q.dtype], base._device(index)[0], index, stream,
     )  # fmt: skip
