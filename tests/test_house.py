@@ -31,6 +31,8 @@ RANK = {
             "demo",
             "finetune",
             "bench",
+            "ahead",
+            "report",
             "cli",
             "__main__",
             "__init__",

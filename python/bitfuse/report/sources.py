@@ -1,0 +1,169 @@
+"""From files of results to figures, checked: what a page can draw is finite and positive."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bench import results
+from ..bench.results import ResultsError, shown
+from .figures import Device, OpFigures, Row, Setting, in_order, peer
+
+DEMO = "demo.json"  # what `bitfuse demo` wrote, put beside a device's results
+
+
+def default_folder() -> Path:
+    """Where `bitfuse bench` puts its results: of every device."""
+    return results.folder("any").parent
+
+
+def load(paths: Sequence[Path], wanted: Sequence[str] = ()) -> list[Device]:
+    """The devices whose results lie in these files and folders.
+
+    Args:
+        paths: files, folders of a device, or folders of such folders.
+        wanted: parts of devices' names; empty for all.
+
+    Raises:
+        ResultsError: a file that can't be read, is not whole or of another layout; nothing found; a wanted
+            device that is not there. One line, with the way out.
+    """
+    files = sorted(dict.fromkeys(file.resolve() for path in paths for file in _files(path)))
+    by_folder: dict[Path, list[Path]] = {}
+    for file in files:
+        by_folder.setdefault(file.parent, []).append(file)
+    devices = [device for folder, inside in by_folder.items() if (device := _device(folder.name, inside))]
+    if not devices:
+        said = ", ".join(map(shown, paths))
+        raise ResultsError(
+            f"no results in {said}; `bitfuse bench` makes some, or name a folder that has them"
+        )
+    if not wanted:
+        return devices
+    chosen = []
+    for name in wanted:
+        found = [d for d in devices if name.lower() in (d.slug, d.name.lower())]
+        found = found or [d for d in devices if name.lower() in d.slug or name.lower() in d.name.lower()]
+        if not found:
+            raise ResultsError(
+                f"no device {name!r} in these results; there are {', '.join(d.slug for d in devices)}"
+            )
+        chosen += [device for device in found if device not in chosen]
+    return chosen
+
+
+def _files(path: Path) -> Iterable[Path]:
+    if path.is_dir():
+        return [file for file in path.glob("**/*.json") if not file.name.startswith(".")]
+    if not path.exists():
+        raise ResultsError(f"{shown(path)} is not there; name files or folders of results")
+    return [path]
+
+
+def _device(slug: str, files: Sequence[Path]) -> Device | None:
+    ops: list[OpFigures] = []
+    name = slug
+    demo = None
+    for file in files:
+        if file.name == DEMO:
+            demo = _demo(file)
+            continue
+        found = results.load(file)
+        name = found["device"]
+        try:
+            figures = _op(found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            said = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ResultsError(f"{shown(file)} is damaged: {said}; measure again, or move it away") from None
+        if figures.rows:
+            ops.append(figures)
+    ops.sort(key=lambda figures: in_order(figures.op))
+    return Device(slug, name, ops, demo) if ops or demo else None
+
+
+def _op(found: dict[str, Any]) -> OpFigures:
+    """The last measurement of each case, with the runs that these come from."""
+    runs = found["runs"]
+    newest = {id(run): len(runs) - 1 - at for at, run in enumerate(runs)}
+    latest = results.latest(runs).values()
+    used = sorted({newest[id(run)] for _, run in latest})
+    rows = [_row(row, used.index(newest[id(run)])) for row, run in latest]
+    return OpFigures(found["op"], rows, [_setting(runs[len(runs) - 1 - at]) for at in used])
+
+
+def _row(row: dict[str, Any], run: int) -> Row:
+    place = {key: row[key] for key in ("model", "layer") if row.get(key) is not None}
+    for name in ("median_ms", "p20_ms", "p80_ms"):
+        _finite(name, row[name], positive=True)
+    ratio = {peer(n): _finite(f"ratio to {n}", value, positive=True) for n, value in row["ratio"].items()}
+    return Row(
+        case=row["case"],
+        dtype=row["dtype"],
+        own=row["who"] == "bitfuse",
+        place={**place, **row["sizes"]},
+        median_ms=row["median_ms"],
+        p20_ms=row["p20_ms"],
+        p80_ms=row["p80_ms"],
+        gb_per_s=_finite("gb_per_s", row["gb_per_s"]),
+        tflop_per_s=_finite("tflop_per_s", row["tflop_per_s"]),
+        share=_maybe("share_of_limit", row.get("share_of_limit")),
+        ratio=ratio,
+        error=_maybe("error", row.get("error")),
+        peak_bytes=_maybe("peak_bytes", row.get("peak_bytes")),
+        run=run,
+    )
+
+
+def _setting(run: dict[str, Any]) -> Setting:
+    limits = run["limits"]
+    return Setting(
+        date=run.get("date"),
+        commit=run.get("commit") or "unknown",
+        driver=run.get("driver"),
+        isa=run.get("isa"),
+        threads=run.get("threads"),
+        versions={name: str(version) for name, version in run["versions"].items() if version},
+        bytes_per_s=_finite("bytes_per_s", limits["bytes_per_s"], positive=True),
+        flop_per_s={
+            d: _finite(f"flop_per_s of {d}", f, positive=True) for d, f in limits["flop_per_s"].items()
+        },
+        overhead_us={name: _finite(name, us) for name, us in (run.get("overhead_us") or {}).items()},
+    )
+
+
+def _finite(name: str, value: Any, positive: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a number")
+    if value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} is {value!r}, expected more than zero")
+    return value
+
+
+def _maybe(name: str, value: Any) -> float | None:
+    return None if value is None else _finite(name, value)
+
+
+def _demo(file: Path) -> dict[str, Any]:
+    """What `bitfuse demo` wrote, as far as it is told here."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for row in found["rows"]:
+            _finite("linear_bytes", row["linear_bytes"])
+            _finite("batch_ms", row["batch_ms"]["median"], positive=True)
+            _finite("sentence_ms", row["sentence_ms"]["median"], positive=True)
+            for quality in row["quality"].values():
+                _finite("cosine_mean", abs(quality["cosine_mean"]))
+                _finite("cosine_worst", abs(quality["cosine_worst"]))
+        for name in ("model", "threads", "batch_size", "batch_tokens", "created"):
+            found[name]
+        found["machine"]["commit"], found["rows"][0]["quality"]["English"]
+    except OSError as error:
+        raise ResultsError(f"{shown(file)} can't be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ResultsError(
+            f"{shown(file)} is not a whole record of `bitfuse demo` ({error!r:.60}); `bitfuse demo` makes one"
+        ) from None
+    return found
