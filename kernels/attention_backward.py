@@ -1,5 +1,6 @@
 """The backward of attention in Triton: probabilities are made again from lse, tile by tile (FlashAttention-2:
-Dao, 2023). No atomics: every sum is in one program and one order, the same bits every time.
+Dao, 2023). No atomics, unless they are asked for: every sum is in one program and one order, the same bits
+every time.
 
 With z a pair's logit, P = exp(z - lse), delta = sum(o dO) - dlse of a query, and dP = dO V^T, the gradient of
 z is P (dP - delta); dV = P^T dO, dK = dz^T q scale, dQ = dz k scale.
@@ -16,7 +17,12 @@ z is P (dP - delta); dV = P^T dO, dK = dz^T q scale, dQ = dz k scale.
 
 Both walks visit only the tiles that the window meets, those that its edge crosses first and masked. A pair
 costs seven products of the head dimension: five, and two of them twice, which is what no atomics costs; a
-bias takes two more. `deterministic` changes nothing.
+bias takes two more.
+
+Not deterministic, keys make dQ too: a tile's share, dz^T K, is added atomically to float32 sums in L2, five
+products a pair; programs of one head begin their walks at different tiles, so that few add to one place. A
+pass over the sums, 6 bytes an element, makes dQ of them. A gradient of sinks wants what `queries` sums, and
+heads wider than 128 leave no registers: they are made without atomics either way.
 
 What bounds it, bfloat16, dim 128 on Hopper: a pair of tiles of 128 and 64 takes keys 1024 cycles of the
 tensor cores and 525 instructions of each of eight warps, 1050 cycles to issue (27 of them reload what
@@ -129,9 +135,10 @@ def _level(lse, i, length, Natural: tl.constexpr):
 @jit
 def _keys_step(
     dk, dv, key, value, q, grad, m, j, row, length, SQ, numbers, slope, bias, window, lse, delta, line, seed,
-    drawn, Form: tl.constexpr, Edge: tl.constexpr,
+    drawn, sums, Form: tl.constexpr, Edge: tl.constexpr,
 ):  # fmt: skip
-    """The queries from m on: what they give dk and dv [TileN, dim] of the keys j."""
+    """The queries from m on: what they give dk and dv [TileN, dim] of the keys j, and what these give to the
+    queries' sums, if there are any: (where the head's first row is, stride, rel, there)."""
     i = m + row
     q_tile = tile(q, m, SQ, Edge != "", Form[4])
     s = product(key, q_tile.T)
@@ -144,14 +151,23 @@ def _keys_step(
         first[None, :], second[None, :], seed, drawn, Form, Edge,
     )  # fmt: skip
     dv = dot(dropped.to(g_tile.dtype), g_tile, dv)
-    dk = dot(ds.to(q_tile.dtype), q_tile, dk)
+    own = ds.to(q_tile.dtype)
+    dk = dot(own, q_tile, dk)
+    if sums is not None:
+        base, stride, rel, there = sums
+        place = base + m.to(tl.int64) * stride + rel
+        given = product(own.T, key)
+        if Edge == "" and not Form[4]:
+            tl.atomic_add(place, given, sem="relaxed")
+        else:
+            tl.atomic_add(place, given, mask=(row < SQ - m)[:, None] & there[None, :], sem="relaxed")
     return dk, dv
 
 
 @jit(do_not_specialize=_OWN, do_not_specialize_on_alignment=_SMALL)
 def _keys_kernel(
     q, k, v, prefix_k, prefix_v, bias, slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k,
-    grad, lse, delta, dk, dv,
+    grad, lse, delta, dk, dv, sums,
     scale, cap, inverse, threshold, left, right, bottom, heads, group, SQ, SK, P, total_q, total_k,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     pk_batch, pk_row, pk_head, pv_batch, pv_row, pv_head,
@@ -159,7 +175,8 @@ def _keys_kernel(
     Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, BiasAlign: tl.constexpr, Form: tl.constexpr,
     TileM: tl.constexpr, TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, contiguous, of the shapes of k and v."""
+    """dk and dv, contiguous, of the shapes of k and v. Where there are sums, dq without its scale is added to
+    them."""
     pid = tl.program_id(0)
     n = pid % tiles * TileN
     kv_heads = heads // group
@@ -204,26 +221,37 @@ def _keys_kernel(
             own = bias + (wide_b * bias_batch + head * bias_head) * BiasAlign
         q_walk = (own_q, q_stride, q_rel, row, d < Dim)
         g_walk = (own_grad, g_stride, g_rel, row, d_v < DimV)
+        own_sums = sums
+        if sums is not None:
+            place = wide_b * SQ
+            if cu_seqlens_q is not None:
+                place = q_first.to(tl.int64)
+            rel = row[:, None] * (heads * Dim) + d[None, :]
+            own_sums = (sums + (place * heads + head) * Dim, heads * Dim, rel, d < Dim)
         for t in range(edge + tail):
             m = masked_tile(t, lo, edge, end, TileM)
             dk_sum, dv_sum = _keys_step(
                 dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, row, sk, sq, numbers, slope, own, window,
-                lse, delta, line, seed, P, Form, "window",
+                lse, delta, line, seed, P, own_sums, Form, "window",
             )  # fmt: skip
         if not Form[6]:
-            for m in range(full, end, TileM):
+            count = (end - full) // TileM
+            for t in range(count):
+                m = full + t * TileM
+                if sums is not None:
+                    m = full + (t + pid) % count * TileM
                 dk_sum, dv_sum = _keys_step(
                     dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, row, sk, sq, numbers, slope, own,
-                    window, lse, delta, line, seed, P, Form, "",
+                    window, lse, delta, line, seed, P, own_sums, Form, "",
                 )  # fmt: skip
-    place = wide_b * SK
+    first_key = wide_b * SK
     if cu_seqlens_k is not None:
-        place = k_first.to(tl.int64)
+        first_key = k_first.to(tl.int64)
     inside = (column < sk - n)[:, None]
-    dk += ((place + n) * kv_heads + kv_head) * Dim
+    dk += ((first_key + n) * kv_heads + kv_head) * Dim
     dk_rel = column[:, None] * (kv_heads * Dim) + d[None, :]
     tl.store(dk + dk_rel, (dk_sum * scaled).to(dk.dtype.element_ty), mask=inside & (d < Dim)[None, :])
-    dv += ((place + n) * kv_heads + kv_head) * DimV
+    dv += ((first_key + n) * kv_heads + kv_head) * DimV
     dv_rel = column[:, None] * (kv_heads * DimV) + d_v[None, :]
     tl.store(dv + dv_rel, (dv_sum * inverse).to(dv.dtype.element_ty), mask=inside & (d_v < DimV)[None, :])
 
@@ -434,8 +462,8 @@ DELTA_ROWS = 64
 
 @functools.lru_cache(maxsize=4096)
 def choose(kernel: str, dim: int, float_bytes: int, capability: int, plain: bool) -> Config:
-    """Tiles for heads of `dim`, the wider of q's and v's padded ones; kernel: "keys", "queries" or "bias";
-    plain: a logit is a scaled product, nothing is dropped.
+    """Tiles for heads of `dim`, the wider of q's and v's padded ones; kernel: "keys", "queries", "bias"
+    or "fused", which is keys with dQ; plain: a logit is a scaled product, nothing is dropped.
 
     - float32 runs on the FMA units: tiles whose operands the registers hold.
     - Up to dim 128, 128 keys (or queries) own their sums, 64 registers a thread for each of dk and dv, and
@@ -451,6 +479,8 @@ def choose(kernel: str, dim: int, float_bytes: int, capability: int, plain: bool
         return Config(32, 32, 4, 1)
     if kernel == "bias":
         return Config(64, 64, 4, 1)
+    if kernel == "fused" and dim > 64 and capability not in WGMMA:
+        return Config(64, 64, 8, 2)
     stages = 2 if plain or dim <= 64 or capability in (80, 87, *WGMMA) else 1
     if kernel == "queries":
         return Config(128, 64, 8, stages)
@@ -470,9 +500,14 @@ def _plan(
     config = choose(kernel, max(tile_d, tile_dv), float_bytes, device.capability, plain)
     tile_m, tile_n, warps, stages = config
     row_tiles, column_tiles = -(-sq // tile_m), -(-sk // tile_n)
-    tiles = {"keys": column_tiles, "queries": row_tiles, "bias": row_tiles * column_tiles}[kernel]
+    tiles = {
+        "keys": column_tiles,
+        "fused": column_tiles,
+        "queries": row_tiles,
+        "bias": row_tiles * column_tiles,
+    }[kernel]
     return Plan(
-        {"keys": _keys_kernel, "queries": _queries_kernel, "bias": _bias_kernel}[kernel],
+        {"queries": _queries_kernel, "bias": _bias_kernel}.get(kernel, _keys_kernel),
         (tiles, 1, 1),
         (*(sums if kernel == "bias" else ()), tile_m, tile_n, tile_d, tile_dv),
         dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
@@ -553,25 +588,33 @@ def run(
     p = problem_of(q, k, v, a, grad)
     delta = _delta(layout(grad), out, grad_lse, a.cu_seqlens_q is not None)
     of_sinks = wanted.sinks and a.sinks is not None
-    if wanted.q or of_sinks:
+    sums = None
+    narrow = max(q.shape[-1], v.shape[-1]) <= 128
+    if not deterministic and wanted.q and (wanted.k or wanted.v) and not of_sinks and narrow and p.sk:
+        sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    elif wanted.q or of_sinks:
         totals = torch.empty_like(lse) if of_sinks else None
         dq = _queries(p, q, v, lse, delta, totals, a)
         made[0] = dq if wanted.q else made[0]
         if totals is not None and a.sinks is not None:
             made[4] = _sinks(a.sinks, lse, delta, grad_lse, totals)
     if wanted.k or wanted.v:
-        both = _keys(p, q, k, v, lse, delta, a)
+        both = _keys(p, q, k, v, lse, delta, a, sums)
         made[1:3] = (t if want else m for t, want, m in zip(both, wanted[1:3], made[1:3], strict=True))
     if wanted.bias and a.bias is not None:
         made[3] = _bias(p, q, v, lse, delta, a)
-    if (wanted.prefix_k or wanted.prefix_v) and a.prefix_k is not None and a.prefix_v is not None:
+    of_prefix = sums is not None or wanted.prefix_k or wanted.prefix_v
+    if of_prefix and a.prefix_k is not None and a.prefix_v is not None:
         alone = a._replace(
             left=-1, right=-1, bias=None, alibi_slopes=None, sinks=None, prefix_k=None, prefix_v=None,
             cu_seqlens_k=None, max_seqlen_k=a.prefix_k.shape[1],
         )  # fmt: skip
         p = problem_of(q, a.prefix_k, a.prefix_v, alone, grad)
-        both = _keys(p, q, a.prefix_k, a.prefix_v, lse, delta, alone)
+        both = _keys(p, q, a.prefix_k, a.prefix_v, lse, delta, alone, sums)
         made[5:] = (t if want else m for t, want, m in zip(both, wanted[5:], made[5:], strict=True))
+    if sums is not None:
+        made[0] = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        torch.mul(sums, a.softmax_scale, out=made[0])
     return made
 
 
@@ -596,16 +639,19 @@ def _sinks(
 
 def _keys(
     p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
-    a: AttentionArgs,
+    a: AttentionArgs, sums: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if p.sk and dk.numel():
         kv_heads, dim, dim_v = k.shape[-2], k.shape[-1], v.shape[-1]
-        plan = _plan(_device(q.device), "keys", p.sq, p.sk, dim, dim_v, q.dtype.itemsize, p.plain, p.kind)
+        plan = _plan(
+            _device(q.device), "keys" if sums is None else "fused", p.sq, p.sk, dim, dim_v, q.dtype.itemsize,
+            p.plain, p.kind,
+        )  # fmt: skip
         grad = p.others[0]
         numbers = (*grad[1:], a.softmax_scale, plan.grid[0])
-        launch(plan, p, p.batch * kv_heads, (grad.tensor, lse, delta, dk, dv), numbers)
+        launch(plan, p, p.batch * kv_heads, (grad.tensor, lse, delta, dk, dv, sums), numbers)
     return dk, dv
 
 
