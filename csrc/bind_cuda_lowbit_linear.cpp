@@ -126,7 +126,7 @@ void run_lora(uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros,
 
 void bind_lowbit_linear(py::module_& module) {
   module.attr("LOWBIT_LINEAR_MAX_TOKENS") = LowbitLinearMaxTokens;
-  py::class_<LowbitLinearPlan>(module, "LowbitLinearPlan")
+  py::class_<LowbitLinearPlan>(module, "LowbitLinearPlan", py::module_local())
       .def_readonly("token_tiles", &LowbitLinearPlan::token_tiles)
       .def_readonly("log_warps_n", &LowbitLinearPlan::log_warps_n)
       .def_readonly("splits", &LowbitLinearPlan::splits)

@@ -53,7 +53,7 @@ void run(uintptr_t x, uintptr_t y, int64_t x_stride, int64_t m, int64_t n, int64
 void bind_multi_lora_linear(py::module_& module) {
   module.attr("ADAPTER_TILE_SUMS") = AdapterTileSums;
   py::class_<Adapters>(
-      module, "Adapters",
+      module, "Adapters", py::module_local(),
       "Adapters of a product: `table` in the place of lora_a and lora_b for lists. For the kernel, "
       "`slices` has room for participants * tiles of 8 tokens * ADAPTER_TILE_SUMS floats; "
       "`state`, zero, has 8 bytes, and 4 for each 16 ranks of each adapter in use.")

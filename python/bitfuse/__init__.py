@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from . import compat, nn, ops, optim
 from ._version import __version__
+from .arch.bundle import load_kernels
 from .checkpoints import load_peft_, save_peft
 from .formats import Format, register_format
 from .integrations import FuseReport, fuse_peft_, unfuse_peft_, with_bitfuse_layers
@@ -64,6 +65,7 @@ __all__ = [
     "explain",
     "fuse_peft_",
     "gated_activation",
+    "load_kernels",
     "load_peft_",
     "lora_linear",
     "lora_mlp",

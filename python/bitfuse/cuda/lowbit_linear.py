@@ -14,6 +14,7 @@ from ..codebook import pairs_of_levels
 from ..formats import FORMATS, nested_code
 from ..op import pretended_gpu, simulated_gpu
 from ..weight import WeightTensors
+from . import refuse
 
 try:
     from .. import _cuda  # type: ignore[attr-defined]
@@ -140,8 +141,8 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
     if not x.is_cuda and not simulated_gpu():
         return "the tensors are not on a GPU"
     device = _device(x.device.index or 0)
-    if device[3] < 80:
-        return f"compute capability {device[3] / 10} is below 8.0"
+    if (reason := refuse(_cuda, device[3])) is not None:
+        return reason
     if device[1] < ROOMY and x.numel() and qweight.numel():
         m, n = x.numel() // k, qweight.shape[0]
         if _plan(m, n, k, _code(format), scale_offset is not None, device).token_tiles == 0:

@@ -10,6 +10,7 @@ import torch
 from ..multi_lora_args import Adapters, count_of, is_stacked, table
 from ..op import simulated_gpu
 from . import lowbit_linear as base
+from . import refuse
 from .lora_linear import ADAPTER_FLOATS, RANK_TILE, sums_of_slices
 
 _BLOCKS = 2  # on a multiprocessor
@@ -39,9 +40,7 @@ def supports(
         return "lora_A starts at an address that is not a multiple of 16"
     if not x.is_cuda and not simulated_gpu():
         return "the tensors are not on a GPU"
-    if base._device(x.device.index or 0)[3] < 80:
-        return "the compute capability is below 8.0"
-    return None
+    return refuse(base._cuda, base._device(x.device.index or 0)[3])
 
 
 def run(
