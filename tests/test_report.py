@@ -211,6 +211,31 @@ def test_op_without_flops_has_bandwidths(tmp_path: Path) -> None:
     Page(render([device]))
 
 
+def test_many_bars_are_told_apart(tmp_path: Path) -> None:
+    """No chart is longer than a screen, and no two cases look the same."""
+    rows = [
+        {**row(f"bitfuse f{f} (cpp)", m=m), "layer": layer, "sizes": {"m": m, "n": n, "k": 4096}}
+        for m in (1, 16) for layer, n in (("qkv", 6144), ("gate", 14336)) for f in range(20)
+    ]  # fmt: skip
+    (device,) = load([put(tmp_path / "machine", record(rows))])
+    (figures,) = device.ops
+    speedup = figures_of(figures)[-1]
+    assert [chart.choice for chart in speedup.charts] == [
+        f"over torch bf16, M = {m}, {layer}" for m in (1, 16) for layer in ("qkv", "gate")
+    ]
+    assert all(len(re.findall("<rect", chart.svg)) == 20 for chart in speedup.charts)
+    look = [(re.findall(r"k\d", style.classes)[0], style.mark) for style in styles(figures).values()]
+    assert len(set(look)) == 20
+
+
+def test_package_data() -> None:
+    """What the page is made from is in the wheel."""
+    globs = re.findall(r'"(report/[^"]+)"', (ROOT / "pyproject.toml").read_text())
+    folder = ROOT / "python" / "bitfuse"
+    packed = {path for glob in globs for path in folder.glob(glob)}
+    assert packed == {path for path in (folder / "report").glob("*.*") if path.suffix not in (".py", ".pyc")}
+
+
 def test_strange_words_are_only_words(tmp_path: Path) -> None:
     """Names in the files can't become markup."""
     evil = "<script>alert(1)</script>"

@@ -88,7 +88,8 @@ def styles(figures: OpFigures) -> dict[tuple[str, str], Style]:
         case, dtype = short(row.case), short(row.dtype)
         at = own.index(row.case) if row.own else peers.index(row.case)
         colour = f"k{at % COLOURS}" if row.own else "peer"
-        mark = f"o{at % OWN_MARKS}" if row.own else f"q{at % PEER_MARKS}"
+        # the ninth case has the first one's colour, and another mark
+        mark = f"o{(at + at // COLOURS) % OWN_MARKS}" if row.own else f"q{at % PEER_MARKS}"
         hollow = " h" if dtypes and row.dtype == "float32" else ""
         told = dtype if dtypes and dtype not in case.split() else ""
         label = case.removeprefix("bitfuse ")
@@ -310,17 +311,23 @@ class _Pen:
             found.setdefault(self.figures.where(row, leave_out), []).append(row)
         return found
 
-    def split(self, rows: Sequence[Row], draw: _Draw) -> list[Chart]:
-        """One chart, or where it would be too long one for each value of what varies most plainly."""
-        keys = [self.figures.axis, *self.figures.varying]
-        axis = next((key for key in keys if key and any(key in row.place for row in rows)), None)
-        if len(rows) <= LONGEST or axis is None:
-            return [Chart(draw(rows, ()))]
+    def split(
+        self, rows: Sequence[Row], draw: _Draw, keys: tuple[str, ...] = (), name: str = ""
+    ) -> list[Chart]:
+        """One chart, or where it would be too long one for each value of what varies, M first."""
+        order = [key for key in (self.figures.axis, *self.figures.varying) if key and key not in keys]
+        key = next((key for key in order if len({row.place.get(key) for row in rows}) > 1), None)
+        if len(rows) <= LONGEST or key is None:
+            return [Chart(draw(rows, keys), name)]
         parts: dict[str, list[Row]] = {}
         for row in rows:
-            value = row.place.get(axis)
-            parts.setdefault("other" if value is None else said(axis, value), []).append(row)
-        return [Chart(draw(chosen, (axis,)), name) for name, chosen in parts.items()]
+            value = row.place.get(key)
+            parts.setdefault("other" if value is None else said(key, value), []).append(row)
+        return [
+            chart
+            for part, chosen in parts.items()
+            for chart in self.split(chosen, draw, (*keys, key), f"{name}, {part}" if name else part)
+        ]
 
     def speedup(self) -> Figure | None:
         """How often bitfuse runs while a peer runs once."""

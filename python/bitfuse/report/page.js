@@ -46,7 +46,6 @@
       button.append(...head.childNodes);
       head.append(button);
       const numeric = head.classList.contains("n");
-      if (numeric) rows.forEach((row) => row.cells[at].classList.add("n"));
       button.addEventListener("click", () => {
         const up = head.getAttribute("aria-sort") !== "ascending";
         heads.forEach((h) => h.removeAttribute("aria-sort"));

@@ -167,7 +167,8 @@ def _table(figures: OpFigures) -> tuple[list[Column], list[str]]:
     rows = figures.rows
     columns = [Column("case", numeric=False), Column("dtype", numeric=False)]
     for key in figures.varying:
-        numeric = all(isinstance(row.place.get(key), int | float | None) for row in rows)
+        values = [row.place.get(key) for row in rows]
+        numeric = all(isinstance(v, int | float | None) and not isinstance(v, bool) for v in values)
         columns.append(Column(key.upper() if len(key) == 1 else key.replace("_", " "), numeric=numeric))
     columns += [Column("median", "ms", "lower"), Column("p20", "ms", "lower"), Column("p80", "ms", "lower")]
     columns.append(Column("bandwidth", "GB/s", "higher"))
@@ -193,7 +194,8 @@ def _table(figures: OpFigures) -> tuple[list[Column], list[str]]:
         # </td> and </tr> may be left out
         own = " class=own" if row.own else ""
         head = f"<tr{own} data-r={at}><th scope=row>{escape(cells[0])}"
-        return head + "".join(f"<td>{escape(cell)}" for cell in cells[1:])
+        tags = ("<td>" if column.numeric else "<td class=t>" for column in columns[1:])
+        return head + "".join(tag + escape(cell) for tag, cell in zip(tags, cells[1:], strict=True))
 
     return columns, [line(at, row) for at, row in enumerate(rows)]
 
