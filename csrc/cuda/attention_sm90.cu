@@ -1,23 +1,24 @@
 // attention on Hopper: which kernel runs, and its launch. The kernel: attention_sm90.cuh.
 //
-// What bounds it. Of one step (all warpgroups, one tile of keys; no mask, no growth) on one multiprocessor,
-// in clocks: wgmma at 4096 operations, ex2 at 16, instructions of the compiled loop at 4; and the bytes of K
-// and V that L2 has to give a clock, at the tensor cores' full rate. No kernel spills; the producer needs 12
-// registers.
+// What bounds it. Of one step (all warpgroups, one tile of keys; no mask, no growth) on one multiprocessor:
+// clocks of wgmma at 4096 operations a clock, of ex2 at 16, to issue the compiled loop's instructions at 4;
+// and at the tensor cores' full rate, the bytes a clock of shared memory (operands of wgmma, and K and V as
+// they come) and of L2. Registers are a consumer's; nothing is spilled, and the producer needs 12 of its 24
+// or 32.
 //
-//   dim  tile        wgmma   ex2  issue (a warp)  L2  registers  shared memory
-//    64  192 x 128    1536  1536   1224 (408)     21       160       155968
-//   128  128 x 128    2048  1024    842 (421)     32       240       229664
-//   128  128 x 176    2816  1408   1068 (534)     32       240       213248
-//   256  128 x 80     2560   640    712 (356)     32       240       229632
+//   dim  tile       wgmma   ex2  issue (a warp)  shared  L2  registers  bytes of shared memory
+//    64  192 x 128   1536  1536   1224 (408)     101     21     160     155968
+//   128  128 x 128   2048  1024    842 (421)     112     32     240     229664
+//   128  128 x 176   2816  1408   1068 (534)     108     32     240     213248
+//   256  128 x 80    2560   640    722 (361)     122     32     240     229632
 //
 // So the tensor cores are the bound, if the softmax stays beside the products: a warpgroup has half of a
 // step's clocks (a third at dim 64) for its own products, and its softmax takes about 230 for the maxima, 8
 // for each of a thread's exponentials, and 2 for each pair rounded: 810 of the 1024 that the other's products
-// leave it at dim 128. At dim 64 ex2 is as long as wgmma: neither can be idle. What a tile costs beside its
-// steps, the first softmax and the last rounding that nothing hides, is about 2000 clocks: at 16384 keys of
-// dim 128 1 to 3% of the time. L2 gives about 27 bytes a clock: 86% of the tensor cores' rate at 128 queries
-// a tile.
+// leave it at dim 128. At dim 64 ex2 is as long as wgmma: neither can be idle. Shared memory has 128 bytes a
+// clock, which dim 256 all but takes; L2 has about 27, so that 128 queries a tile can't pass 85% of the
+// tensor cores' rate. What a tile costs beside its steps, the first softmax and the last rounding that
+// nothing hides, is about 2000 clocks: at 16384 keys of dim 128 1 to 3% of the time.
 #include <algorithm>
 #include <string>
 
@@ -88,14 +89,14 @@ template <typename T, bool Capped>
 void launch_dim(const AttentionSm90Args& a, int device, cudaStream_t stream) {
   switch (a.dim) {
     case 64:
-      return launch<Tiling<T, 64, 128, 4, Capped>>(a, device, stream);
+      return launch<Tiling<T, 64, 3, 128, 4, Capped>>(a, device, stream);
     case 128:
       if constexpr (!Capped) {
-        if (wide_tiles(a)) return launch<Tiling<T, 128, 176, 2, false>>(a, device, stream);
+        if (wide_tiles(a)) return launch<Tiling<T, 128, 2, 176, 2, false>>(a, device, stream);
       }
-      return launch<Tiling<T, 128, 128, 3, Capped>>(a, device, stream);
+      return launch<Tiling<T, 128, 2, 128, 3, Capped>>(a, device, stream);
     default:
-      return launch<Tiling<T, 256, 80, 2, Capped>>(a, device, stream);
+      return launch<Tiling<T, 256, 2, 80, 2, Capped>>(a, device, stream);
   }
 }
 

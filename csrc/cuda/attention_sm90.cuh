@@ -56,12 +56,12 @@ namespace bitfuse::attention_sm90_detail {
 constexpr int WarpgroupThreads = 128, WarpgroupRows = 64;
 constexpr float LazyGrowth = 8.0f;  // in powers of two
 
-template <typename T_, int Dim_, int TileN_, int Stages_, bool Capped_>
+// Groups: warpgroups of consumers, 2 or 3.
+template <typename T_, int Dim_, int Groups_, int TileN_, int Stages_, bool Capped_>
 struct Tiling {
   using T = T_;
-  static constexpr int Dim = Dim_, TileN = TileN_, Stages = Stages_;
+  static constexpr int Dim = Dim_, Groups = Groups_, TileN = TileN_, Stages = Stages_;
   static constexpr bool Capped = Capped_;  // a softcap
-  static constexpr int Groups = Dim == 64 ? 3 : 2;
   static constexpr bool PingPong = Dim <= 128;
   static constexpr int TileM = Groups * WarpgroupRows, Threads = (Groups + 1) * WarpgroupThreads;
   // of a thread; together the 65536 that there are
