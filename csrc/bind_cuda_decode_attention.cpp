@@ -67,6 +67,10 @@ KvCache make_cache(const CacheIntegers& given) {
   for (int i = 0; i < 2; ++i) {
     const int64_t* from = given.data() + 10 + 4 * i;
     check_reach(names[i], from + 1, {cache.pages, cache.page_size, cache.kv_heads}, unit, 16 / unit);
+    // the kernel has strides in 16 bytes in 32 bits
+    for (int j = 1; j < 3; ++j) {
+      require(from[j] * unit / 16 <= UINT32_MAX, names[i], from[j], "strides below 64 GiB");
+    }
     *both[i] = {address<unsigned char>(names[i], from[0], 16, any), from[1] * unit, from[2] * unit,
                 from[3] * unit};
   }
@@ -93,6 +97,11 @@ KvCache make_cache(const CacheIntegers& given) {
             cache.group_size, "a power of two that divides " + std::to_string(cache.page_size));
     require(cache.channel_group % 32 == 0, "channel_group", cache.channel_group, "a multiple of 32");
     cache.value_groups = (cache.dim_v + cache.channel_group - 1) / cache.channel_group;
+    require(cache.value_groups < 3 || cache.value_groups * cache.kv_heads % 2 == 0, "channel_group",
+            cache.channel_group, "an even number of V's scales for a token, or one or two a head");
+    require(static_cast<int64_t>(cache.pages) * cache.page_size <= INT32_MAX &&
+                static_cast<int64_t>(cache.batch) * cache.group_size <= INT32_MAX / 2,
+            "pages", cache.pages, "fewer than 2^31 tokens");
     check_bytes("k_scales", {cache.pages, cache.page_size, cache.kv_heads, MostHeadDim, 4});
     check_bytes("k_tail", {cache.batch, cache.group_size, cache.kv_heads, MostHeadDim, 8});
     unsigned short** halves[] = {&cache.k_scales, &cache.k_offsets, &cache.v_scales, &cache.v_offsets};
@@ -209,7 +218,7 @@ void run(const CacheIntegers& cache_integers, uintptr_t seqlens, const RowsInteg
 }  // namespace
 
 void bind_decode_attention(py::module_& module) {
-  py::class_<DecodePlan>(module, "DecodePlan")
+  py::class_<DecodePlan>(module, "DecodePlan", py::module_local())
       .def_readonly("dim", &DecodePlan::dim)
       .def_readonly("blocks", &DecodePlan::blocks)
       .def_readonly("stages", &DecodePlan::stages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,22 +45,28 @@ class Draw:
         return replace(self, cache=self.cache._replace(**tensors))
 
 
-def draw(target: Target, number: int) -> Draw:
+def draw(
+    target: Target,
+    number: int,
+    dims: Sequence[int] = (),
+    page_sizes: Sequence[int | None] = (None, None, 1, 4, 16, 64),
+    group_sizes: Sequence[int] = (8, 32, 64),
+) -> Draw:
     """A cache filled in two appends (by the reference), tensors against guard pages."""
     r = random.Random(number)
     torch.manual_seed(number)
     dtype, format = DTYPES[number % 3], CACHE_FORMATS[number // 3 % 4]
     codes = format in ("int8", "int4")
-    dims = (8, 16, 40, 64, 72, 128, 256) if codes else (1, 3, 8, 16, 40, 64, 72, 128, 256)
+    dims = dims or ((8, 16, 40, 64, 72, 128, 256) if codes else (1, 3, 8, 16, 40, 64, 72, 128, 256))
     dim = r.choice(dims)
     dim_v = dim if r.random() < 0.7 else r.choice(dims)
     kv_heads, group, batch = r.choice((1, 2, 3)), r.choice((1, 2, 3, 4, 5)), r.choice((1, 2, 3))
     heads, queries = kv_heads * group, r.choice((1, 1, 1, 2, 3, 7))
     scales = [torch.rand(kv_heads) + 0.5 if format == "fp8" and r.random() < 0.5 else None for _ in range(2)]
-    page_size = r.choice((None, None, 1, 4, 16, 64))
+    page_size = r.choice(page_sizes)
     cache = bitfuse.KVCache(
         batch, 224, kv_heads, dim, head_dim_v=dim_v, dtype=dtype, format=format, page_size=page_size,
-        group_size=r.choice((8, 32, 64)), channel_group=r.choice((None, 32, 64)), k_scale=scales[0],
+        group_size=r.choice(group_sizes), channel_group=r.choice((None, 32, 64)), k_scale=scales[0],
         v_scale=scales[1],
     )  # fmt: skip
     if cache.block_table is not None:  # pages in any order
@@ -159,8 +166,7 @@ def exact(d: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def check(target: Target, number: int, errors: Errors) -> None:
-    d = draw(target, number)
+def check(target: Target, d: Draw, errors: Errors) -> None:
     plain = d.cloned()
     plain_out, plain_lse = _reference(*plain.call())
     got, got_lse = target.run(decode_attention_op, *d.call())
@@ -183,7 +189,7 @@ def check(target: Target, number: int, errors: Errors) -> None:
 def check_kind(target: Target, kind: int, draws: int = DRAWS) -> None:
     errors = Errors()
     for number in range(kind, draws * KINDS, KINDS):
-        check(target, number, errors)
+        check(target, draw(target, number), errors)
     errors.check(f"{CACHE_FORMATS[kind // 3]} {DTYPES[kind % 3]}")
 
 

@@ -87,6 +87,7 @@ void decode_attention(const DecodeArgs& args, const DecodePlan& plan, int device
   kernel.stages = plan.stages, kernel.least_units = plan.least_units;
   kernel.region_bytes = (plan.shared_bytes - one.regions_at) / Warps;
   if (has_codes(cache.format)) {
+    while (1 << kernel.log_group < cache.group_size) ++kernel.log_group;
     for (int c = 0; c < cache.dim_v; c += 32) kernel.value_groups |= c / cache.channel_group << c / 32 * 4;
   }
   one.function<<<plan.blocks, Threads, plan.shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(kernel);

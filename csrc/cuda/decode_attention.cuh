@@ -104,15 +104,26 @@ struct Kernel {
   DecodeArgs a;
   int rows, row_tiles, row_groups;  // of a kv head; of a sequence: kv_heads * row_tiles
   int stages, region_bytes, least_units;
+  int log_group;          // of tokens that share K's scales
   unsigned value_groups;  // of each 32 channels of V, the group whose scales they have, 4 bits each
 };
 
-// The unit of row `row` that holds its unit `unit`, in 16 bytes.
+// What the place of a unit in its row is xored with. Of a sum of rows that share no bits it is the xor of
+// theirs.
+template <int Units>
+__host__ __device__ constexpr int swizzle(int row) {
+  return Units >= 8 ? row & 7 : row / (8 / Units) & (Units - 1);
+}
+
+// Where unit `unit` of row `row` is, in bytes.
 template <int Units>
 __device__ __forceinline__ int place(int row, int unit) {
-  constexpr int Rows = Units >= 8 ? 1 : 8 / Units;  // in 128 bytes
-  constexpr int Mask = Units >= 8 ? 7 : Units - 1;
-  return row * Units + (unit ^ ((row / Rows) & Mask));
+  return 16 * (row * Units + (unit ^ swizzle<Units>(row)));
+}
+
+// The place `units` units further in the same row; `units` and the first unit share no bits.
+__device__ __forceinline__ uint32_t further(uint32_t at, int units) {
+  return (at ^ (16 * units & 127)) + (16 * units & ~127);
 }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t from) {
@@ -143,9 +154,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Larger of non-negative numbers over the warp; NaN is larger than all.
-__device__ __forceinline__ float largest_of_warp(float x) {
-  return __uint_as_float(__reduce_max_sync(AllLanes, __float_as_uint(x)));
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // floor(log2(x)) of x > 0; -127 of 0, 128 where x is not finite.
@@ -161,10 +173,44 @@ __device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
   return out;
 }
+// NaN is larger than all.
+__device__ __forceinline__ uint32_t max2(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
 
-__device__ __forceinline__ float magnitude_bound(unsigned scale, unsigned offset, float levels) {
-  return fmaf(levels, __half2float(__ushort_as_half(static_cast<unsigned short>(scale))),
-              fabsf(__half2float(__ushort_as_half(static_cast<unsigned short>(offset)))));
+// What scales and offsets of codes are multiplied by. The bits of a code c are a float16 already, c 2^-24;
+// times scale 2^up, plus offset 2^(up - 24), it is its value times 2^(up - 24). The largest `up` with which
+// nothing overflows leaves values just below 2^-1 (8 bits) or 2^-5; where some are 1 or more, 15 is enough
+// for 14 bits of the largest. A power that float16 has not comes in two parts, of which the second is applied
+// to the scales in shared memory.
+struct Powers {
+  static constexpr int Most = 30, Middle = 24, LeastOfHalf = -14;
+  int up;
+
+  // From bounds of magnitudes, two of each lane.
+  template <int Bits>
+  __device__ __forceinline__ static Powers of(uint32_t bounds) {
+    const unsigned most = __reduce_max_sync(AllLanes, max(bounds >> 16, bounds & 0xffff));
+    // what float16 has no room for is still below 65504 (2^Bits)
+    const int exponent = most >= 0x7c00 ? 16 + Bits : static_cast<int>(most >> 10) - 15;
+    const int up = (Bits == 8 ? 22 : 18) - exponent;
+    return {min(up, exponent >= 0 ? 15 : Most)};
+  }
+  __device__ __forceinline__ int first_of_scale() const { return min(up, 15); }
+  __device__ __forceinline__ int first_of_offset() const { return max(up - Middle, LeastOfHalf); }
+  __device__ __forceinline__ bool has_second() const { return up > 15 || up - Middle < LeastOfHalf; }
+  __device__ __forceinline__ uint32_t second_of_scale() const { return half_powers(up - first_of_scale()); }
+  __device__ __forceinline__ uint32_t second_of_offset() const {
+    return half_powers(up - Middle - first_of_offset());
+  }
+};
+
+// Of two scales and two offsets: what their codes' magnitudes are bounded by.
+template <int Bits>
+__device__ __forceinline__ uint32_t bounds_of(uint32_t scales, uint32_t offsets) {
+  return fma2<__half>(scales, Bits == 8 ? 0x5bf85bf8 : 0x4b804b80, offsets & 0x7fff7fff);
 }
 
 // Which keys of a sequence are to be met, and in how many units of which kind.
@@ -197,9 +243,9 @@ __device__ __forceinline__ Extent extent_of(const Kernel& kernel, int seqlen) {
 // Where K or V is read from, of one kv head of one sequence.
 struct Source {
   const unsigned char *k, *v;
-  int64_t k_page, k_slot, v_page, v_slot;  // bytes
-  int k_units, v_units;                    // of a row, 16 bytes each
-  const int* table;                        // of the sequence, or null: all lies in `page`
+  uint32_t k_page, k_slot, v_page, v_slot;  // strides in 16 bytes
+  int k_units, v_units;                     // of a row, 16 bytes each
+  const int* table;                         // of the sequence, or null: all lies in `page`
   int page, pages, log_page_size, slot_mask;
 };
 
@@ -348,24 +394,17 @@ __device__ __forceinline__ void query_fragments(const unsigned char* queries, in
   }
 }
 
-// 4 codes of 8 bits as two pairs of float16, (0, 1) and (2, 3), or of V (0, 2) and (1, 3). fp8: times 2^-8
-// where there is no instruction for it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
 constexpr float Fp8Unit = 1.0f;
 #else
 constexpr float Fp8Unit = 256.0f;
 #endif
 
-template <bool Crossed>
-__device__ __forceinline__ void pairs_of_bytes(uint32_t word, uint32_t (&pairs)[2]) {
-  constexpr uint32_t Minus1024 = 0xe400e400;
-  pairs[0] = fma2<__half>(__byte_perm(word, 0x64646464, Crossed ? 0x4240 : 0x4140), 0x3c003c00, Minus1024);
-  pairs[1] = fma2<__half>(__byte_perm(word, 0x64646464, Crossed ? 0x4341 : 0x4342), 0x3c003c00, Minus1024);
-}
-
-template <bool Crossed>
+// 4 codes of e4m3 as pairs (0, 1) and (2, 3), or of V (0, 2) and (1, 3); times 2^-8 where there is no
+// instruction for it.
+template <bool OfV>
 __device__ __forceinline__ void pairs_of_fp8(uint32_t word, uint32_t (&pairs)[2]) {
-  if constexpr (Crossed) word = __byte_perm(word, 0, 0x3120);
+  if constexpr (OfV) word = __byte_perm(word, 0, 0x3120);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   pairs[0] = Fp8<__half>::convert_pair(word, false);
   pairs[1] = Fp8<__half>::convert_pair(word, true);
@@ -382,28 +421,25 @@ __device__ __forceinline__ void pairs_of_fp8(uint32_t word, uint32_t (&pairs)[2]
 #endif
 }
 
-// 8 codes of 4 bits as 4 pairs: code i of the low half and of the high half.
-__device__ __forceinline__ void pairs_of_nibbles(uint32_t word, uint32_t (&pairs)[4]) {
-  constexpr uint32_t One = 0x3c003c00, Minus1024 = 0xe400e400, Sixteenth = 0x2c002c00, Minus64 = 0xd400d400;
+// Integer codes as they stand at the bottom of float16: 4 of 8 bits in pairs as above, 8 of 4 bits in pairs
+// (i, i + 4), of which every second is 4 bits too high.
+template <int Bits, bool OfV>
+__device__ __forceinline__ void pairs_of_codes(uint32_t word, uint32_t (&pairs)[16 / Bits]) {
+  if constexpr (Bits == 8) {
+    pairs[0] = OfV ? word & 0x00ff00ff : __byte_perm(word, 0, 0x4140);
+    pairs[1] = __byte_perm(word, 0, OfV ? 0x4341 : 0x4342);
+  } else {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t shifted = word >> 8 * i;
-    pairs[2 * i] = fma2<__half>(and_or<0x000f000f, 0x64006400>(shifted), One, Minus1024);
-    pairs[2 * i + 1] = fma2<__half>(and_or<0x00f000f0, 0x64006400>(shifted), Sixteenth, Minus64);
+    for (int i = 0; i < 2; ++i) {
+      pairs[2 * i] = word >> 8 * i & 0x000f000f;
+      pairs[2 * i + 1] = word >> 8 * i & 0x00f000f0;
+    }
   }
 }
-
-// Words of one 16-byte unit to operands without scales: pairs[i] belongs to channels in the order of the
-// reader.
-template <class R, bool Crossed>
-__device__ __forceinline__ void pairs_of(uint32_t word, uint32_t (&pairs)[R::PerUnit / 8]) {
-  if constexpr (R::Bits == 4) {
-    pairs_of_nibbles(word, pairs);
-  } else if constexpr (R::Grouped) {
-    pairs_of_bytes<Crossed>(word, pairs);
-  } else {
-    pairs_of_fp8<Crossed>(word, pairs);
-  }
+// So much lower the power of their scale is.
+template <int Bits>
+__device__ __forceinline__ constexpr int too_high(int pair) {
+  return Bits == 4 && pair % 2 == 1 ? 4 : 0;
 }
 
 // One warp's walk over its tiles of a span, and what it has so far.
@@ -416,7 +452,6 @@ class Walk {
   static constexpr int Pairs = R::PerUnit / 8;                    // of a word
   static constexpr int StepsAUnit = R::Converts ? Pairs / 2 : 1;  // full precision: of two units
   static constexpr int KUnits = R::Converts ? S::Units : S::Units / 2;
-  static constexpr float Levels = R::Bits == 4 ? 15.0f : 255.0f;
 
   __device__ Walk(const Kernel& kernel, const Span& span, const Source& source, unsigned char* ring,
                   uint32_t* masks, int stages)
@@ -444,6 +479,8 @@ class Walk {
           Fp8Unit * (a.cache.k_head_scales == nullptr ? 1.0f : __ldg(a.cache.k_head_scales + span_.kv_head));
     }
     const int heads_a_group = a.heads / a.cache.kv_heads;
+    both_ = kernel_.rows - span_.first_row > 8;
+    linear_ = a.softcap == 0 && a.alibi == nullptr && scale > 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int flat = min(span_.first_row + g + 8 * r, kernel_.rows - 1);
@@ -496,7 +533,7 @@ class Walk {
     float* const o = reinterpret_cast<float*>(to);
     float2* const states = reinterpret_cast<float2*>(to + RowTile * SumPitch<R::Dim> * 4);
     float unit = 1;
-    if constexpr (R::Grouped) unit = power_of_two(v_exponent_ - VTop);
+    if constexpr (R::Grouped) unit = power_of_two(Powers::Middle - v_powers_.up);
     if constexpr (R::Converts && !R::Grouped) {
       const float* const scales = kernel_.a.cache.v_head_scales;
       unit = Fp8Unit * (scales == nullptr ? 1.0f : __ldg(scales + span_.kv_head));
@@ -532,7 +569,7 @@ class Walk {
 
  private:
   static constexpr int LogTokens = Tokens == 16 ? 4 : 5;
-  static constexpr int VTop = 13;  // V's magnitudes are below 2^14
+  static constexpr uint32_t Whole = AllLanes >> (32 - Tokens);  // the mask of a tile
 
   __device__ int first_token(int i) const { return span_.begin + (i * Warps + warp_) * Tokens; }
 
@@ -543,7 +580,7 @@ class Walk {
       unsigned char* const at = ring_ + stage * S::Bytes;
       for (int i = lane_; i < Tokens * S::Units; i += 32) {
         if (i % S::Units >= source_.k_units) {
-          *reinterpret_cast<uint4*>(at + 16 * place<S::Units>(i / S::Units, i % S::Units)) = {0, 0, 0, 0};
+          *reinterpret_cast<uint4*>(at + place<S::Units>(i / S::Units, i % S::Units)) = {0, 0, 0, 0};
         }
       }
       if constexpr (R::Grouped) {
@@ -589,59 +626,85 @@ class Walk {
     cp_async_commit();
   }
 
+  __device__ __forceinline__ void copy_unit(uint32_t to, const unsigned char* from, bool valid) const {
+    if constexpr (S::Units >= 8) {
+      cp_async_16_stream(to, from, valid, policy_);
+    } else {
+      cp_async_16_once(to, from, valid, policy_);
+    }
+  }
+  __device__ __forceinline__ static const unsigned char* row_of(const unsigned char* from, uint32_t page,
+                                                                uint32_t page_stride, uint32_t slot,
+                                                                uint32_t slot_stride) {
+    return from +
+           (static_cast<uint64_t>(page) * page_stride + static_cast<uint64_t>(slot) * slot_stride) * 16;
+  }
+
+  // `page`: that of token lane_ % Tokens.
   __device__ __forceinline__ void copy_rows(int first, int page, uint32_t mask, int stage) {
-    constexpr int RowsAtOnce = 32 / S::Units > 0 ? 32 / S::Units : 1;
+    constexpr int RowsAtOnce = 32 / S::Units;
     const int row_of_lane = lane_ / S::Units, unit = lane_ % S::Units;
     const uint32_t to = shared_address(ring_ + stage * S::Bytes);
     const bool of_k = unit < source_.k_units, of_v = unit < source_.v_units;
+    const unsigned char *const k_unit = source_.k + 16 * unit, *const v_unit = source_.v + 16 * unit;
+    const int first_page = max(__shfl_sync(AllLanes, page, 0), 0);
+    if (log_entries_ == 0 && mask == Whole) {
+      const int slot = (first & source_.slot_mask) + row_of_lane;
+      const unsigned char* k = row_of(k_unit, first_page, source_.k_page, slot, source_.k_slot);
+      const unsigned char* v = row_of(v_unit, first_page, source_.v_page, slot, source_.v_slot);
+      const uint32_t lane_to = to + place<S::Units>(row_of_lane, unit);
 #pragma unroll
-    for (int step = 0; step < Tokens; step += RowsAtOnce) {
-      const int row = step + row_of_lane;
-      const int64_t at = __shfl_sync(AllLanes, max(page, 0), row);
-      const int slot = (first + row) & source_.slot_mask;
-      const bool valid = mask >> row & 1;
-      const uint32_t row_to = to + 16 * place<S::Units>(row, unit);
-      const unsigned char* const k = source_.k + at * source_.k_page + slot * source_.k_slot + 16 * unit;
-      const unsigned char* const v = source_.v + at * source_.v_page + slot * source_.v_slot + 16 * unit;
-      if constexpr (S::Units >= 8) {
-        if (of_k) cp_async_16_stream(row_to, k, valid, policy_);
-        if (of_v) cp_async_16_stream(row_to + S::V, v, valid, policy_);
-      } else {
-        if (of_k) cp_async_16_once(row_to, k, valid, policy_);
-        if (of_v) cp_async_16_once(row_to + S::V, v, valid, policy_);
+      for (int step = 0; step < Tokens; step += RowsAtOnce) {
+        const uint32_t row_to = (lane_to ^ 16 * swizzle<S::Units>(step)) + 16 * step * S::Units;
+        if (of_k) copy_unit(row_to, k, true);
+        if (of_v) copy_unit(row_to + S::V, v, true);
+        k += RowsAtOnce * 16ull * source_.k_slot, v += RowsAtOnce * 16ull * source_.v_slot;
+      }
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < Tokens; step += RowsAtOnce) {
+        const int row = step + row_of_lane, slot = (first + row) & source_.slot_mask;
+        const int its_page = max(__shfl_sync(AllLanes, page, row), 0);
+        const uint32_t row_to = to + place<S::Units>(row, unit);
+        const bool valid = mask >> row & 1;
+        if (of_k) copy_unit(row_to, row_of(k_unit, its_page, source_.k_page, slot, source_.k_slot), valid);
+        if (of_v)
+          copy_unit(row_to + S::V, row_of(v_unit, its_page, source_.v_page, slot, source_.v_slot), valid);
       }
     }
-    if constexpr (R::Grouped) {
-      const KvCache& cache = kernel_.a.cache;
-      // a tile lies in one group of one page
-      const int64_t its_page = __shfl_sync(AllLanes, max(page, 0), 0);
-      const int slot = first & source_.slot_mask;
-      const int64_t group = its_page * (cache.page_size / cache.group_size) + slot / cache.group_size;
-      const int64_t k_at = (group * cache.kv_heads + span_.kv_head) * cache.dim;
+    if constexpr (R::Grouped) copy_scales(first_page, first & source_.slot_mask, to);
+  }
+
+  // Of a tile, which lies in one group of one page.
+  __device__ __forceinline__ void copy_scales(uint32_t page, uint32_t slot, uint32_t to) const {
+    const KvCache& cache = kernel_.a.cache;
+    const uint32_t group = page * (cache.page_size >> kernel_.log_group) + (slot >> kernel_.log_group);
+    const uint32_t a_group = cache.kv_heads * cache.dim, of_head = span_.kv_head * cache.dim;
+    const uint64_t k_at = static_cast<uint64_t>(group) * a_group + of_head;
 #pragma unroll
-      for (int i = lane_; i < R::Dim / 4; i += 32) {
-        const int c = i % (R::Dim / 8) * 8;
-        const unsigned short* const from = i < R::Dim / 8 ? cache.k_scales : cache.k_offsets;
-        if (c < cache.dim) cp_async_16(to + S::KScales + 16 * i, from + k_at + c, true);
-      }
-      // V's of token `lane_`, in the words of two that they lie in
-      const int64_t v_at = value_scales_at(its_page, slot + lane_) / 2;
-      const int words = (cache.value_groups + 1) / 2;
-      for (int w = 0; w < words; ++w) {
-        const uint32_t word_to = to + S::VScales + (w * Tokens + lane_) * 4;
-        cp_async_4(word_to, reinterpret_cast<const uint32_t*>(cache.v_scales) + v_at + w, true);
-        cp_async_4(word_to + S::VScaleBytes, reinterpret_cast<const uint32_t*>(cache.v_offsets) + v_at + w,
-                   true);
+    for (int i = lane_; i < R::Dim / 4; i += 32) {
+      const uint32_t c = i % (R::Dim / 8) * 8;
+      const unsigned short* const from = i < R::Dim / 8 ? cache.k_scales : cache.k_offsets;
+      if (c < cache.dim) cp_async_16(to + S::KScales + 16 * i, from + k_at + c, true);
+    }
+    // V's of token `lane_`, in the words of two that they lie in. Pages have an even number of tokens
+    const uint32_t token = page * cache.page_size + slot + lane_;
+    const uint32_t a_token = cache.kv_heads * cache.value_groups,
+                   head_at = span_.kv_head * cache.value_groups;
+    const uint64_t v_at = (static_cast<uint64_t>(token) * a_token + head_at) / 2;
+    const uint32_t* const scales = reinterpret_cast<const uint32_t*>(cache.v_scales) + v_at;
+    const uint32_t* const offsets = reinterpret_cast<const uint32_t*>(cache.v_offsets) + v_at;
+    const uint32_t words_to = to + S::VScales + lane_ * 4;
+#pragma unroll
+    for (int w = 0; w < R::Dim / 64; ++w) {
+      if (2 * w < cache.value_groups) {
+        cp_async_4(words_to + w * Tokens * 4, scales + w, true);
+        cp_async_4(words_to + w * Tokens * 4 + S::VScaleBytes, offsets + w, true);
       }
     }
   }
 
-  // The place of a token's first scale of V. Pages have an even number of tokens.
-  __device__ int64_t value_scales_at(int64_t page, int slot) const {
-    const KvCache& cache = kernel_.a.cache;
-    return ((page * cache.page_size + slot) * cache.kv_heads + span_.kv_head) * cache.value_groups;
-  }
-  // Whether that of an even (or odd) token lies in the high half of its word.
+  // Whether the first scale of V of an even (or odd) token lies in the high half of its word.
   __device__ int value_scale_parity(int token_parity) const {
     return (token_parity * kernel_.a.cache.kv_heads + span_.kv_head) * kernel_.a.cache.value_groups & 1;
   }
@@ -661,7 +724,7 @@ class Walk {
     }
   }
 
-  __device__ __forceinline__ void tile(const unsigned char* queries, int i, const unsigned char* stage,
+  __device__ __forceinline__ void tile(const unsigned char* queries, int i, unsigned char* stage,
                                        uint32_t mask) {
     float s[TokenTiles][4] = {};
     float k_unit = 1;
@@ -688,40 +751,42 @@ class Walk {
 
   __device__ __forceinline__ void scores(const unsigned char* queries, const unsigned char* k,
                                          float (&s)[TokenTiles][4]) {
-    const int row = lane_ % 8 + lane_ / 16 * 8, unit = lane_ / 8 % 2;
+    const uint32_t from = shared_address(k) + place<S::Units>(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
 #pragma unroll
     for (int u = 0; u < KUnits; ++u) {
       uint32_t again[1][4];
       if constexpr (!Fragments<R>::Kept) query_fragments<R>(queries, u, again);
       const uint32_t (&q)[4] = Fragments<R>::Kept ? fragments_.kept[Fragments<R>::Kept ? u : 0] : again[0];
       uint32_t words[4];
-      ldmatrix_x4(words, shared_address(k + 16 * place<S::Units>(row, 2 * u + unit)));
+      ldmatrix_x4(words, further(from, 2 * u));
       mma_m16n8k16<T>(s[0], q, words[0], words[1]);
       mma_m16n8k16<T>(s[1], q, words[2], words[3]);
     }
   }
 
-  // Scales and offsets of K's channels come times 2^up; k_unit undoes it.
-  __device__ __forceinline__ void scores_of_codes(const unsigned char* queries, const unsigned char* stage,
+  // Scores in units of k_unit.
+  __device__ __forceinline__ void scores_of_codes(const unsigned char* queries, unsigned char* stage,
                                                   float (&s)[TokenTiles][4], float& k_unit) {
     const int t = lane_ % 4;
-    const unsigned char *const scales = stage + S::KScales, *const offsets = scales + S::KScaleBytes;
-    uint32_t up = 0;
+    unsigned char *const scales = stage + S::KScales, *const offsets = scales + S::KScaleBytes;
+    uint32_t of_scale[2] = {}, of_offset = 0;
     if constexpr (R::Grouped) {
-      constexpr int Each = R::Dim / 32;
-      const unsigned short* const own_scales = reinterpret_cast<const unsigned short*>(scales) + Each * lane_;
-      const unsigned short* const own_offsets =
-          reinterpret_cast<const unsigned short*>(offsets) + Each * lane_;
-      float bound = 0;
+      constexpr int Words = R::Dim / 64;  // of a lane
+      uint32_t bounds = 0;
 #pragma unroll
-      for (int i = 0; i < Each; ++i) {
-        const float of_channel = magnitude_bound(own_scales[i], own_offsets[i], Levels);
-        bound = of_channel > bound || of_channel != of_channel ? of_channel : bound;
+      for (int w = 0; w < Words; ++w) {
+        const int at = Words * lane_ + w;
+        bounds = max2(bounds, bounds_of<R::Bits>(reinterpret_cast<const uint32_t*>(scales)[at],
+                                                 reinterpret_cast<const uint32_t*>(offsets)[at]));
       }
-      const int power = max(-14, min(15, 14 - exponent_of(largest_of_warp(bound))));
-      up = half_powers(power);
-      k_unit = power_of_two(-power);
+      const Powers powers = Powers::of<R::Bits>(bounds);
+      if (powers.has_second()) multiply_shared<Words>(scales, offsets, Words * lane_, 1, powers);
+      of_scale[0] = half_powers(powers.first_of_scale());
+      of_scale[1] = half_powers(powers.first_of_scale() - too_high<R::Bits>(1));
+      of_offset = half_powers(powers.first_of_offset());
+      k_unit = power_of_two(Powers::Middle - powers.up);
     }
+    const uint32_t from = shared_address(stage) + place<S::Units>(lane_, 0);
 #pragma unroll
     for (int u = 0; u < KUnits; ++u) {
       uint32_t again[StepsAUnit][4];
@@ -739,15 +804,19 @@ class Walk {
           offset[0] = b.x, offset[1] = b.y, offset[2] = b.z, offset[3] = b.w;
         }
 #pragma unroll
-        for (int i = 0; i < Pairs; ++i) scale[i] = mul2(scale[i], up), offset[i] = mul2(offset[i], up);
+        for (int i = 0; i < Pairs; ++i) {
+          scale[i] = mul2(scale[i], of_scale[i % 2]), offset[i] = mul2(offset[i], of_offset);
+        }
       }
       uint32_t words[4];  // of 8 tokens each
-      ldmatrix_x4(words, shared_address(stage + 16 * place<S::Units>(lane_, u)));
+      ldmatrix_x4(words, further(from, u));
 #pragma unroll
       for (int n = 0; n < TokenTiles; ++n) {
         uint32_t k[Pairs];
-        pairs_of<R, false>(words[n], k);
-        if constexpr (R::Grouped) {
+        if constexpr (!R::Grouped) {
+          pairs_of_fp8<false>(words[n], k);
+        } else {
+          pairs_of_codes<R::Bits, false>(words[n], k);
 #pragma unroll
           for (int i = 0; i < Pairs; ++i) k[i] = fma2<__half>(k[i], scale[i], offset[i]);
         }
@@ -765,75 +834,82 @@ class Walk {
   __device__ __forceinline__ bool all_seen(int first, uint32_t mask) const {
     const DecodeArgs& a = kernel_.a;
     const int own = span_.length - a.queries;  // the position of the first query
-    return mask == AllLanes >> (32 - Tokens) && (a.right < 0 || first + Tokens - 1 - own <= a.right) &&
+    return mask == Whole && (a.right < 0 || first + Tokens - 1 - own <= a.right) &&
            (a.left < 0 || first - (span_.length - 1) >= -a.left) &&
            (a.tree == nullptr || first + Tokens <= own);
   }
 
-  __device__ __forceinline__ bool seen(const LaneRow& row, int token) const {
+  // Of a tile's tokens, those that a row sees; of the tree only what is this lane's.
+  __device__ __forceinline__ uint32_t seen(const LaneRow& row, int first, uint32_t mask) const {
     const DecodeArgs& a = kernel_.a;
-    const int distance = token - row.position;
-    if ((a.right >= 0 && distance > a.right) || (a.left >= 0 && distance < -a.left)) return false;
-    const int own = token - (span_.length - a.queries);
-    return a.tree == nullptr || own < 0 ||
-           __ldg(a.tree + span_.sequence * a.tree_batch + static_cast<int64_t>(row.query) * a.queries + own);
+    if (a.right >= 0) mask &= below(row.position + a.right + 1 - first);
+    if (a.left >= 0) mask &= ~below(row.position - a.left - first);
+    if (a.tree != nullptr) {
+      const int own = span_.length - a.queries;  // the first key of the tree
+      const unsigned char* const line =
+          a.tree + span_.sequence * a.tree_batch + static_cast<int64_t>(row.query) * a.queries;
+#pragma unroll 1
+      for (int i = 0; i < 2 * TokenTiles; ++i) {
+        const int at = i / 2 * 8 + lane_ % 4 * 2 + i % 2, of_tree = first + at - own;
+        if (of_tree >= 0 && (mask >> at & 1) && !__ldg(line + of_tree)) mask ^= 1u << at;
+      }
+    }
+    return mask;
+  }
+  // The tokens before token n.
+  __device__ __forceinline__ static uint32_t below(int n) {
+    return n >= 32 ? AllLanes : n <= 0 ? 0 : (1u << n) - 1;
+  }
+
+  // Scores of row r to logits where they are more than a positive multiple of them.
+  __device__ __forceinline__ void bend(int first, const LaneRow& row, float factor, float (&s)[TokenTiles][4],
+                                       int r) const {
+    const DecodeArgs& a = kernel_.a;
+    // softcap tanh(x / softcap), tanh(y) = 1 - 2 / (1 + e^2y)
+    const float inside = a.softcap > 0 ? 2 * Log2E / a.softcap : 0, outside = a.softcap * Log2E;
+#pragma unroll
+    for (int n = 0; n < TokenTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[n][2 * r + i];
+        x *= factor;
+        if (a.softcap > 0) x = outside - 2 * outside * reciprocal(1 + exp2_approx(x * inside));
+        const int distance = first + 8 * n + lane_ % 4 * 2 + i - row.position;
+        x -= row.slope * fabsf(static_cast<float>(distance));
+      }
+    }
   }
 
   // Scores become probabilities over the maximum so far; what there is already follows it.
-  __device__ __forceinline__ void softmax(int first, uint32_t mask, float k_unit, const unsigned char* stage,
+  __device__ __forceinline__ void softmax(int first, uint32_t mask, float k_unit, unsigned char* stage,
                                           float (&s)[TokenTiles][4]) {
-    const DecodeArgs& a = kernel_.a;
     const int t = lane_ % 4;
     const bool whole = all_seen(first, mask);
-    float rescale[2];
+    float rescale[2] = {1, 1};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float factor = factor_[r] * k_unit;
-      float most = most_[r];
-#pragma unroll
-      for (int n = 0; n < TokenTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[n][2 * r + i];
-          x *= factor;
-        }
-      }
-      if (a.softcap > 0) {
-        // softcap tanh(x / softcap), tanh(y) = 1 - 2 / (1 + e^2y)
-        const float inside = 2 * Log2E / a.softcap, outside = a.softcap * Log2E;
-#pragma unroll
-        for (int n = 0; n < TokenTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& x = s[n][2 * r + i];
-            x = outside - 2 * outside * __frcp_rn(1 + exp2_approx(x * inside));
-          }
-        }
-      }
-      if (a.alibi != nullptr) {
-#pragma unroll
-        for (int n = 0; n < TokenTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int distance = first + 8 * n + 2 * t + i - rows_[r].position;
-            s[n][2 * r + i] -= rows_[r].slope * fabsf(static_cast<float>(distance));
-          }
-        }
+      if (r == 1 && !both_) break;
+      float factor = factor_[r] * k_unit;
+      if (!linear_) {
+        bend(first, rows_[r], factor, s, r);
+        factor = 1;
       }
       if (!whole) {
+        const uint32_t of_row = seen(rows_[r], first, mask) >> 2 * t;
 #pragma unroll
         for (int n = 0; n < TokenTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int at = 8 * n + 2 * t + i;
-            if (!(mask >> at & 1) || !seen(rows_[r], first + at)) s[n][2 * r + i] = -INFINITY;
+            if (!(of_row >> (8 * n + i) & 1)) s[n][2 * r + i] = -INFINITY;
           }
         }
       }
+      float most = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
 #pragma unroll
-      for (int n = 0; n < TokenTiles; ++n) most = fmaxf(most, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+      for (int n = 1; n < TokenTiles; ++n) most = fmaxf(most, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       most = fmaxf(most, __shfl_xor_sync(AllLanes, most, 1));
       most = fmaxf(most, __shfl_xor_sync(AllLanes, most, 2));
+      most = fmaxf(most_[r], most * factor);
       const float from = most == -INFINITY ? 0.0f : most;
       rescale[r] = exp2_approx(most_[r] - from);
       most_[r] = most;
@@ -843,7 +919,7 @@ class Walk {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[n][2 * r + i];
-          x = exp2_approx(x - from);
+          x = exp2_approx(fmaf(x, factor, -from));
           sum += x;
         }
       }
@@ -859,71 +935,106 @@ class Walk {
     }
   }
 
-  // O is kept in units of 2^(v_exponent_ - VTop), in which the largest V so far is below 2^(VTop + 1).
-  __device__ __forceinline__ void follow_values(const unsigned char* stage, float (&rescale)[2]) {
+  // O is kept in the units of the largest V so far.
+  __device__ __forceinline__ void follow_values(unsigned char* stage, float (&rescale)[2]) {
     const int groups = kernel_.a.cache.value_groups, parity = value_scale_parity(lane_ & 1);
-    float bound = 0;
-    for (int k = 0; k < groups; ++k) {
-      const int at = k + parity;
-      const unsigned char* const from = stage + S::VScales + (at / 2 * Tokens + lane_) * 4 + at % 2 * 2;
-      const float of_group =
-          magnitude_bound(*reinterpret_cast<const unsigned short*>(from),
-                          *reinterpret_cast<const unsigned short*>(from + S::VScaleBytes), Levels);
-      bound = of_group > bound || of_group != of_group ? of_group : bound;
+    unsigned char *const scales = stage + S::VScales, *const offsets = scales + S::VScaleBytes;
+    constexpr int Words = R::Dim / 64;
+    uint32_t bounds = 0;
+#pragma unroll
+    for (int w = 0; w < Words; ++w) {
+      if (2 * w >= groups + parity) continue;
+      const int at = w * Tokens + lane_;
+      // halves that are another head's
+      const uint32_t low = 2 * w >= parity ? 0xffff : 0, high = 2 * w + 1 < groups + parity ? 0xffff0000 : 0;
+      bounds = max2(bounds, bounds_of<R::Bits>(reinterpret_cast<const uint32_t*>(scales)[at],
+                                               reinterpret_cast<const uint32_t*>(offsets)[at]) &
+                                (low | high));
     }
-    const int exponent = max(v_exponent_, min(25, exponent_of(largest_of_warp(bound))));
-    if (exponent != v_exponent_) {
-      const float down = power_of_two(v_exponent_ - exponent);
+    const Powers powers = Powers::of<R::Bits>(bounds);
+    if (powers.up < v_powers_.up) {
+      const float down = power_of_two(powers.up - v_powers_.up);
       rescale[0] *= down, rescale[1] *= down;
-      v_exponent_ = exponent;
+      v_powers_ = powers;
     }
+    if (v_powers_.has_second()) multiply_shared<Words>(scales, offsets, lane_, Tokens, v_powers_);
+  }
+
+  // Words at, at + pitch, ... of scales and offsets times the second part of their powers.
+  template <int Words>
+  __device__ __forceinline__ void multiply_shared(unsigned char* scales, unsigned char* offsets, int at,
+                                                  int pitch, const Powers& powers) const {
+#pragma unroll
+    for (int w = 0; w < Words; ++w) {
+      uint32_t* const scale = reinterpret_cast<uint32_t*>(scales) + at + w * pitch;
+      uint32_t* const offset = reinterpret_cast<uint32_t*>(offsets) + at + w * pitch;
+      *scale = mul2(*scale, powers.second_of_scale());
+      *offset = mul2(*offset, powers.second_of_offset());
+    }
+    __syncwarp();
   }
 
   __device__ __forceinline__ void add_values(const unsigned char* v, const uint32_t (&p)[4]) {
-    const int row = lane_ % 16, unit = lane_ / 16;
+    const uint32_t from = shared_address(v) + place<S::Units>(lane_ % 16, lane_ / 16);
 #pragma unroll
     for (int u = 0; u < S::Units; u += 2) {
       uint32_t words[4];
-      ldmatrix_x4_trans(words, shared_address(v + 16 * place<S::Units>(row, u + unit)));
+      ldmatrix_x4_trans(words, further(from, u));
       mma_m16n8k16<T>(o_[u], p, words[0], words[1]);
       mma_m16n8k16<T>(o_[u + 1], p, words[2], words[3]);
     }
   }
 
-  // Scales (or offsets) of group k of tokens 8m + 2t and the next, times 2^up.
-  __device__ __forceinline__ void value_scales(const unsigned char* from, int k, uint32_t up,
+  // Scales (or offsets) of group k of tokens 8m + 2t and the next.
+  __device__ __forceinline__ void value_scales(const unsigned char* from, int k,
                                                uint32_t (&to)[TokenTiles]) const {
-    const int t = lane_ % 4, even = k + value_scale_parity(0), odd = k + value_scale_parity(1);
-    const uint32_t* const evens = reinterpret_cast<const uint32_t*>(from) + even / 2 * Tokens + 2 * t;
-    const uint32_t* const odds = reinterpret_cast<const uint32_t*>(from) + odd / 2 * Tokens + 2 * t + 1;
+    // both tokens' scales lie in the same word of theirs, though not in the same half
+    const int even = k + value_scale_parity(0), odd = k + value_scale_parity(1);
+    const uint2* const words = reinterpret_cast<const uint2*>(from + even / 2 * Tokens * 4) + lane_ % 4;
     const uint32_t select = (even % 2 ? 0x32 : 0x10) | (odd % 2 ? 0x7600 : 0x5400);
 #pragma unroll
-    for (int m = 0; m < TokenTiles; ++m) to[m] = mul2(__byte_perm(evens[8 * m], odds[8 * m], select), up);
+    for (int m = 0; m < TokenTiles; ++m) {
+      const uint2 pair = words[4 * m];
+      to[m] = __byte_perm(pair.x, pair.y, select);
+    }
   }
 
   __device__ __forceinline__ void add_codes(const unsigned char* stage, const uint32_t (&p)[2][4]) {
-    uint32_t scale[TokenTiles], offset[TokenTiles];
+    uint32_t scale[2][TokenTiles], offset[TokenTiles];  // scale: of either kind of pairs
     int group = -1;
-    const uint32_t up = R::Grouped ? half_powers(VTop - v_exponent_) : 0;
+    const uint32_t from = shared_address(stage + S::V) + place<S::Units>(lane_, 0);
 #pragma unroll
     for (int u = 0; u < S::Units; ++u) {
       if constexpr (R::Grouped) {
         const int its = kernel_.value_groups >> (u * R::PerUnit / 32 * 4) & 15;
         if (u * R::PerUnit % 32 == 0 && its != group) {
           group = its;
-          value_scales(stage + S::VScales, group, up, scale);
-          value_scales(stage + S::VScales + S::VScaleBytes, group, up, offset);
+          value_scales(stage + S::VScales, group, scale[0]);
+          value_scales(stage + S::VScales + S::VScaleBytes, group, offset);
+          const int up = v_powers_.first_of_scale();
+          const uint32_t of_scale[2] = {half_powers(up), half_powers(up - too_high<R::Bits>(1))};
+          const uint32_t of_offset = half_powers(v_powers_.first_of_offset());
+#pragma unroll
+          for (int m = 0; m < TokenTiles; ++m) {
+            scale[1][m] = mul2(scale[0][m], of_scale[1]);
+            scale[0][m] = mul2(scale[0][m], of_scale[0]);
+            offset[m] = mul2(offset[m], of_offset);
+          }
         }
       }
       uint32_t words[4];  // of 8 tokens each
-      ldmatrix_x4_trans(words, shared_address(stage + S::V + 16 * place<S::Units>(lane_, u)));
+      ldmatrix_x4_trans(words, further(from, u));
       uint32_t v[TokenTiles][Pairs];
 #pragma unroll
       for (int m = 0; m < TokenTiles; ++m) {
-        pairs_of<R, true>(words[m], v[m]);
-        if constexpr (R::Grouped) {
+        if constexpr (!R::Grouped) {
+          pairs_of_fp8<true>(words[m], v[m]);
+        } else {
+          pairs_of_codes<R::Bits, true>(words[m], v[m]);
 #pragma unroll
-          for (int i = 0; i < Pairs; ++i) v[m][i] = fma2<__half>(v[m][i], scale[m], offset[m]);
+          for (int i = 0; i < Pairs; ++i) {
+            v[m][i] = fma2<__half>(v[m][i], scale[too_high<R::Bits>(i) ? 1 : 0][m], offset[m]);
+          }
         }
       }
 #pragma unroll
@@ -942,9 +1053,11 @@ class Walk {
   const int stages_;
   int lane_, warp_, log_entries_, pages_ = 0, ahead_ = 0;
   uint64_t policy_;
+  bool both_;    // rows 8 to 15 are not all empty
+  bool linear_;  // logits are scores times a positive factor
   LaneRow rows_[2];
   float factor_[2], most_[2], sum_[2];
-  int v_exponent_ = -2;
+  Powers v_powers_ = {Powers::Most};  // O is in their units
   Fragments<R> fragments_;
   float o_[Columns][4];
 };
@@ -1057,8 +1170,8 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
     Source source;
     source.k = cache.k.data + span.kv_head * cache.k.head,
     source.v = cache.v.data + span.kv_head * cache.v.head;
-    source.k_page = cache.k.page, source.k_slot = cache.k.slot;
-    source.v_page = cache.v.page, source.v_slot = cache.v.slot;
+    source.k_page = cache.k.page / 16, source.k_slot = cache.k.slot / 16;
+    source.v_page = cache.v.page / 16, source.v_slot = cache.v.slot / 16;
     source.k_units = cache.dim / R::PerUnit, source.v_units = cache.dim_v / R::PerUnit;
     source.table = cache.table == nullptr
                        ? nullptr
@@ -1082,13 +1195,12 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
       span.begin = extent.tail_begin + tail_from * (Warps * Tail::Tokens);
       span.end = extent.length;
       span.units = tail_until - tail_from;
-      const int64_t k_row = cache.dim * 2, v_row = cache.dim_v * 2;
       Source source;
-      source.k = static_cast<const unsigned char*>(cache.k_tail) + span.kv_head * k_row;
-      source.v = static_cast<const unsigned char*>(cache.v_tail) + span.kv_head * v_row;
-      source.k_slot = cache.kv_heads * k_row, source.k_page = 2 * cache.group_size * source.k_slot;
-      source.v_slot = cache.kv_heads * v_row, source.v_page = 2 * cache.group_size * source.v_slot;
       source.k_units = cache.dim / Tail::PerUnit, source.v_units = cache.dim_v / Tail::PerUnit;
+      source.k = static_cast<const unsigned char*>(cache.k_tail) + span.kv_head * source.k_units * 16;
+      source.v = static_cast<const unsigned char*>(cache.v_tail) + span.kv_head * source.v_units * 16;
+      source.k_slot = cache.kv_heads * source.k_units, source.k_page = 2 * cache.group_size * source.k_slot;
+      source.v_slot = cache.kv_heads * source.v_units, source.v_page = 2 * cache.group_size * source.v_slot;
       source.table = nullptr;
       source.page = span.sequence, source.pages = 0;
       source.log_page_size = 31;

@@ -13,6 +13,7 @@ import torch
 from ..kv_cache import BITS, CACHE_FORMATS, CacheTensors, DecodeArgs, Rotary
 from ..op import simulated_gpu
 from . import lowbit_linear as base
+from . import refuse
 from .lowbit_linear import _cuda, zeroed_counters
 
 # the numbers of the enums of csrc/cuda/kv_cache.h
@@ -79,6 +80,9 @@ def supports(
             t = getattr(cache, name)
             if t.data_ptr() % _UNIT:
                 return f"{name} starts at an address that is not a multiple of {_UNIT}"
+        groups = -(-dim_v // cache.channel_group)
+        if groups > 2 and groups * cache.k.shape[2] % 2:
+            return f"{groups} scales of V for each of {cache.k.shape[2]} heads are an odd number for a token"
     if queries * (heads // cache.k.shape[2]) > MAX_ROWS:
         return f"{queries} queries of {heads} heads are more than {MAX_ROWS} rows a kv head"
     if rotary.cos is not None and rotary.cos.shape[0] == 0:
@@ -86,8 +90,8 @@ def supports(
     if not q.is_cuda and not simulated_gpu():
         return "the tensors are not on a GPU"
     device = base._device(q.device.index or 0)
-    if device[3] < 80:
-        return f"compute capability {device[3] / 10} is below 8.0"
+    if (reason := refuse(base._cuda, device[3])) is not None:
+        return reason
     if batch and queries and heads and _plan(*_sizes(q, cache)).dim == 0:
         return f"it has no kernel for {cache.format} and head dims {dim} and {dim_v} on this device"
     return None
