@@ -145,8 +145,9 @@ def logits(s, numbers, slope, bias, window, i, j, SQ, SK, Form: tl.constexpr):
     else:
         z = s * numbers[0]
         squared = 0.0
-        if Form[1] != "":
-            z = tanh(z, Form[1])
+        Cap: tl.constexpr = Form[1]  # Triton 3.6 passes no element of a tuple on
+        if Cap != "":
+            z = tanh(z, Cap)
             squared = z * z
             z = z * numbers[1]
         if slope is not None:

@@ -143,9 +143,9 @@ def _floats(codes, Place: tl.constexpr, Bits: tl.constexpr):
         )
 
 
-# Where tiles lie: Cache = (Page, Align, Bits, Size, Channels, Read, Decode), constants: tokens of a page (0:
-# none), elements that strides are multiples of; Bits 0 for elements, 8 without a Size for e4m3; tokens and
-# channels that share scales; and how codes are decoded, Read being a `Reading`.
+# Where tiles lie: Cache = (Page, Align, Bits, Size, Channels, *Reading, Decode), constants: tokens of a page
+# (0: none), elements that strides are multiples of; Bits 0 for elements, 8 without a Size for e4m3; tokens
+# and channels that share scales; how codes are read, and how e4m3 is.
 
 
 @jit
@@ -162,13 +162,15 @@ def _located(at, strides, page, n, slot, rel, Cache: tl.constexpr, Vector: tl.co
 @jit
 def _scaled(codes, scale, offset, Cache: tl.constexpr, Float: tl.constexpr):
     """Codes [R, C] with scales and offsets that broadcast to it, or to [R / n, n, C] or [R, C / n, n]."""
-    x = _floats(codes, Cache[5][0], Cache[2])
+    Place: tl.constexpr = Cache[5]  # Triton 3.6 passes no element of a tuple on
+    Bits: tl.constexpr = Cache[2]
+    x = _floats(codes, Place, Bits)
     scale, offset = scale.to(tl.float32), offset.to(tl.float32)
-    if Cache[5][1] != 0:
-        offset -= scale * Cache[5][1]
-    if Cache[5][3] != 1:
-        scale *= Cache[5][2]
-        offset *= 1 / Cache[5][3]
+    if Cache[6] != 0:
+        offset -= scale * Cache[6]
+    if Cache[8] != 1:
+        scale *= Cache[7]
+        offset *= 1 / Cache[8]
     if len(scale.shape) == 3:
         R: tl.constexpr = x.shape[0]
         C: tl.constexpr = x.shape[1]
@@ -364,6 +366,7 @@ def _decode_kernel(
     Align: tl.constexpr = Cache[1]
     Bits: tl.constexpr = Cache[2]
     Size: tl.constexpr = Cache[3]
+    Decode: tl.constexpr = Cache[9]
     Vector: tl.constexpr = Page != 0 and Page < TileN
     Float: tl.constexpr = q.dtype.element_ty
     m = tl.program_id(0) % m_tiles
@@ -405,7 +408,7 @@ def _decode_kernel(
         if v_scales is not None:
             of_value = tl.load(v_scales + kv_head)
     numbers = (scale, cap, 0, 0, 0, 0)
-    of_codes = (scale * Cache[5][3], cap, 0, 0, 0, 0)
+    of_codes = (scale * Cache[8], cap, 0, 0, 0, 0)
 
     for b in tl.range(b_first, b_end, num_stages=1):
         before = tl.sum(tl.where(bs < b, tiles, 0), 0)
@@ -453,14 +456,14 @@ def _decode_kernel(
                 key = _scaled(key, k_scale, k_offset, Cache, Float)
                 value = _scaled(value, v_scale, v_offset, Cache, Float)
             elif Bits == 8:
-                key = _from_e4m3(key, Cache[6], Float)
-                value = _from_e4m3(value, Cache[6], Float)
+                key = _from_e4m3(key, Decode, Float)
+                value = _from_e4m3(value, Decode, Float)
             acc, total, top = _attend(
                 acc, total, top, q_tile, key, value, j[None, :], rows[None, :], end, i[:, None], SQ, of_codes,
                 slope, window, own_tree, Form,
             )  # fmt: skip
         if Size != 0:
-            acc *= Cache[5][3]
+            acc *= Cache[8]
             for t in range(tl.maximum(t_first, codes), t_end):
                 j = late + (t - codes) * TileN + column
                 rows = j < hi
@@ -682,7 +685,7 @@ def run(
     cos, sin, positions = rotary_tensors(rotary)
     half = 0 if cos is None else cos.shape[1]
     constants = (
-        dim, dim_v, half, rotary.interleaved, form, (page, align, bits, size, channels, tuple(read), decode)
+        dim, dim_v, half, rotary.interleaved, form, (page, align, bits, size, channels, *read, decode)
     )  # fmt: skip
     tree = None if a.tree_mask is None else a.tree_mask.contiguous().view(torch.uint8)
     slopes, sinks = (None if t is None else t.contiguous() for t in (a.alibi_slopes, a.sinks))
