@@ -65,7 +65,7 @@ from typing import Any
 SCHEMA = 2
 KEEP = 5
 ROOT = Path(__file__).resolve().parents[3]  # of the source tree, when this is one
-_ROW = {
+_ROW: dict[str, Any] = {
     "case": str, "dtype": str, "sizes": dict, "median_ms": (int, float), "p20_ms": (int, float),
     "p80_ms": (int, float), "ratio": dict,
 }  # fmt: skip
@@ -119,6 +119,21 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
+def load_all(path: Path) -> list[dict[str, Any]]:
+    """A file of results, or the list of them that `bitfuse bench --json FILE` writes.
+
+    Raises:
+        ResultsError: as of `load`.
+    """
+    found = _read(path)
+    if not isinstance(found, list):
+        return [load(path)]
+    for record in found:
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA or _fault(record):
+            raise ResultsError(f"{shown(path)} is a list of something else than results of schema {SCHEMA}")
+    return found
+
+
 def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
@@ -159,7 +174,7 @@ def _fault(found: dict[str, Any]) -> str | None:
     return None
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, record: Any) -> None:
     """Written aside, then renamed: a reader never sees half a file.
 
     Raises:
@@ -185,7 +200,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
         ) from None
 
 
-def as_text(record: dict[str, Any]) -> str:
+def as_text(record: Any) -> str:
     """JSON, a row a line."""
     rows: list[str] = []
 
@@ -220,7 +235,19 @@ def check(path: Path, device: str) -> None:
                 f"{shown(path)} has results of {found['device']!r}, this is {device!r}; `--results DIR` "
                 "names a folder for this device"
             )
-    existing = next(p for p in (path.parent, *path.parent.resolve().parents) if p.exists())
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """That a file can be written here.
+
+    Raises:
+        ResultsError: it can't.
+    """
+    if path.is_dir():
+        raise ResultsError(f"{shown(path)} is a folder, expected the name of a file")
+    parent = path.resolve().parent
+    existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         what = "is not a folder" if not existing.is_dir() else "may not be written to"
         raise ResultsError(f"{shown(existing)} {what}; `--results DIR` names another folder")
@@ -232,15 +259,14 @@ def append(path: Path, op: str, device: str, run: dict[str, Any]) -> None:
     Raises:
         ResultsError: the file is not sound, or can't be written.
     """
-    found = load(path) if path.exists() else {"schema": SCHEMA, "op": op, "device": device, "runs": []}
-    found["runs"] = _last([*found["runs"], run])
-    write(path, found)
+    runs = load(path)["runs"] if path.exists() else []
+    write(path, {"schema": SCHEMA, "op": op, "device": device, "runs": _last([*runs, run])})
 
 
 def _last(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The runs, less the rows that were measured `KEEP` times since, less the runs of which none are left."""
-    seen: Counter[Any] = Counter()
-    kept = []
+    seen: Counter[tuple[Any, ...]] = Counter()
+    kept: list[dict[str, Any]] = []
     for run in reversed(runs):
         rows = []
         for row in run["rows"]:
@@ -327,7 +353,7 @@ def _migrated(row: dict[str, Any], rename: Rename) -> dict[str, Any]:
     case = rename(row["case"], sizes)
     words = case.split()
     who = {"PEFT,": "peft", "base": "bitfuse", "loop": "torch"}.get(words[0], words[0])
-    backend = "cpp" if who == "bitfuse" else None
+    backend = "cpp" if "(cpp)" in case else None
     known = {"case": case, "who": who, "backend": backend, "model": None, "layer": sizes.pop("name", None)}
     return {**measured, **known, "sizes": sizes, "timed_by": "wall clock"}
 
@@ -340,7 +366,9 @@ def _of_multi_lora(case: str, sizes: dict[str, Any]) -> str:
     """ "bitfuse int4 zipf" said the mix; it is one of the sizes now."""
     who, format, *mix = case.split()
     sizes["mix"] = mix[0] if mix else "none"
-    return {"bitfuse": f"bitfuse {format} (cpp)", "base": f"base {format} (cpp)"}.get(who, f"{who} {format}")
+    if who == "loop" or (who, format) == ("base", "dense"):
+        return f"{who} {format}"
+    return f"{who} {format} (cpp)"
 
 
 def _of_attention(case: str, sizes: dict[str, Any]) -> str:

@@ -1,35 +1,50 @@
-"""What every benchmark shares: samples of time on a machine that others use too, its limits, tables and JSON.
+"""How time is taken: samples on a machine that others use too, its ceilings, its caches, its threads.
 
-A case is a chain of layers with weights of their own, as many as it takes to exceed a cache, so that each
-layer streams its weight from memory as in a real decoding step. Rounds take one sample of each case in turn;
-a ratio is taken within a round. On a shared CPU a sample waits for a window in which others leave the cores
-alone. The limit of a case is the larger of its bytes over the read bandwidth and its multiply-adds over the
-matmul rate, both measured here, now.
+On a CPU a sample waits for a window in which others leave the cores alone, and each thread stays on a core
+of its own. On a GPU a sample is a CUDA graph between events (the calls themselves where they can't be
+captured), behind a write that is larger than the L2 cache.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import functools
-import importlib.metadata
-import json
 import os
 import platform
 import re
-import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEFAULT_DTYPES = ("float16", "bfloat16") if GPU else ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to look.
+
+    Attributes:
+        rounds: samples of each case.
+        budget: seconds a sample.
+        patience: most seconds a sample waits for quiet cores.
+        cold_mb: MiB that a chain of layers reads, more than any cache.
+    """
+
+    rounds: int = 5
+    budget: float = 0.15
+    patience: float = 4.0
+    cold_mb: int = 256
+
+    @property
+    def cold_bytes(self) -> int:
+        return self.cold_mb << 20
+
+
+# the quiet window
 
 
 def _foreign_seconds() -> float:
@@ -49,11 +64,11 @@ def _foreign_share(since: float, started: float) -> float:
     )
 
 
-def _cpu_sample(run: Callable[[], Any], budget: float, patience: float) -> list[float]:
+def _cpu_sample(run: Callable[[], Any], effort: Effort) -> list[float]:
     """Seconds of each call in the quietest window of `budget` seconds seen within `patience`."""
     quiet, best, start = 0.1, None, time.perf_counter()
     while True:
-        while time.perf_counter() - start < patience:
+        while time.perf_counter() - start < effort.patience:
             since, started = _foreign_seconds(), time.perf_counter()
             time.sleep(0.05)
             if _foreign_share(since, started) <= quiet:
@@ -61,22 +76,31 @@ def _cpu_sample(run: Callable[[], Any], budget: float, patience: float) -> list[
         run()
         times: list[float] = []
         since, started = _foreign_seconds(), time.perf_counter()
-        while sum(times) < budget:
+        while sum(times) < effort.budget:
             at = time.perf_counter()
             run()
             times.append(time.perf_counter() - at)
         share = _foreign_share(since, started)
         if best is None or share < best[0]:
             best = share, times
-        if share <= quiet or time.perf_counter() - start > patience:
+        if share <= quiet or time.perf_counter() - start > effort.patience:
             return best[1]
 
 
-def _gpu_sample(run: Callable[[], Any], budget: float, patience: float) -> list[float]:
+@functools.cache
+def _flush(device: str) -> torch.Tensor:
+    """What is written before each run on a GPU, so that its L2 holds nothing of the last."""
+    return torch.ones(max(64 << 20, 4 * last_level_cache(device)) // 4, dtype=torch.int32, device=device)
+
+
+def _gpu_sample(run: Callable[[], Any], effort: Effort, device: str) -> list[float]:
     run()
+    flush = _flush(device)
     times: list[float] = []
-    while sum(times) < budget:
+    while sum(times) < effort.budget and len(times) < 1000:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # takes longer than the host needs to launch what comes behind it
+        flush.add_(1)
         start.record()
         run()
         end.record()
@@ -85,139 +109,169 @@ def _gpu_sample(run: Callable[[], Any], budget: float, patience: float) -> list[
     return times
 
 
-sample = _gpu_sample if GPU else _cpu_sample
+def sample(run: Callable[[], Any], effort: Effort, device: str) -> list[float]:
+    """Seconds of each call, over about `effort.budget` seconds."""
+    return _cpu_sample(run, effort) if device == "cpu" else _gpu_sample(run, effort, device)
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of a call.
+
+    Raises:
+        RuntimeError: it can't be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+# threads
+
+
+def _tasks() -> set[int]:
+    try:
+        return {int(name) for name in os.listdir("/proc/self/task")}
+    except OSError:
+        return set()
+
+
+@functools.cache
+def _workers() -> tuple[int, ...]:
+    """torch's own threads beside the one that calls, when they can be told from others: they start with the
+    first parallel loop."""
+    before = _tasks()
+    torch.rand(1 << 22).exp_()
+    return tuple(sorted(_tasks() - before))
+
+
+def _cores() -> list[int]:
+    """CPUs that this process may use, one of each physical core first."""
+    first: list[int] = []
+    second: list[int] = []
+    seen = set()
+    for cpu in sorted(os.sched_getaffinity(0)):
+        try:
+            core = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            core = str(cpu)
+        (second if core in seen else first).append(cpu)
+        seen.add(core)
+    return first + second
+
+
+class Threads:
+    """Threads that can be held on cores of their own; made before torch's first parallel loop, or it can't
+    tell which they are. Peers' threads are left alone: they are made while nothing is held."""
+
+    def __init__(self, device: str) -> None:
+        self.held: dict[int, int] = {}
+        if device != "cpu" or torch.get_num_threads() == 1 or not hasattr(os, "sched_setaffinity"):
+            return
+        workers, cores = _workers(), _cores()
+        if len(workers) == torch.get_num_threads() - 1 and len(workers) < len(cores):
+            self.held = dict(zip((os.getpid(), *workers), cores, strict=False))
+
+    @property
+    def pinned(self) -> bool:
+        return bool(self.held)
+
+    @contextlib.contextmanager
+    def pin(self) -> Iterator[None]:
+        """Each thread stays on its core inside."""
+        before = {}
+        try:
+            for task, core in self.held.items():
+                with contextlib.suppress(OSError):  # a thread that has ended
+                    before[task] = os.sched_getaffinity(task)
+                    os.sched_setaffinity(task, {core})
+            yield
+        finally:
+            for task, cores in before.items():
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(task, cores)
+
+
+# what the machine can do
 
 
 @dataclass
 class Ceiling:
-    """What this machine reads and multiplies, measured: bytes/s, and FLOP/s by dtype of x."""
+    """What a machine reads and multiplies: bytes/s, and FLOP/s by dtype of x."""
 
     bytes_per_second: float
     flops: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, nbytes: float, flops: float, dtype: str) -> float:
+        """The least that this takes."""
         return max(nbytes / self.bytes_per_second, flops / self.flops[dtype])
 
+    def joined(self, other: Ceiling) -> Ceiling:
+        """Of each rate the larger."""
+        names = (*self.flops, *(n for n in other.flops if n not in self.flops))
+        flops = {n: max(self.flops.get(n, 0.0), other.flops.get(n, 0.0)) for n in names}
+        return Ceiling(max(self.bytes_per_second, other.bytes_per_second), flops)
 
-def measure_ceiling(dtypes: list[str], budget: float, patience: float) -> Ceiling:
-    """Bandwidth of a sum or of a copy, whichever is more; rate of a matmul of 2048 (8192 on a GPU) cubed."""
-    buffer = torch.randn((1 << 28) if GPU else (1 << 26), device=DEVICE)
-    target = torch.empty_like(buffer)
-    read = buffer.nbytes / min(sample(lambda: buffer.sum(), budget, patience))
-    copied = 2 * buffer.nbytes / min(sample(lambda: target.copy_(buffer), budget, patience))
-    ceiling = Ceiling(max(read, copied))
-    size = 8192 if GPU else 2048
-    for dtype in dtypes:
-        a = torch.randn(size, size, device=DEVICE).to(DTYPES[dtype])
-        ceiling.flops[dtype] = (
-            2 * size**3 / min(sample(functools.partial(torch.matmul, a, a), budget, patience))
-        )
+    def as_json(self) -> dict[str, Any]:
+        return {"bytes_per_s": self.bytes_per_second, "flop_per_s": dict(self.flops)}
+
+
+def measure_ceiling(dtypes: list[str], effort: Effort, device: str) -> Ceiling:
+    """Bandwidth of a sum, a dot product or a copy, whichever is most; the best rate of square matmuls, up to
+    2048 on a CPU and 8192 on a GPU, or less where a dtype is slow."""
+    gpu = device != "cpu"
+    # a quick look's chains are short; a sum over as little would be half of it from the cache
+    count = (1 << 28) if gpu else max(effort.cold_bytes, min(8 * effort.cold_bytes, 256 << 20)) // 4
+    a, b = torch.randn(count, device=device), torch.randn(count, device=device)
+    runs: tuple[tuple[Callable[[], Any], int], ...] = (
+        (lambda: a.sum(), a.nbytes),
+        (lambda: torch.dot(a, b), 2 * a.nbytes),
+        (lambda: b.copy_(a), 2 * a.nbytes),
+    )
+    ceiling = Ceiling(max(nbytes / min(sample(run, effort, device)) for run, nbytes in runs))
+    # whoever computes in a narrow dtype may do so in float32
+    for dtype in dict.fromkeys([*dtypes, *(() if gpu else ("float32",))]):
+        best = 0.0
+        for size in (2048, 4096, 8192) if gpu else (256, 512, 1024, 2048):
+            x = torch.randn(size, size, device=device).to(DTYPES[dtype])
+            fastest = min(
+                min(sample(functools.partial(f, x, x), effort, device))
+                for f in (torch.matmul, torch.nn.functional.linear)
+            )
+            best = max(best, 2 * size**3 / fastest)
+            if 8 * fastest > 4 * effort.budget:
+                break
+        ceiling.flops[dtype] = best
+    if not gpu:
+        ceiling.flops = {d: max(f, ceiling.flops["float32"]) for d, f in ceiling.flops.items()}
     return ceiling
 
 
-@dataclass
-class Chain:
-    """Layers that run one after another: no weight is still in a cache when its turn comes.
-
-    Attributes:
-        name, dtype: who computes it and with what; the dtype of x.
-        layers: what runs; each call takes nothing.
-        nbytes, flops: that one layer must move and do.
-        times: seconds a layer, a list for each sample.
-    """
-
-    name: str
-    dtype: str
-    layers: list[Callable[[], Any]]
-    nbytes: float
-    flops: float
-    times: list[list[float]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype}"
-
-    def __call__(self) -> None:
-        for layer in self.layers:
-            layer()
-
-    def sample(self, budget: float, patience: float) -> None:
-        self.times.append([t / len(self.layers) for t in sample(self, budget, patience)])
-
-    @property
-    def medians(self) -> list[float]:
-        """Of each sample."""
-        return [statistics.median(times) for times in self.times]
-
-    def ratio(self, peer: Chain) -> float:
-        """How often this runs while the peer runs once."""
-        return statistics.median(p / own for p, own in zip(peer.medians, self.medians, strict=True))
+@functools.cache
+def last_level_cache(device: str) -> int:
+    """Bytes; 0 where that can't be known."""
+    if device != "cpu":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, size = ((index / name).read_text().strip() for name in ("level", "size"))
+            unit = {"K": 10, "M": 20, "G": 30}.get(size[-1])
+            sizes[int(level)] = int(size[:-1]) << unit if unit else int(size)
+        except (OSError, ValueError):
+            continue
+    return sizes[max(sizes)] if sizes else 0
 
 
-def report(
-    title: str, chains: list[Chain], peers: Callable[[Chain], dict[str, Chain]], ceiling: Ceiling
-) -> list[dict[str, Any]]:
-    """Print the table of chains that were sampled, with their ratios over `peers`; return its rows."""
-    heads = list(dict.fromkeys(name for chain in chains for name in peers(chain)))
-    columns = (
-        f"{'layers':>6s} {'median':>8s} {'p20':>8s} {'p80':>8s} {'GB/s':>7s} {'TFLOP/s':>8s} {'limit':>6s}"
-    )
-    print(f"\n{title}")
-    print(f"{'case':44s} {columns}" + "".join(f"{'x ' + name:>11s}" for name in heads))
-    rows = []
-    for chain in chains:
-        every = [t for times in chain.times for t in times]
-        median = statistics.median(chain.medians)
-        row: dict[str, Any] = {
-            "case": chain.name,
-            "dtype": chain.dtype,
-            "layers": len(chain.layers),
-            "median_ms": median * 1e3,
-            "p20_ms": _percentile(every, 0.2) * 1e3,
-            "p80_ms": _percentile(every, 0.8) * 1e3,
-            "gb_per_s": chain.nbytes / median / 1e9,
-            "tflop_per_s": chain.flops / median / 1e12,
-            "share_of_limit": ceiling.seconds(chain.nbytes, chain.flops, chain.dtype) / median,
-            "ratio": {name: chain.ratio(peer) for name, peer in peers(chain).items()},
-        }
-        rows.append(row)
-        ratios = "".join(f"{row['ratio'][n]:11.2f}" if n in row["ratio"] else " " * 11 for n in heads)
-        print(
-            f"{chain!s:44s} {row['layers']:6d} "
-            f"{row['median_ms']:8.3f} {row['p20_ms']:8.3f} {row['p80_ms']:8.3f} "
-            f"{row['gb_per_s']:7.1f} {row['tflop_per_s']:8.3f} {row['share_of_limit']:6.0%}{ratios}",
-            flush=True,
-        )
-    return rows
-
-
-def depth_of(weight_bytes: int, cold_bytes: int) -> int:
-    """Layers to a chain."""
-    return max(1, min(512, round(cold_bytes / weight_bytes)))
-
-
-def microseconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Of each call, the least seen."""
-    found = {}
-    for name, call in calls.items():
-        best = float("inf")
-        for _ in range(20):
-            at = time.perf_counter()
-            for _ in range(1000):
-                call()
-            best = min(best, time.perf_counter() - at)
-        found[name] = best * 1e3
-    return found
-
-
-def _percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def device_name() -> str:
+def device_name(device: str) -> str:
     """The GPU, or the CPU's model with its family (a hypervisor may hide the rest) and cores."""
-    if GPU:
-        return torch.cuda.get_device_name()
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
         info = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
@@ -227,83 +281,68 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "onnxruntime", "bitsandbytes", "peft"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+# memory
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> tuple[int | None, str]:
+    """Bytes that a call takes at most, beyond what was there before it, and whose count that is. What is not
+    of torch's allocator (scratch of a native kernel, tensors of another library) is not in it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, "max_memory_allocated"
+    by = "torch's CPU allocator"
+    try:
+        # the profiler before Kineto: allocations one by one, and no lines on stderr
+        from torch.autograd import (
+            ProfilerConfig,
+            ProfilerState,
+            _disable_profiler_legacy,
+            _enable_profiler_legacy,
+        )
+
+        options = torch._C._profiler._ExperimentalConfig()
+        config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, options)
+    except (ImportError, AttributeError, TypeError):
+        return None, by
+    kept = None
+    _enable_profiler_legacy(config)
+    try:
+        kept = call()
+    finally:
+        events = _disable_profiler_legacy()
+    del kept
+    most = 0
+    for thread in events:
+        now = 0
+        for event in thread:
+            if event.kind() == "memory_alloc":
+                now += event.cpu_memory_usage()
+                most = max(most, now)
+    return most, by
+
+
+# small helpers
+
+
+def microseconds(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[str, float]:
+    """Of each call, the least seen."""
+    found = {}
+    for name, call in calls.items():
+        best, spent = float("inf"), 0.0
+        while spent < effort.budget:
+            at = time.perf_counter()
+            for _ in range(500):
+                call()
+            took = time.perf_counter() - at
+            best, spent = min(best, took), spent + took
+        found[name] = best / 500 * 1e6
     return found
 
 
-def commit() -> str:
-    """The commit of the tree, with a + where the tree differs from it; "unknown" outside of a repository."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Written aside, then renamed: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".json.part")
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.replace(path)
-
-
-def add_options(parser: argparse.ArgumentParser, op: str) -> None:
-    """The options that every benchmark has."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    default = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / slug / f"{op}.json"
-    add = parser.add_argument
-    add("--cold-mb", type=int, default=512, help="MiB of weights in a chain, more than any cache (512)")
-    add("--rounds", type=int, default=5, help="samples of each case (5)")
-    add("--budget", type=float, default=0.15, help="seconds a sample (0.15)")
-    add("--patience", type=float, default=4.0, help="most seconds a sample waits for quiet cores (4)")
-    add("--json", type=Path, default=default, help="where figures go (benchmarks/results/<device>/)")
-    add("--no-json", action="store_true", help="print only")
-
-
-def introduce(ceiling: Ceiling, isa: str | None, overhead: dict[str, float], call: str) -> None:
-    """Print where this runs, the limits that were measured and what a tiny call takes."""
-    print(f"{device_name()}; {torch.get_num_threads()} threads; torch {torch.__version__}; commit {commit()}")
-    if isa is not None:
-        print(f"instruction-set level {isa}")
-    rates = ", ".join(f"{d} {f / 1e12:.3g} TFLOP/s" for d, f in ceiling.flops.items())
-    print(f"limits measured here: {ceiling.bytes_per_second / 1e9:.1f} GB/s; matmul {rates}")
-    for name, us in overhead.items():
-        print(f"a call of {call}: {name:28s} {us:6.2f} us")
-
-
-def record(
-    args: argparse.Namespace,
-    op: str,
-    isa: str | None,
-    ceiling: Ceiling,
-    overhead: dict[str, float],
-    rows: list[dict[str, Any]],
-) -> None:
-    """Write the figures, unless --no-json."""
-    if args.no_json:
-        return
-    found = {
-        "op": op,
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "isa": isa,
-        "versions": versions(),
-        "commit": commit(),
-        "cold_mb": args.cold_mb,
-        "limits": {"bytes_per_s": ceiling.bytes_per_second, "flop_per_s": ceiling.flops},
-        "overhead_us": overhead,
-        "rows": rows,
-    }
-    write_json(args.json, found)
-    print(f"\nwritten: {args.json}")
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

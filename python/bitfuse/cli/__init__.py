@@ -5,10 +5,10 @@ A command imports what it needs inside, so that `--help` and a wrong option answ
 
 from __future__ import annotations
 
-from . import compile, demo, explain, finetune, info, report, tune  # in the order of `bitfuse --help`
+from . import bench, compile, demo, explain, finetune, info, report, tune  # in the order of `bitfuse --help`
 from .app import app
 
-__all__ = ["app", "compile", "demo", "explain", "finetune", "info", "main", "report", "tune"]
+__all__ = ["app", "bench", "compile", "demo", "explain", "finetune", "info", "main", "report", "tune"]
 
 
 def main() -> None:

@@ -1,0 +1,25 @@
+"""bottleneck_adapter against what a user would otherwise pick. The cases are those of bitfuse.bench.
+
+python benchmarks/bench_bottleneck_adapter.py --quick          # = bitfuse bench bottleneck_adapter --quick
+pytest benchmarks/bench_bottleneck_adapter.py                  # the quick cases under pytest-benchmark
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from bitfuse.bench import Trial, trials
+from bitfuse.cli import app
+
+OP = "bottleneck_adapter"
+
+
+@pytest.mark.parametrize("trial", trials(OP), ids=str)
+def test_bottleneck_adapter(benchmark: Any, trial: Trial) -> None:
+    trial(benchmark)
+
+
+if __name__ == "__main__":
+    app(["bench", OP, *sys.argv[1:]], prog_name="bitfuse")

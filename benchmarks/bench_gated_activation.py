@@ -1,0 +1,25 @@
+"""gated_activation against what a user would otherwise pick. The cases are those of bitfuse.bench.
+
+python benchmarks/bench_gated_activation.py --quick          # = bitfuse bench gated_activation --quick
+pytest benchmarks/bench_gated_activation.py                  # the quick cases under pytest-benchmark
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from bitfuse.bench import Trial, trials
+from bitfuse.cli import app
+
+OP = "gated_activation"
+
+
+@pytest.mark.parametrize("trial", trials(OP), ids=str)
+def test_gated_activation(benchmark: Any, trial: Trial) -> None:
+    trial(benchmark)
+
+
+if __name__ == "__main__":
+    app(["bench", OP, *sys.argv[1:]], prog_name="bitfuse")

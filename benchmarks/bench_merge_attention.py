@@ -1,0 +1,25 @@
+"""merge_attention against what a user would otherwise pick. The cases are those of bitfuse.bench.
+
+python benchmarks/bench_merge_attention.py --quick          # = bitfuse bench merge_attention --quick
+pytest benchmarks/bench_merge_attention.py                  # the quick cases under pytest-benchmark
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from bitfuse.bench import Trial, trials
+from bitfuse.cli import app
+
+OP = "merge_attention"
+
+
+@pytest.mark.parametrize("trial", trials(OP), ids=str)
+def test_merge_attention(benchmark: Any, trial: Trial) -> None:
+    trial(benchmark)
+
+
+if __name__ == "__main__":
+    app(["bench", OP, *sys.argv[1:]], prog_name="bitfuse")
