@@ -435,6 +435,19 @@ def test_vector_reduction() -> None:
     same(out, np.array([1, 2, 3, 4], dtype=np.float32) * 32)
 
 
+def test_vector_atomic() -> None:
+    """Each lane has what the lanes before it left."""
+    total, out = np.zeros(2, dtype=np.float32), np.zeros((32, 2), dtype=np.float32)
+    run(
+        """atom.global.relaxed.gpu.add.v2.f32 {%f1, %f2}, [%total], {0f3F800000, 0f40000000};
+        mad.wide.u32 %rd1, %t, 8, %out; st.global.v2.f32 [%rd1], {%f1, %f2};""",
+        {"total": total, "out": out},
+    )
+    same(total, np.array([32, 64], dtype=np.float32))
+    same(np.sort(out[:, 0]), np.arange(32, dtype=np.float32))
+    same(out[:, 1], 2 * out[:, 0])
+
+
 def test_generic_addresses() -> None:
     out = np.zeros(32, dtype=np.uint32)
     run(

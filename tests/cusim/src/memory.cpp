@@ -193,16 +193,19 @@ void atom(Warp& w, const Instr& i, uint32_t m) {
   w.spinning = true;  // a compare-and-swap loop should let other warps run
 }
 template <class T>
-void red_vector(Warp& w, const Instr& i, uint32_t m) {  // red.global.add.vN.T [a], {..}
-  const uint64_t* base = w.row(i.ops[0]);
+void atom_vector(Warp& w, const Instr& i,
+                 uint32_t m) {  // atom.global.add.vN.T {..}, [a], {..}; red without {..}
+  const int first = i.destinations;
+  const uint64_t* base = w.row(i.ops[first]);
   ++w.block->launch->effects;
   for (int l : lanes_of(m))
     for (int k = 0; k < i.vec; ++k) {
       char* p = memory_at(w, i, l, base[l] + i.imm + k * sizeof(T), sizeof(T), Access::Sync);
       T old;
       memcpy(&old, p, sizeof(T));
-      T r = atomic_result<T>(int(i.aux), old, rd<T>(w.row(i.ops[1 + k]), l), T{}, w, l);
+      T r = atomic_result<T>(int(i.aux), old, rd<T>(w.row(i.ops[first + 1 + k]), l), T{}, w, l);
       memcpy(p, &r, sizeof(T));
+      if (first) wr<T>(dst(w, i.ops[k]), l, old);
     }
 }
 template <class F>
@@ -214,12 +217,12 @@ Execute for_atomic(const std::string& t, F f) {
 void decode_atom(Instr& i, const Opcode& o) {
   bool returns = o.base == "atom";
   i.space = space_of(o);
-  i.destinations = returns;
   i.bytes = uint8_t(type_bytes(o.type()));
   i.aux = which(o, kAtomic);
   i.vec = uint8_t(vector_of(o));
-  if (o.has("async") || i.aux < 0 || (i.vec > 1 && returns)) unsupported(o);
-  i.fn = i.vec > 1 ? for_atomic(o.type(), []<class T>() -> Execute { return red_vector<T>; })
+  i.destinations = returns ? i.vec : 0;
+  if (o.has("async") || i.aux < 0) unsupported(o);
+  i.fn = i.vec > 1 ? for_atomic(o.type(), []<class T>() -> Execute { return atom_vector<T>; })
                    : for_atomic(o.type(), []<class T>() -> Execute { return atom<T>; });
   required(i.fn, o);
 }
