@@ -458,6 +458,88 @@ def test_load_kernels_bad_input(kernels: Path, tmp_path: Path) -> None:
             bitfuse.load_kernels(tmp_path)
 
 
+BINDING = """
+#include <pybind11/pybind11.h>
+extern "C" void launch_small();
+extern "C" void launch_large();
+PYBIND11_MODULE(_cuda, module) {
+  module.def("architectures", [] { return BITFUSE_CUDA_ARCHITECTURES; });
+  module.def("launch", [] { launch_small(); });
+#ifdef BITFUSE_SM90A
+  module.def("launch_large", [] { launch_large(); });
+#endif
+}
+"""
+SOURCE = """
+__global__ void __launch_bounds__(128) NAME_kernel(float* x) { x[threadIdx.x] *= x[threadIdx.x + 1]; }
+extern "C" void launch_NAME() { NAME_kernel<<<1, 128>>>(nullptr); }
+"""
+
+
+def test_the_extension_is_built(
+    nvcc: toolchain.Nvcc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sources that take seconds: a file for both architectures, one for Hopper alone."""
+    package = tmp_path / "bitfuse"
+    (package / "csrc" / "cuda").mkdir(parents=True)
+    (package / "csrc" / "bind_cuda.cpp").write_text(BINDING)
+    (package / "csrc" / "cuda" / "rope.cu").write_text(SOURCE.replace("NAME", "small"))
+    (package / "csrc" / "cuda" / "rope_sm90.cu").write_text(SOURCE.replace("NAME", "large"))
+    monkeypatch.setattr(bundle, "PACKAGE", package)
+    monkeypatch.setenv("BITFUSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(toolchain, "CXXFLAGS", ("-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden"))
+    options = ["compile", "--arch", "a100", "--arch", "sm_90", "--backend", "cuda", "--op", "rope", "--json"]
+    options += ["--cubins", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    assert f"compiler: {nvcc}" in result.stderr
+    manifest = json.loads(result.stdout)
+    assert manifest == bundle.read_manifest(tmp_path / "out")
+    assert manifest["cuda"]["architectures"] == "sm_80 sm_90a" and manifest["cuda"]["nvcc"] == nvcc.version
+    names = sorted((k["name"], k["arch"]) for k in manifest["kernels"])
+    assert names == [("large_kernel", "sm_90a"), ("small_kernel", "sm_80"), ("small_kernel", "sm_90a")]
+    for kernel in manifest["kernels"]:
+        assert kernel["threads"] == 128 and kernel["static_shared"] == 0 and kernel["limit"] == "warps"
+    assert len(list((tmp_path / "out" / "cubins").iterdir())) == 3
+    code = "import sys, torch; sys.path.insert(0, sys.argv[1]); import _cuda; print(_cuda.architectures())"
+    run = [sys.executable, "-c", code, str(tmp_path / "out")]
+    if torch.version.cuda:  # elsewhere there is no CUDA runtime to load it with
+        assert subprocess.run(run, capture_output=True, text=True).stdout == "sm_80 sm_90a\n"
+    # a second run makes nothing anew
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.o")}
+    assert CliRunner().invoke(app, options).exit_code == 0 and len(made) == 3
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.o")}
+
+
+SWAP = """
+import json, shutil, sys
+import cusim
+cusim.load_if_no_gpu()
+import torch, bitfuse
+from bitfuse.arch import bundle
+from bitfuse.cuda import lora_linear, lowbit_linear as base
+folder = sys.argv[1]
+shutil.copy(base._cuda.__file__, f"{folder}/_cuda{bundle.abi()}")
+cuda = {"abi": bundle.abi(), "sources": bundle.source_hash(bundle.cuda_sources())}
+with open(f"{folder}/{bundle.MANIFEST}", "w") as file:
+    json.dump({"layout": bundle.LAYOUT, "archs": ["sm_90a"], "cuda": cuda}, file)
+x, w = torch.randn(2, 256).half(), bitfuse.quantize(torch.randn(64, 256), "int4")
+def call():
+    with cusim.device(sm=90), bitfuse.use_backend("cuda"):
+        return bitfuse.lowbit_linear(x, w)
+before, first = base._cuda, call()
+print(bitfuse.load_kernels(folder).used, base._cuda is not before, base._cuda is bitfuse._cuda)
+print(base._cuda.__file__.startswith(folder), torch.equal(first, call()))
+"""
+
+
+def test_load_kernels_swaps_the_extension(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-c", SWAP, str(tmp_path)]
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["('cuda',) True True", "True True"], done.stdout + done.stderr
+
+
 # the command line
 
 

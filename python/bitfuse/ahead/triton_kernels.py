@@ -14,6 +14,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,12 +145,20 @@ def in_short(op: str, s: Sizes) -> str:
 def begin(cache: str | None = None) -> None:
     """What a process that plans or compiles does first: Ctrl-C is for the one that waits for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     if cache is not None:
         from triton import knobs
 
         knobs.cache.dir = cache
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that waits for this one is gone, which a pool would not notice."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def believe(gpu: Gpu) -> None:

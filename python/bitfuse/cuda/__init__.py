@@ -8,9 +8,12 @@ from types import ModuleType
 from typing import Any
 
 from ..arch import bundle
+from ..op import pretended_gpu
+
+_machine_code = functools.cache(bundle.machine_code)
+_told: set[str] = set()
 
 
-@functools.cache
 def refuse(extension: ModuleType, capability: int) -> str | None:
     """Why the extension can't run on a card of this compute capability; None when it can.
 
@@ -18,10 +21,11 @@ def refuse(extension: ModuleType, capability: int) -> str | None:
     """
     if capability < 80:
         return f"compute capability {capability / 10} is below 8.0"
-    runs, told = bundle.machine_code(extension.architectures(), capability)
+    runs, told = _machine_code(extension.architectures(), capability)
     if runs is None:
         return told
-    if told is not None:
+    if told is not None and told not in _told and pretended_gpu() is None:
+        _told.add(told)
         how = f"`bitfuse compile --arch sm_{capability}`, or BITFUSE_CUDA_ARCHS={capability} in a build"
         bundle.log.warning("%s. Better: %s", told, how)
     return None
