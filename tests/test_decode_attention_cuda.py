@@ -1,5 +1,5 @@
-"""What is the CUDA backend's own: draws that it serves, how work is cut among blocks, magnitudes that float16 has
-not, what is not there is neither written nor read, refusals, plans and bindings."""
+"""What is the CUDA backend's own: draws that it serves, how work is cut among blocks, magnitudes that float16
+lacks, what is not there is neither written nor read, refusals, plans and bindings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HALVES = [torch.float16, torch.bfloat16]
 H100 = (132, 232448, 233472, 90)
 A100 = (108, 166912, 167936, 80)
 L40S = (142, 101376, 102400, 89)
-DIMS = {"none": (8, 40, 64, 72, 128, 256), "fp8": (16, 48, 64, 80, 128), "int8": (16, 48, 64, 80, 128),
+DIMS = {"none": (8, 40, 64, 72, 128, 256), "fp8": (16, 48, 64, 80, 128, 256), "int8": (16, 48, 64, 80, 128),
         "int4": (32, 64, 96, 128)}  # fmt: skip
 
 
@@ -115,6 +115,20 @@ def test_more_rows_than_a_tile(target: Target, format: str) -> None:
     cache, seqlens = filled(target, [150, 150], format=format)
     with simulated(target, 2):
         compare(target, plain_call(cache, seqlens, group=5, queries=7), format)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@TARGETS
+def test_codes_of_256_channels(target: Target, format: str) -> None:
+    """Their stages and a tail's fit into the shared memory of an H100, not of an A100."""
+    cache, seqlens = filled(target, [150, 150], dims=(256, 160), format=format)
+    d = plain_call(cache, seqlens, group=3)
+    with simulated(target, 2), cusim.device(sm=target.sm or None):
+        reason = target.reason(decode_attention_op, *d.call())
+        if target.sm == 80:
+            assert reason is not None and "no kernel" in reason
+        elif reason is None:
+            compare(target, d, format)
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

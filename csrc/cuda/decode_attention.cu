@@ -11,29 +11,19 @@ namespace bitfuse {
 namespace {
 
 using namespace decode;
-using Half = __half;
-using BFloat = __nv_bfloat16;
 
-constexpr int Dims = 3;  // 64, 128, 256
-// by format, type and dim; what is null is not compiled
-constexpr Instance Instances[4][2][Dims] = {
-    {{instance_of<Dense<Half, 64>>(), instance_of<Dense<Half, 128>>(), instance_of<Dense<Half, 256>>()},
-     {instance_of<Dense<BFloat, 64>>(), instance_of<Dense<BFloat, 128>>(),
-      instance_of<Dense<BFloat, 256>>()}},
-    {{instance_of<Fp8Codes<64>>(), instance_of<Fp8Codes<128>>()},
-     {instance_of<Fp8Codes<64>>(), instance_of<Fp8Codes<128>>()}},
-    {{instance_of<IntCodes<8, 64>, Dense<Half, 64>>(), instance_of<IntCodes<8, 128>, Dense<Half, 128>>()},
-     {instance_of<IntCodes<8, 64>, Dense<BFloat, 64>>(),
-      instance_of<IntCodes<8, 128>, Dense<BFloat, 128>>()}},
-    {{instance_of<IntCodes<4, 64>, Dense<Half, 64>>(), instance_of<IntCodes<4, 128>, Dense<Half, 128>>()},
-     {instance_of<IntCodes<4, 64>, Dense<BFloat, 64>>(),
-      instance_of<IntCodes<4, 128>, Dense<BFloat, 128>>()}},
-};
+template <int D>
+using HalfRows = Dense<__half, D>;
+template <int D>
+using BFloatRows = Dense<__nv_bfloat16, D>;
+constexpr InstancesByType OfRows = {by_dim<HalfRows>(), by_dim<BFloatRows>()};
 
 const Instance* instance_for(const DecodeShape& shape) {
   const int widest = std::max(shape.dim, shape.dim_v);
-  for (const Instance& one : Instances[static_cast<int>(shape.format)][static_cast<int>(shape.type)]) {
-    if (one.function != nullptr && widest <= one.dim) return &one;
+  const InstancesByType& of_format =
+      shape.format == CacheFormat::None ? OfRows : OfCodes[static_cast<int>(shape.format) - 1];
+  for (const Instance& one : of_format[static_cast<int>(shape.type)]) {
+    if (widest <= one.dim) return &one;
   }
   return nullptr;
 }

@@ -26,6 +26,7 @@ _NO_ROTARY = (0,) * 8
 MAX_ROWS = 128  # queries times query heads of a kv head: beyond, K and V would be read too often
 GROUP_STEP = 32  # tokens that a warp takes at once: they must share K's scales
 _UNIT = 16  # bytes that are copied at once
+_LARGEST = 2**31 - 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,6 +90,11 @@ def supports(
         return "rotary_cos has no positions"
     if not q.is_cuda and not simulated_gpu():
         return "the tensors are not on a GPU"
+    pages, page_size = cache.k.shape[:2]
+    if cache.format in BITS and max(pages * page_size, 2 * batch * cache.group_size) > _LARGEST:
+        return f"{pages} pages of {page_size} tokens are too many"
+    if queries * heads * batch * (cache.capacity // 64 + 2) > _LARGEST:
+        return "its units of work are too many"
     device = base._device(q.device.index or 0)
     if (reason := refuse(base._cuda, device[3])) is not None:
         return reason

@@ -1,0 +1,26 @@
+// The kernels of decode_attention for caches in few bits.
+#include "cuda/decode_attention.cuh"
+
+namespace bitfuse::decode {
+namespace {
+
+template <int D>
+using HalfRows = Dense<__half, D>;
+template <int D>
+using BFloatRows = Dense<__nv_bfloat16, D>;
+template <int D>
+using Fp8Codes = Codes<8, false, D>;
+template <int D>
+using Int8Codes = Codes<8, true, D>;
+template <int D>
+using Int4Codes = Codes<4, true, D>;
+
+}  // namespace
+
+const InstancesByType OfCodes[3] = {
+    {by_dim<Fp8Codes>(), by_dim<Fp8Codes>()},
+    {by_dim<Int8Codes, HalfRows>(), by_dim<Int8Codes, BFloatRows>()},
+    {by_dim<Int4Codes, HalfRows>(), by_dim<Int4Codes, BFloatRows>()},
+};
+
+}  // namespace bitfuse::decode
