@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,7 +357,9 @@ def test_manifest(kernels: Path) -> None:
     manifest = bundle.read_manifest(kernels)
     assert manifest["archs"] == ["sm_90a", "sm_80"] and manifest["cuda"] is None
     assert manifest["triton"]["kernels"] == len(manifest["kernels"]) == 4
-    found = [build.Kernel(**kernel) for kernel in manifest["kernels"]]
+    names = [f.name for f in fields(build.Kernel)]
+    found = [build.Kernel(**{name: kernel[name] for name in names}) for kernel in manifest["kernels"]]
+    assert not any(kernel["spills"] for kernel in manifest["kernels"])
     for kernel in found:
         assert kernel.op == "gated_activation" and kernel.fits and not kernel.spills
         assert kernel.registers <= 128 and kernel.warps >= 8 and kernel.threads == 128 and kernel.code > 256

@@ -26,7 +26,7 @@ from ..arch import bundle, cubin, toolchain
 from ..arch.gpus import ARCHS, Gpu, find
 from ..arch.toolchain import Target
 from ..bench.shapes import Shape
-from ..hypothetical import Sizes, explain_sizes
+from ..hypothetical import CALLS, Sizes, explain_sizes
 from . import triton_kernels
 
 BACKENDS = ("cuda", "triton")
@@ -237,7 +237,7 @@ def _build_into(folder: Path, options: Options, progress: Progress) -> Made:
         manifest["cuda"] = _cuda(folder, options, able, kernels, progress)
     if "triton" in options.backends:
         manifest["triton"] = _triton(folder, options, able, kernels, progress)
-    manifest["kernels"] = [asdict(kernel) for kernel in kernels]
+    manifest["kernels"] = [asdict(k) | {"spills": k.spills, "fits": k.fits} for k in kernels]
     (folder / bundle.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return Made(manifest, kernels)
 
@@ -247,10 +247,13 @@ def _build_into(folder: Path, options: Options, progress: Progress) -> Made:
 
 def _cuda(
     folder: Path, options: Options, gpus: Sequence[Gpu], kernels: list[Kernel], progress: Progress
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """The extension, which is whole whatever ops are chosen; None when none of them is in it."""
     csrc = bundle.PACKAGE.joinpath("csrc").resolve()
     if not csrc.is_dir():
         raise BuildError("the C++ sources are not beside this installation: compile with --backend triton")
+    if not any(_op_of(source.stem) in options.ops for source in (csrc / "cuda").glob("*.cu")):
+        return None
     nvcc = toolchain.find_nvcc()
     targets = list(dict.fromkeys(_target(gpu) for gpu in gpus))
     library = nvcc.cudart()
@@ -261,8 +264,7 @@ def _cuda(
     sources = [(path.stem, image) for path in made for image in cubin.read(path)]
     mixes = _in_threads("SASS", [functools.partial(_mix, image.elf) for _, image in sources], progress)
     for (stem, image), mix in zip(sources, mixes, strict=True):
-        op = stem.removesuffix("_sm90")
-        if op in options.ops:
+        if (op := _op_of(stem)) in options.ops:
             kernels += _of_image(op, image, mix)
         if options.cubins:
             (folder / "cubins").mkdir(exist_ok=True)
@@ -274,6 +276,11 @@ def _cuda(
         "of": nvcc.origin,
         "architectures": toolchain.made_for(targets),
     }
+
+
+def _op_of(stem: str) -> str:
+    """The op that a CUDA source is of: attention_sm90.cu and decode_attention_codes.cu begin with theirs."""
+    return max((op for op in CALLS if stem.startswith(op)), key=len, default=stem)
 
 
 def _target(gpu: Gpu) -> Target:

@@ -37,6 +37,7 @@ RANKS = (8, 16, 64)
 CACHES = ("none", "fp8", "int8", "int4")
 PAGES = (None, 16)
 _INFERENCE = ("append_kv", "quantize_kv", "sample", "decode_attention")  # no gradient flows
+_BIASED = ("lowbit_linear", "lora_linear", "multi_lora_linear")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,6 @@ class Plan:
 
     found: list[Specialisation] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    calls: int = 0
 
 
 def has_kernels(op: str) -> bool:
@@ -232,10 +232,11 @@ def plan(
     for op in ops:
         for each in sizes(op, shapes, formats, dtypes):
             now[:] = op, in_short(op, each)
-            for gradient in (False, True) if backward and op not in _INFERENCE else (False,):
-                made.calls += 1
+            gradients = (False, True) if backward and op not in _INFERENCE else (False,)
+            biases = (False, True) if op in _BIASED else (False,)
+            for gradient, biased in itertools.product(gradients, biases):
                 try:
-                    _call(op, each, gradient)
+                    _call(op, each, gradient, biased)
                 except (ValueError, TypeError, RuntimeError) as why:
                     # sizes that the op refuses, and work that an absent GPU can't do
                     made.refused.setdefault(op, f"{now[1]}: {str(why).splitlines()[0]}")
@@ -243,13 +244,14 @@ def plan(
     return made
 
 
-def _call(op: str, s: Sizes, gradient: bool) -> None:
+def _call(op: str, s: Sizes, gradient: bool, biased: bool) -> None:
     def make(*shape: int, dtype: torch.dtype = s.dtype) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype, device="meta")
         return tensor.requires_grad_(gradient and dtype == s.dtype and dtype.is_floating_point)
 
     call = CALLS[op]
-    out = call.function(*call.arguments(s, make), **call.keywords(s))
+    keywords = call.keywords(s) | ({"bias": make(s.n)} if biased else {})
+    out = call.function(*call.arguments(s, make), **keywords)
     if gradient:
         outs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
         torch.autograd.backward(outs, [torch.empty_like(t) for t in outs])

@@ -1,4 +1,5 @@
-"""GPUs that need not be here: what they are, and what the compiler makes for them.
+"""GPUs that need not be here: what they are, what the compilers make for them, and how that is used.
 
-`gpus` imports nothing but the standard library, and so does what setup.py loads before there is torch.
+`gpus` and `toolchain` import nothing but the standard library: setup.py loads them before there is torch.
+`cubin` reads machine code, `bundle` and `triton_cache` put kernels compiled ahead of time to use.
 """
