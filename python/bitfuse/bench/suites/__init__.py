@@ -17,6 +17,7 @@ from .quantize_kv import QuantizeKV
 from .rope import Rope
 from .sample import Sample
 from .speculative_sample import SpeculativeSample
+from .speculative_sample_tree import SpeculativeSampleTree
 
 __all__ = ["SUITES"]
 
@@ -37,5 +38,6 @@ SUITES: dict[str, type[Problem]] = {
         MergeAttention,
         Sample,
         SpeculativeSample,
+        SpeculativeSampleTree,
     )
 }

@@ -1,0 +1,25 @@
+"""speculative_sample_tree against what a user would otherwise pick. The cases are those of bitfuse.bench.
+
+python benchmarks/bench_speculative_sample_tree.py --quick
+pytest benchmarks/bench_speculative_sample_tree.py            # the quick cases under pytest-benchmark
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from bitfuse.bench import Trial, trials
+from bitfuse.cli import app
+
+OP = "speculative_sample_tree"
+
+
+@pytest.mark.parametrize("trial", trials(OP), ids=str)
+def test_speculative_sample_tree(benchmark: Any, trial: Trial) -> None:
+    trial(benchmark)
+
+
+if __name__ == "__main__":
+    app(["bench", OP, *sys.argv[1:]], prog_name="bitfuse")
