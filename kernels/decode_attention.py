@@ -16,9 +16,12 @@ is left of the offset makes the value, one instruction rounds two. float8's scal
 the logits' scale, V's into the sums. The tokens past the last whole group are read from the tail in tiles of
 their own, after the others.
 
-Bound by bytes: 512 for a token of a kv head in bfloat16, dim 128. A tile of 64 tokens, 32 KB, is 2200 cycles
+Bound by bytes: 512 for a token of a kv head in bfloat16, dim 128. A tile of 64 tokens, 32 KB, is 2270 cycles
 of a multiprocessor's share of an H100's bandwidth; two programs with two tiles each on their way are seven
-times what the latency asks for.
+times what the latency asks for. Counted for such a tile, with its sectors at their ideal: 1464 instructions
+of all warps, 366 cycles to issue; in pages of 16, 2176 and 544, and 0.4% more sectors, the table's. e4m3:
+3464, 866 cycles of 1130 that its bytes take. int8: 3400, 850 of 1190, and 1220 of shared memory, which
+decoded keys and values pass once more; int4: 3930, 980 of 710, and 1060 of shared memory.
 """
 
 from __future__ import annotations
@@ -90,12 +93,24 @@ def reading(bits: int, dtype: torch.dtype) -> Reading:
     return Reading()
 
 
-def _e4m3(dtype: torch.dtype) -> str:
+@functools.cache
+def _e4m3(dtype: torch.dtype, capability: int) -> str:
     """PTX from four bytes to two registers of two 16-bit floats, of e4m3.
 
-    Exponent and mantissa go where the wider float has them, times 2**(its bias - 7). A NaN reads as 480 then,
-    the only value past 448: times a number that leaves 448 finite it is infinite, and 0 times that is NaN.
+    From capability 8.9 on an instruction makes two halves of two bytes. Before, exponent and mantissa go
+    where the wider float has them, times 2**(its bias - 7). A NaN reads as 480 then, the only value past 448:
+    times a number that leaves 448 finite it is infinite, and 0 times that is NaN.
     """
+    if capability >= 89:
+        lines = ["{ .reg .b16 low, high, h<4>; .reg .b32 two<2>; .reg .f32 f<4>; mov.b32 {low, high}, $2;"]
+        names = ("$0", "$1") if dtype == torch.float16 else ("two0", "two1")
+        lines += [f"cvt.rn.f16x2.e4m3x2 {names[0]}, low;", f"cvt.rn.f16x2.e4m3x2 {names[1]}, high;"]
+        if dtype == torch.bfloat16:
+            for i in range(2):
+                lines += [f"mov.b32 {{h{2 * i}, h{2 * i + 1}}}, two{i};"]
+                lines += [f"cvt.f32.f16 f{j}, h{j};" for j in (2 * i, 2 * i + 1)]
+                lines += [f"cvt.rn.bf16x2.f32 ${i}, f{2 * i + 1}, f{2 * i};"]
+        return "\n".join([*lines, "}"])
     to = HALF if dtype == torch.float16 else BFLOAT
     power = 2.0 ** (to.bias - 7)
     most = 140.0 if to is HALF else 2.0**119 * 1.1
@@ -552,8 +567,9 @@ class Config(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(rows: int, dim: int, dim_v: int, float_bytes: int, page: int) -> Config:
-    """Tiles for `rows` rows of a kv head, of padded head dims, and pages of `page` tokens, 0 for none.
+def choose(rows: int, dim: int, dim_v: int, float_bytes: int, bits: int, page: int) -> Config:
+    """Tiles for `rows` rows of a kv head, of padded head dims, codes of `bits` bits and pages of `page`
+    tokens, 0 for none.
 
     - float32 runs on the FMA units.
     - 64 keys, or half as many of heads wider than 128: two tiles of K and V are 64 KB, so that two programs
@@ -561,13 +577,17 @@ def choose(rows: int, dim: int, dim_v: int, float_bytes: int, page: int) -> Conf
     - Two tiles are on their way in three stages, or where a tile's rows have pages of their own in five, for
       these come first.
     - A warp has 8 channels of V or more.
+    - 4 bits are bound by instructions: of 32 keys, whose scales are one group's, and two warps it takes an
+      eighth less.
     """
     wide = max(dim, dim_v)
     if float_bytes == 4:
         return Config(16 if rows <= 16 else 32, 32, 4, 2 if wide <= 128 else 1, 2)
     tile_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    tile_n = 64 if wide <= 128 else 32
-    return Config(tile_m, tile_n, 4 if dim_v > 16 else 2, 5 if 0 < page < tile_n else 3, 2)
+    four = bits == 4 and tile_m == 16 and wide <= 128
+    tile_n = 32 if four or wide > 128 else 64
+    warps = 2 if four or dim_v <= 16 else 4
+    return Config(tile_m, tile_n, warps, 5 if 0 < page < tile_n else 3, 4 if four else 2)
 
 
 def splits_of(heads: int, slots: int, most: int) -> int:
@@ -608,12 +628,12 @@ FARTHEST_KEY = 2 * LONGEST - 1
 @functools.lru_cache(maxsize=1024)
 def _plan(
     device: Device, batch: int, queries: int, heads: int, kv_heads: int, dim: int, dim_v: int,
-    dtype: torch.dtype, page: int, size: int, capacity: int, kind: tuple[Any, ...],
+    dtype: torch.dtype, bits: int, page: int, size: int, capacity: int, kind: tuple[Any, ...],
 ) -> tuple[Plan, Config, int]:  # fmt: skip
     """The plan, whose next is the merge's, and programs of a tile of rows."""
     rows = queries * heads // kv_heads
     tile_d, tile_dv = padded(dim), padded(dim_v)
-    config = choose(rows, tile_d, tile_dv, dtype.itemsize, page)
+    config = choose(rows, tile_d, tile_dv, dtype.itemsize, bits, page)
     tile_m, tile_n, warps, stages, programs = config
     m_tiles = -(-rows // tile_m)
     splits = splits_of(
@@ -672,6 +692,7 @@ def run(
     to_k, to_v = as_bytes(cache.k), as_bytes(cache.v)
     align, page = step(to_k, to_v), page_tokens(cache)
     coded = BITS.get(cache.format)
+    own = _device(device)
     natural = dtype == torch.float32
     unit = 1.0 if natural else math.log2(math.e)
     scale = a.softmax_scale / a.softcap if a.softcap else a.softmax_scale * unit
@@ -679,7 +700,7 @@ def run(
     positive = scale > 0 and (cache.format != "fp8" or cache.k_scales is None)
     form = (positive, cap_kind(dtype, a.softcap), False, 0, False, False, natural)
     read = reading(coded, dtype) if coded else Reading()
-    decode = _e4m3(dtype) if cache.format == "fp8" and not natural else ""
+    decode = _e4m3(dtype, own.capability) if cache.format == "fp8" and not natural else ""
     bits = coded or (8 if cache.format == "fp8" else 0)
     size, channels = (cache.group_size, cache.channel_group) if coded else (0, 0)
     cos, sin, positions = rotary_tensors(rotary)
@@ -704,7 +725,7 @@ def run(
     kinds = tuple(None if t is None else t.dtype for t in inputs)
     kind = (constants, kinds, tuple(n >= 2**31 for n in numbers), sinks is None)
     plan, config, splits = _plan(
-        _device(device), batch, queries, heads, kv_heads, dim, dim_v, dtype, page, size,
+        own, batch, queries, heads, kv_heads, dim, dim_v, dtype, bits, page, size,
         cache.capacity, kind,
     )  # fmt: skip
     group = heads // kv_heads
