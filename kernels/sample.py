@@ -18,9 +18,9 @@ the weights of one part again.
 
 What bounds it is issuing instructions, where rows fill the device: of 128256 bfloat16 logits like a language
 model's, with top-p, 24139 sectors are read, which is the row three times (from L2 after the first), and 155
-instructions run a token, some 40 of them in float64 (with top-k 133, with neither 71 to 126): predicted 80 us a row
-on a multiprocessor of its own. A row shared by 64 programs is bound by latency: 23300 instructions a program,
-some 4 us, and about eight exchanges of some 1.5 us.
+instructions run a token, some 40 of them in float64 (with top-k 133, with neither 71 to 126): predicted 80 us
+a row on a multiprocessor of its own. A row shared by 64 programs is bound by latency: 23300 instructions a
+program, some 4 us, and about eight exchanges of some 1.5 us.
 """
 
 from __future__ import annotations
