@@ -195,7 +195,7 @@ __device__ void append_group(const Appended& of, int first) {
   }
 }
 
-__global__ void __launch_bounds__(AppendThreads) append_kv_kernel(const __grid_constant__ AppendArgs a) {
+__global__ void __launch_bounds__(AppendThreads, 4) append_kv_kernel(const __grid_constant__ AppendArgs a) {
   const KvCache& cache = a.cache;
   const int sequence = blockIdx.x / cache.kv_heads, head = blockIdx.x % cache.kv_heads;
   const int begin = a.begins[sequence];

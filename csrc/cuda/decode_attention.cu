@@ -16,13 +16,14 @@ template <int D>
 using HalfRows = Dense<__half, D>;
 template <int D>
 using BFloatRows = Dense<__nv_bfloat16, D>;
-constexpr InstancesByType OfRows = {by_dim<HalfRows>(), by_dim<BFloatRows>()};
+constexpr InstancesByDim OfRows[2] = {by_dim<HalfRows>(), by_dim<BFloatRows>()};
 
 const Instance* instance_for(const DecodeShape& shape) {
   const int widest = std::max(shape.dim, shape.dim_v);
-  const InstancesByType& of_format =
-      shape.format == CacheFormat::None ? OfRows : OfCodes[static_cast<int>(shape.format) - 1];
-  for (const Instance& one : of_format[static_cast<int>(shape.type)]) {
+  const InstancesByDim& of_format = shape.format == CacheFormat::None
+                                        ? OfRows[static_cast<int>(shape.type)]
+                                        : OfCodes[static_cast<int>(shape.format) - 1];
+  for (const Instance& one : of_format) {
     if (widest <= one.dim) return &one;
   }
   return nullptr;

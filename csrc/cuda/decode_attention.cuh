@@ -196,8 +196,55 @@ __device__ void merge_parts(const Kernel& kernel, const Span& span, int first, i
   }
 }
 
+template <int Dim>
+__device__ __forceinline__ unsigned char* region_of(const Kernel& kernel, unsigned char* shared, int warp) {
+  return shared + RegionsAt<Dim> + warp * kernel.region_bytes;
+}
+__device__ __forceinline__ uint32_t* masks_of(unsigned char* shared, int warp) {
+  return reinterpret_cast<uint32_t*>(shared) + warp * MostStages;
+}
+
+struct Stretch {
+  FoundRow row;
+  int length, begin, from, until;  // begin: of unit 0
+};
+
+// The tail of a row's sequence; the warps leave their sums beside those of the walk over codes. Not a part of
+// each kernel for codes: it is compiled once for each type and dim.
+template <class R>
+__device__ __noinline__ void walk_tail(const Kernel& kernel, const Stretch& stretch, unsigned char* shared) {
+  const KvCache& cache = kernel.a.cache;
+  const int warp = __shfl_sync(AllLanes, threadIdx.x / 32, 0);
+  unsigned char* const queries = shared + MaskBytes;
+  unsigned char* const region = region_of<R::Dim>(kernel, shared, warp) + SumBytes<R::Dim>;
+  Span span;
+  span.sequence = stretch.row.sequence;
+  span.kv_head = stretch.row.group / kernel.row_tiles;
+  span.first_row = stretch.row.group % kernel.row_tiles * RowTile;
+  span.length = stretch.length;
+  span.begin = stretch.begin + stretch.from * (Warps * R::Tokens);
+  span.end = stretch.length;
+  span.units = stretch.until - stretch.from;
+  Source source;
+  source.k_units = cache.dim / R::PerUnit, source.v_units = cache.dim_v / R::PerUnit;
+  source.k = static_cast<const unsigned char*>(cache.k_tail) + span.kv_head * source.k_units * 16;
+  source.v = static_cast<const unsigned char*>(cache.v_tail) + span.kv_head * source.v_units * 16;
+  source.k_slot = cache.kv_heads * source.k_units, source.k_page = 2 * cache.group_size * source.k_slot;
+  source.v_slot = cache.kv_heads * source.v_units, source.v_page = 2 * cache.group_size * source.v_slot;
+  source.table = nullptr;
+  source.page = span.sequence, source.pages = 0;
+  source.log_page_size = 31;
+  source.slot_mask = 2 * cache.group_size - 1;
+  Walk<R> walk(kernel, span, source, region, masks_of(shared, warp), TailStages);
+  walk.start();
+  load_queries<R>(kernel, span, queries);
+  __syncthreads();
+  walk.run(queries);
+  walk.leave(region);
+}
+
 // Units `from` to `until` of a row: its output, or this block's part of it.
-template <class R, class Tail>
+template <class R>
 __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row, int from, int until,
                                        int blocks, unsigned total, unsigned char* shared) {
   constexpr int Dim = R::Dim;
@@ -205,10 +252,8 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
   const KvCache& cache = a.cache;
   const Extent extent = extent_of<R>(kernel, row.seqlen);
   const int warp = __shfl_sync(AllLanes, threadIdx.x / 32, 0);
-  uint32_t* const masks = reinterpret_cast<uint32_t*>(shared) + warp * MostStages;
   unsigned char* const queries = shared + MaskBytes;
-  unsigned char* const regions = shared + RegionsAt<Dim>;
-  unsigned char* const region = regions + warp * kernel.region_bytes;
+  unsigned char* const region = region_of<Dim>(kernel, shared, warp);
   Span span;
   span.sequence = row.sequence;
   span.kv_head = row.group / kernel.row_tiles;
@@ -232,7 +277,7 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
     source.page = span.sequence, source.pages = cache.pages;
     source.log_page_size = cache.log_page_size;
     source.slot_mask = cache.slot_mask;
-    Walk<R> walk(kernel, span, source, region, masks, kernel.stages);
+    Walk<R> walk(kernel, span, source, region, masks_of(shared, warp), kernel.stages);
     walk.start();
     load_queries<R>(kernel, span, queries);
     __syncthreads();
@@ -245,25 +290,12 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
     tail = tail_from < tail_until;
     if (tail) {
       __syncthreads();
-      span.begin = extent.tail_begin + tail_from * (Warps * Tail::Tokens);
-      span.end = extent.length;
-      span.units = tail_until - tail_from;
-      Source source;
-      source.k_units = cache.dim / Tail::PerUnit, source.v_units = cache.dim_v / Tail::PerUnit;
-      source.k = static_cast<const unsigned char*>(cache.k_tail) + span.kv_head * source.k_units * 16;
-      source.v = static_cast<const unsigned char*>(cache.v_tail) + span.kv_head * source.v_units * 16;
-      source.k_slot = cache.kv_heads * source.k_units, source.k_page = 2 * cache.group_size * source.k_slot;
-      source.v_slot = cache.kv_heads * source.v_units, source.v_page = 2 * cache.group_size * source.v_slot;
-      source.table = nullptr;
-      source.page = span.sequence, source.pages = 0;
-      source.log_page_size = 31;
-      source.slot_mask = 2 * cache.group_size - 1;
-      Walk<Tail> walk(kernel, span, source, region + SumBytes<Dim>, masks, TailStages);
-      walk.start();
-      load_queries<Tail>(kernel, span, queries);
-      __syncthreads();
-      walk.run(queries);
-      walk.leave(region + SumBytes<Dim>);
+      const Stretch of_tail = {row, extent.length, extent.tail_begin, tail_from, tail_until};
+      if (cache.type == Float::Float16) {
+        walk_tail<Dense<__half, Dim>>(kernel, of_tail, shared);
+      } else {
+        walk_tail<Dense<__nv_bfloat16, Dim>>(kernel, of_tail, shared);
+      }
     }
   }
   __syncthreads();
@@ -272,7 +304,7 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
   const int first_sum = main ? 0 : Warps, sums = (main ? Warps : 0) + (tail ? Warps : 0);
   auto sum_at = [&](int i) {
     i += first_sum;
-    return regions + i % Warps * kernel.region_bytes + i / Warps * SumBytes<Dim>;
+    return region_of<Dim>(kernel, shared, i % Warps) + i / Warps * SumBytes<Dim>;
   };
   float* const weights = reinterpret_cast<float*>(queries);  // [sums][16]
   float2* const finished = reinterpret_cast<float2*>(weights + 2 * Warps * RowTile);
@@ -330,8 +362,7 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
   if (__syncthreads_or(last)) merge_parts<Dim>(kernel, span, first_block, last_block, finished);
 }
 
-// Tail: the reader of a cache's tail, which has the queries' type.
-template <class R, class Tail>
+template <class R>
 __global__ void __launch_bounds__(Threads, R::Dim <= 128 ? 2 : 1)
     decode_attention_kernel(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -343,7 +374,7 @@ __global__ void __launch_bounds__(Threads, R::Dim <= 128 ? 2 : 1)
   while (at < end) {
     const FoundRow row = find_row<R>(kernel, at);
     const unsigned until = min(end, row.start + row.units);
-    attend<R, Tail>(kernel, row, at - row.start, until - row.start, blocks, total, shared);
+    attend<R>(kernel, row, at - row.start, until - row.start, blocks, total, shared);
     at = until;
     __syncthreads();
   }
@@ -355,23 +386,22 @@ struct Instance {
   int dim, tokens, stage_bytes, regions_at, least_region_bytes;  // of a warp
 };
 
-template <class R, class Tail = R>
+template <class R>
 constexpr Instance instance_of() {
   constexpr int Sums = R::Grouped ? TailBytes<R::Dim> : SumBytes<R::Dim>;
-  return {decode_attention_kernel<R, Tail>, R::Dim, R::Tokens, Stage<R>::Bytes, RegionsAt<R::Dim>, Sums};
+  return {decode_attention_kernel<R>, R::Dim, R::Tokens, Stage<R>::Bytes, RegionsAt<R::Dim>, Sums};
 }
 
 // By dim: 64, 128 and 256.
 constexpr int Dims = 3;
 using InstancesByDim = std::array<Instance, Dims>;
-using InstancesByType = std::array<InstancesByDim, 2>;
 
-template <template <int> class R, template <int> class Tail = R>
+template <template <int> class R>
 constexpr InstancesByDim by_dim() {
-  return {instance_of<R<64>, Tail<64>>(), instance_of<R<128>, Tail<128>>(), instance_of<R<256>, Tail<256>>()};
+  return {instance_of<R<64>>(), instance_of<R<128>>(), instance_of<R<256>>()};
 }
 
 // For fp8, int8 and int4; in decode_attention_codes.cu.
-extern const InstancesByType OfCodes[3];
+extern const InstancesByDim OfCodes[3];
 
 }  // namespace bitfuse::decode

@@ -5,10 +5,6 @@ namespace bitfuse::decode {
 namespace {
 
 template <int D>
-using HalfRows = Dense<__half, D>;
-template <int D>
-using BFloatRows = Dense<__nv_bfloat16, D>;
-template <int D>
 using Fp8Codes = Codes<8, false, D>;
 template <int D>
 using Int8Codes = Codes<8, true, D>;
@@ -17,10 +13,6 @@ using Int4Codes = Codes<4, true, D>;
 
 }  // namespace
 
-const InstancesByType OfCodes[3] = {
-    {by_dim<Fp8Codes>(), by_dim<Fp8Codes>()},
-    {by_dim<Int8Codes, HalfRows>(), by_dim<Int8Codes, BFloatRows>()},
-    {by_dim<Int4Codes, HalfRows>(), by_dim<Int4Codes, BFloatRows>()},
-};
+const InstancesByDim OfCodes[3] = {by_dim<Fp8Codes>(), by_dim<Int8Codes>(), by_dim<Int4Codes>()};
 
 }  // namespace bitfuse::decode
