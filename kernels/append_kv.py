@@ -93,7 +93,7 @@ _INTEGERS = [
     "nv_batch", "nv_row", "nv_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head", "page_size",
 ]  # fmt: skip
 _SMALL = [
-    "seqlens", "table", "cos", "sin", "positions", "k_scales", "k_offsets", "v_scales", "v_offsets", "k_tail",
+    "seqlens", "table", "positions", "k_scales", "k_offsets", "v_scales", "v_offsets", "k_tail",
     "v_tail",
 ]  # fmt: skip
 
@@ -443,5 +443,5 @@ def run(
         _device(device), tokens, heads, batch, dim, dim_v, cache.format, cache.group_size,
         cache.channel_group, kind,
     )  # fmt: skip
-    plan.launch((*tensors, *numbers, *constants), _alignment(new_k, new_v, to_k, to_v))
+    plan.launch((*tensors, *numbers, *constants), _alignment(new_k, new_v, to_k, to_v, cos, sin))
     return None

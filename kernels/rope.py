@@ -67,7 +67,7 @@ def turned(
 _INTEGERS = ["rows", "heads", "S", "count", "at_batch", "x_batch", "x_row", "x_head"]
 
 
-@jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=["cos", "sin", "positions"])
+@jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=["positions"])
 def _kernel(
     x, cos, sin, positions, out, rows, heads, S, count, at_batch, x_batch, x_row, x_head,
     Dim: tl.constexpr, Align: tl.constexpr, Half: tl.constexpr, Interleaved: tl.constexpr,
@@ -150,5 +150,5 @@ def run(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
         kind = (constants, x.dtype, rotary.cos.dtype, positions is None, wide)
         plan = _plan(_device(x.device), rows, dim, kind)
         numbers = (rows, heads, seq, *rotary_numbers(rotary), *strides)
-        plan.launch((of.tensor, cos, sin, positions, out, *numbers), _alignment(of.tensor))
+        plan.launch((of.tensor, cos, sin, positions, out, *numbers), _alignment(of.tensor, cos, sin, out))
     return out
