@@ -181,18 +181,28 @@ __device__ void merge_parts(const Kernel& kernel, const Span& span, int first, i
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < rows * (Dim / 4); i += Threads) {
-    const int row = i / (Dim / 4), c = i % (Dim / 4) * 4;
-    if (c >= kernel.a.cache.dim_v) continue;
-    const float2 of_row = finished[row];
-    float4 sum = {0, 0, 0, 0};
-#pragma unroll 4
+  // by one block, whose loads must fill their own waits: 16 parts' at once
+  constexpr int Together = 2;
+  const int quads = rows * (Dim / 4);
+  for (int from = threadIdx.x; from < quads; from += Together * Threads) {
+    float4 sums[Together] = {};
+#pragma unroll 8
     for (int j = 0; j < parts; ++j) {
-      const float weight = exp2f(state(j, row).x - of_row.x) * of_row.y;
-      const float4 o = __ldcg(reinterpret_cast<const float4*>(part(j) + row * Dim + c));
-      sum.x += weight * o.x, sum.y += weight * o.y, sum.z += weight * o.z, sum.w += weight * o.w;
+#pragma unroll
+      for (int k = 0; k < Together; ++k) {
+        const int i = min(from + k * Threads, quads - 1), row = i / (Dim / 4);
+        const float weight = exp2_approx(state(j, row).x - finished[row].x) * finished[row].y;
+        const float4 o = __ldcg(reinterpret_cast<const float4*>(part(j)) + i);
+        sums[k].x += weight * o.x, sums[k].y += weight * o.y;
+        sums[k].z += weight * o.z, sums[k].w += weight * o.w;
+      }
     }
-    store_four(kernel, span.sequence, span.kv_head, span.first_row + row, c, sum);
+#pragma unroll
+    for (int k = 0; k < Together; ++k) {
+      const int i = from + k * Threads, c = i % (Dim / 4) * 4;
+      if (i >= quads || c >= kernel.a.cache.dim_v) continue;
+      store_four(kernel, span.sequence, span.kv_head, span.first_row + i / (Dim / 4), c, sums[k]);
+    }
   }
 }
 
