@@ -396,14 +396,16 @@ def _planned(
     """What to compile, and of ops with a call that could not be made, the first and why."""
     refused: dict[str, str] = {}
     found: dict[tuple[int, str, str, str], tuple[Gpu, triton_kernels.Specialisation]] = {}
-    with _ended(_pool(1)) as pool:
-        calls = (ops, options.shapes, options.formats, options.dtypes, options.backward)
-        futures = [pool.submit(triton_kernels.plan, gpu, *calls) for gpu in gpus]
-        for gpu, future in zip(gpus, progress("plans", futures, len(futures)), strict=True):
+    asked = [(gpu, op) for gpu in gpus for op in ops]
+    calls = (options.shapes, options.formats, options.dtypes, options.backward)
+    with _ended(_pool(min(toolchain.worker_count(), max(1, len(asked))))) as pool:
+        futures = [pool.submit(triton_kernels.plan, gpu, op, *calls) for gpu, op in asked]
+        for (gpu, op), future in zip(asked, progress("plans", futures, len(futures)), strict=True):
             plan = future.result()
-            refused |= {op: f"{gpu.name}: {why}" for op, why in plan.refused.items()}
+            if plan.refused is not None:
+                refused.setdefault(op, f"{gpu.name}: {plan.refused}")
             for spec in plan.found:
-                # two cards of an architecture may want the same
+                # two cards of an architecture may want the same, and two ops
                 found.setdefault((gpu.capability, spec.module, spec.kernel, spec.key), (gpu, spec))
     return list(found.values()), refused
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,12 +71,12 @@ class Compiled:
     warps: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """What an absent GPU needs; and of the ops of which a call could not be made there, the first and why."""
+    """What an op needs on an absent GPU; and where some calls could not be made there, the first and why."""
 
-    found: list[Specialisation] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
+    found: list[Specialisation]
+    refused: str | None
 
 
 def has_kernels(op: str) -> bool:
@@ -205,43 +205,42 @@ def believe(gpu: Gpu) -> None:
 
 def plan(
     gpu: Gpu,
-    ops: Iterable[str],
+    op: str,
     shapes: Iterable[Shape],
     formats: Iterable[str],
     dtypes: Iterable[torch.dtype],
     backward: bool,
 ) -> Plan:
-    """What Triton would compile on this GPU for these ops. Only in a process that does nothing else: its ops
+    """What Triton would compile on this GPU for this op. Only in a process that does nothing else: its ops
     run nothing from here on."""
     from triton import knobs
 
     believe(gpu)
     _serve_meta_tensors()
-    made = Plan()
+    refused: str | None = None
     seen: dict[tuple[str, str, str], Specialisation] = {}
-    now = ["", ""]
+    now = ""
 
     def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         key = (fn.module, fn.name, str(compile["key"]))
         if key not in seen:
-            seen[key] = Specialisation(now[0], now[1], *key, data=compile["specialization_data"])
+            seen[key] = Specialisation(op, now, *key, data=compile["specialization_data"])
         return True  # taken care of: Triton compiles nothing and launches nothing
 
     knobs.runtime.jit_cache_hook = take
-    shapes, formats, dtypes = list(shapes), list(formats), list(dtypes)
-    for op in ops:
-        for each in sizes(op, shapes, formats, dtypes):
-            now[:] = op, in_short(op, each)
-            gradients = (False, True) if backward and op not in _INFERENCE else (False,)
-            biases = (False, True) if op in _BIASED else (False,)
-            for gradient, biased in itertools.product(gradients, biases):
-                try:
-                    _call(op, each, gradient, biased)
-                except (ValueError, TypeError, RuntimeError) as why:
-                    # sizes that the op refuses, and work that an absent GPU can't do
-                    made.refused.setdefault(op, f"{now[1]}: {str(why).splitlines()[0]}")
-    made.found = list(seen.values())
-    return made
+    # a bias is added by the forward, and its gradient is torch's
+    kinds = [(False, False), (False, True)] if op in _BIASED else [(False, False)]
+    if backward and op not in _INFERENCE:
+        kinds.append((True, False))
+    for each in sizes(op, shapes, formats, dtypes):
+        now = in_short(op, each)
+        for gradient, biased in kinds:
+            try:
+                _call(op, each, gradient, biased)
+            except (ValueError, TypeError, RuntimeError) as why:
+                # sizes that the op refuses, and work that an absent GPU can't do
+                refused = refused or f"{now}: {str(why).splitlines()[0]}"
+    return Plan(list(seen.values()), refused)
 
 
 def _call(op: str, s: Sizes, gradient: bool, biased: bool) -> None:
