@@ -210,6 +210,7 @@ def bench(run: Run) -> None:
         if run.done(name):
             continue
         command = [PYTHON, "-m", "bitfuse", "bench", file.stem.removeprefix("bench_"), "--quick"]
+        command += ["--results", str(ROOT / "benchmarks" / "results")]
         code, seconds = run.command(name, command, until, log)
         run.note(name, Unit("cut" if code is None else "failed" if code else "ok", seconds, last_line(log)))
 
