@@ -13,6 +13,7 @@ from ..bench.results import ResultsError, shown
 from .figures import Device, OpFigures, Row, Setting, in_order, peer
 
 DEMO = "demo.json"  # what `bitfuse demo` wrote, put beside a device's results
+UNITS = "gpu.json"  # what `make gpu` has done there: no figures
 
 
 def default_folder() -> Path:
@@ -57,7 +58,8 @@ def load(paths: Sequence[Path], wanted: Sequence[str] = ()) -> list[Device]:
 
 def _files(path: Path) -> Iterable[Path]:
     if path.is_dir():
-        return [file for file in path.glob("**/*.json") if not file.name.startswith(".")]
+        files = path.glob("**/*.json")
+        return [file for file in files if not file.name.startswith(".") and file.name != UNITS]
     if not path.exists():
         raise ResultsError(f"{shown(path)} is not there; name files or folders of results")
     return [path]
