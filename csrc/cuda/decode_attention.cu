@@ -74,7 +74,7 @@ void decode_attention(const DecodeArgs& args, const DecodePlan& plan, int device
   Kernel kernel{};
   kernel.a = args;
   kernel.rows = args.heads / cache.kv_heads * args.queries;
-  kernel.row_tiles = plan.row_tiles, kernel.row_groups = cache.kv_heads * plan.row_tiles;
+  kernel.row_tiles = plan.row_tiles;
   kernel.stages = plan.stages, kernel.least_units = plan.least_units;
   kernel.region_bytes = (plan.shared_bytes - one.regions_at) / Warps;
   if (has_codes(cache.format)) {

@@ -1,11 +1,11 @@
 // decode_attention: a few queries of each sequence against its cache.
 //
 // Bound: the bytes of K and V, each read once. The rows of a tile are the queries of a kv head (its query
-// heads times the query tokens), 16 of them, so that K and V meet all of them when they are read; more rows
-// are more tiles, which read K and V again, from L2 as a rule.
+// heads times the query tokens), 16 of them, so that K and V meet all of them when they are read. More rows
+// are more tiles, which read K and V again, but in step with the first, so that L2 has them.
 //
 // Work. A unit is a tile of tokens for each of a block's 4 warps (decode_walk.cuh). The units of all
-// (sequence, kv head, row tile) lie in one line, and each block takes an equal stretch of it, however long
+// (row tile, sequence, kv head) lie in one line, and each block takes an equal stretch of it, however long
 // the sequences are: blocks read the lengths and work out their stretch themselves, the host knows only
 // shapes. A stretch is walked row by row of that line; where it has part of a row, the outputs go to memory
 // in float32, and the last block to come adds up the parts in the order of the blocks: the same bits every
@@ -17,8 +17,8 @@
 //     cache       bytes                         of memory's clocks    instructions    of issue
 //     bfloat16    512                           35.4                  23.7            17%
 //     fp8         256                           17.7                  24.4            34%
-//     int8        256 + 8 of K's scales + 4     18.5                  30.0            41%
-//     int4        128 + 16 + 16                 11.1                  33.0            74%
+//     int8        256 + 8 of K's scales + 4     18.5                  30.6            41%
+//     int4        128 + 16 + 16                 11.1                  33.1            75%
 //
 // Two blocks a multiprocessor with 2 to 4 tiles of 5 to 9 KB on their way in each of 8 warps are 130 to 160
 // KB in flight, where latency times bandwidth asks for some 20.
@@ -60,10 +60,10 @@ __device__ __forceinline__ Extent extent_of(const Kernel& kernel, int seqlen) {
   return e;
 }
 
-// All of a sequence's units before `at` are another's.
+// A row of the line: a row tile of a kv head of a sequence.
 struct FoundRow {
-  int sequence, group;  // kv head and row tile
-  unsigned start;       // the first unit of the row in the line
+  int sequence, kv_head, tile;
+  unsigned start;  // its first unit in the line
   int units, seqlen;
 };
 
@@ -76,24 +76,25 @@ __device__ __forceinline__ unsigned units_of(const Kernel& kernel, int sequence,
   return e.units + e.tail_units;
 }
 
+// Of one row tile of all.
 template <class R>
-__device__ __forceinline__ unsigned all_units(const Kernel& kernel) {
+__device__ __forceinline__ unsigned units_of_tile(const Kernel& kernel) {
   unsigned mine = 0;
   for (int b = threadIdx.x % 32; b < kernel.a.cache.batch; b += 32) {
     int seqlen;
     mine += units_of<R>(kernel, b, seqlen);
   }
-  return __reduce_add_sync(AllLanes, mine) * kernel.row_groups;
+  return __reduce_add_sync(AllLanes, mine) * kernel.a.cache.kv_heads;
 }
 
 template <class R>
-__device__ __forceinline__ FoundRow find_row(const Kernel& kernel, unsigned at) {
-  const int lane = threadIdx.x % 32;
-  unsigned before = 0;
+__device__ __forceinline__ FoundRow find_row(const Kernel& kernel, unsigned at, unsigned a_tile) {
+  const int lane = threadIdx.x % 32, kv_heads = kernel.a.cache.kv_heads;
+  unsigned before = at / a_tile * a_tile;
   for (int first = 0;; first += 32) {
     int seqlen;
     const unsigned units = units_of<R>(kernel, first + lane, seqlen);
-    unsigned sum = units * kernel.row_groups;
+    unsigned sum = units * kv_heads;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const unsigned below = __shfl_up_sync(AllLanes, sum, step);
@@ -103,12 +104,12 @@ __device__ __forceinline__ FoundRow find_row(const Kernel& kernel, unsigned at) 
     if (past != 0) {
       const int found = __ffs(past) - 1;
       FoundRow row;
-      row.sequence = first + found;
+      row.sequence = first + found, row.tile = at / a_tile;
       row.units = __shfl_sync(AllLanes, units, found);
       row.seqlen = __shfl_sync(AllLanes, seqlen, found);
-      row.start = before + __shfl_sync(AllLanes, sum, found) - row.units * kernel.row_groups;
-      row.group = (at - row.start) / row.units;
-      row.start += row.group * row.units;
+      row.start = before + __shfl_sync(AllLanes, sum, found) - row.units * kv_heads;
+      row.kv_head = (at - row.start) / row.units;
+      row.start += row.kv_head * row.units;
       return row;
     }
     before += __shfl_sync(AllLanes, sum, 31);
@@ -229,8 +230,8 @@ __device__ __noinline__ void walk_tail(const Kernel& kernel, const Stretch& stre
   unsigned char* const region = region_of<R::Dim>(kernel, shared, warp) + SumBytes<R::Dim>;
   Span span;
   span.sequence = stretch.row.sequence;
-  span.kv_head = stretch.row.group / kernel.row_tiles;
-  span.first_row = stretch.row.group % kernel.row_tiles * RowTile;
+  span.kv_head = stretch.row.kv_head;
+  span.first_row = stretch.row.tile * RowTile;
   span.length = stretch.length;
   span.begin = stretch.begin + stretch.from * (Warps * R::Tokens);
   span.end = stretch.length;
@@ -266,8 +267,8 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
   unsigned char* const region = region_of<Dim>(kernel, shared, warp);
   Span span;
   span.sequence = row.sequence;
-  span.kv_head = row.group / kernel.row_tiles;
-  span.first_row = row.group % kernel.row_tiles * RowTile;
+  span.kv_head = row.kv_head;
+  span.first_row = row.tile * RowTile;
   span.length = extent.length;
 
   const bool main = from < extent.units;
@@ -366,7 +367,8 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
   __syncthreads();
   if (threadIdx.x == 0) {
     const unsigned others = last_block - first_block;
-    last = atomicInc(a.counters + row.sequence * kernel.row_groups + row.group, others) == others;
+    const int counter = (row.tile * cache.batch + row.sequence) * cache.kv_heads + row.kv_head;
+    last = atomicInc(a.counters + counter, others) == others;
     __threadfence();
   }
   if (__syncthreads_or(last)) merge_parts<Dim>(kernel, span, first_block, last_block, finished);
@@ -376,13 +378,13 @@ template <class R>
 __global__ void __launch_bounds__(Threads, R::Dim <= 128 ? 2 : 1)
     decode_attention_kernel(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const unsigned total = all_units<R>(kernel);
+  const unsigned a_tile = units_of_tile<R>(kernel), total = a_tile * kernel.row_tiles;
   const unsigned blocks = min(gridDim.x, max(1u, total / kernel.least_units));
   if (blockIdx.x >= blocks) return;
   unsigned at = static_cast<unsigned long long>(total) * blockIdx.x / blocks;
   const unsigned end = static_cast<unsigned long long>(total) * (blockIdx.x + 1) / blocks;
   while (at < end) {
-    const FoundRow row = find_row<R>(kernel, at);
+    const FoundRow row = find_row<R>(kernel, at, a_tile);
     const unsigned until = min(end, row.start + row.units);
     attend<R>(kernel, row, at - row.start, until - row.start, blocks, total, shared);
     at = until;

@@ -27,7 +27,7 @@ namespace bitfuse::decode {
 
 struct Kernel {
   DecodeArgs a;
-  int rows, row_tiles, row_groups;  // of a kv head; of a sequence: kv_heads * row_tiles
+  int rows, row_tiles;  // of a kv head
   int stages, region_bytes, least_units;
   int log_group;          // of tokens that share K's scales
   unsigned value_groups;  // of each 32 channels of V, the group whose scales they have, 4 bits each
