@@ -34,7 +34,7 @@ lint: $(SETUP) $(VENV)/.lint
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.h' '*.hpp')
 
 bench: $(SETUP) $(VENV)/.bench $(VENV)/.built
-	for b in benchmarks/bench_*.py; do $(PYTHON) $$b $(ARGS) || exit 1; done
+	$(PYTHON) -m bitfuse bench $(ARGS)
 
 gpu: $(SETUP)
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

@@ -97,7 +97,7 @@ class Layer:
 
     Attributes:
         call: what is timed.
-        own_bytes: of what no other layer of a chain reads: weights, caches, inputs.
+        own_bytes: of what no other layer of a chain reads or writes: weights, caches, tensors of its own.
         exact: the outputs of the same call in float64, on the tensors as they are before it.
         read: the outputs of the call from what it returned.
         discrete: the outputs are choices, right or wrong.
@@ -329,3 +329,27 @@ def relative_error(layer: Layer, needs_grad: bool) -> float | None:
             error = float((g.detach().double().cpu() - e.double().cpu()).norm()) / (norm or 1.0)
         worst = error if not worst >= error else worst  # a NaN is kept
     return worst
+
+
+class Weights:
+    """Matrices [n, k] of the layers of chains: each is another's rows in another order, so that codes are
+    made once a format. Contenders that read the same format share them."""
+
+    def __init__(self, n: int, k: int, device: str) -> None:
+        base = functools.cache(lambda: (randn(n, k) / k**0.5).to(device))
+        codes = functools.cache(lambda spec: quantized(base(), spec))
+        self.plain = functools.cache(lambda i: base().roll(i, 0))
+        self.dense = functools.cache(lambda dtype, i: base().to(DTYPES[dtype]).roll(i, 0))
+        self.few_bit = functools.cache(lambda spec, i: _rolled(codes(spec), i))
+
+
+def _rolled(w: LowBitWeight, i: int) -> LowBitWeight:
+    by_row = ("qweight", "scales", "zeros")
+    rows: dict[str, Any] = {name: t.roll(i, 0) for name, t in w.tensors().items() if name in by_row}
+    return dataclasses.replace(w, perm=None, **rows)
+
+
+@functools.lru_cache(maxsize=1)
+def weights(n: int, k: int, device: str) -> Weights:
+    """Those of the tables at hand: the next matrix size lets go of them."""
+    return Weights(n, k, device)

@@ -17,7 +17,7 @@ import torch
 from ..cpu import lowbit_linear as cpp
 from ..info import commit, cuda
 from ..op import asked_backend
-from .cases import Contender, Layer, Problem, Setting, Unavailable, chosen, narrowed, relative_error
+from .cases import Contender, Layer, Problem, Setting, Unavailable, chosen, narrowed, relative_error, weights
 from .suites import SUITES
 from .timing import (
     Ceiling,
@@ -63,6 +63,7 @@ class Chain:
         own_bytes: of a layer, that no other reads.
         timed_by: "wall clock", "CUDA graph" or "CUDA events".
         times: seconds a layer, a list for each sample.
+        others: share of the cores that others took in each sample.
         peak_bytes, peak_by, error: of a call; see results.py.
 
     Raises:
@@ -73,6 +74,7 @@ class Chain:
         self.contender = contender
         self.device = setting.device
         self.times: list[list[float]] = []
+        self.others: list[float] = []
         self.error: float | None = None
         with torch.set_grad_enabled(problem.needs_grad):
             first = contender.build(0)
@@ -86,13 +88,15 @@ class Chain:
             if not first.foreign:
                 self.peak_bytes, self.peak_by = peak_memory(first.call, self.device)
             self._kept: list[Any] = [None] * depth
-            self._run, self.timed_by = self._timed()
+            # a backward runs on the stream of its forward: of one that is there already, not the graph's
+            there = problem.needs_grad and problem.direction == "gradient"
+            self._run, self.timed_by = self._timed(contender.capturable and not there)
 
-    def _timed(self) -> tuple[Callable[[], Any], str]:
+    def _timed(self, capturable: bool) -> tuple[Callable[[], Any], str]:
         if self.device == "cpu":
             return self, "wall clock"
         self()
-        if self.contender.capturable:
+        if capturable:
             try:
                 return captured(self), "CUDA graph"
             except RuntimeError:  # whatever forbids capture: the calls themselves can be timed
@@ -104,7 +108,9 @@ class Chain:
             self._kept[i] = layer.call()
 
     def sample(self, effort: Effort) -> None:
-        self.times.append([t / self.depth for t in sample(self._run, effort, self.device)])
+        times, others = sample(self._run, effort, self.device)
+        self.times.append([t / self.depth for t in times])
+        self.others.append(others)
 
     def release(self) -> None:
         """Let go of the tensors; figures stay."""
@@ -258,6 +264,7 @@ class Session:
             ceilings["after"] = self._ceiling_for(list(dtypes))
         except KeyboardInterrupt:
             interrupted = True
+        weights.cache_clear()
         all_chains = [chain for m in all_measured for chain in m.chains if chain.times]
         ceiling = self._joined(ceilings, all_chains)
         return {
@@ -337,7 +344,7 @@ class Session:
             median = statistics.median(chain.medians)
             dtype = chain.contender.dtype
             rows.flops[dtype] = max(rows.flops.get(dtype, 0.0), chain.contender.flops / median)
-            if chain.working_set >= 4 * cache:  # only its own bytes came from memory for certain
+            if chain.working_set >= 2 * cache:  # only its own bytes came from memory for certain
                 rows.bytes_per_second = max(rows.bytes_per_second, chain.own_bytes / median)
         ceilings["rows"] = rows
         return found.joined(rows)
@@ -347,7 +354,7 @@ class Session:
         every = [t for times in chain.times for t in times]
         median = statistics.median(chain.medians)
         memory = chain.nbytes / ceiling.bytes_per_second >= c.flops / ceiling.flops[c.dtype]
-        in_cache = chain.working_set <= last_level_cache(self.setting.device)
+        in_cache = chain.working_set < 2 * last_level_cache(self.setting.device)
         least = ceiling.seconds(chain.nbytes, c.flops, c.dtype)
         return {
             "case": c.name,
@@ -371,6 +378,7 @@ class Session:
             "bound": "memory" if memory else "arithmetic",
             "in_cache": in_cache,
             "timed_by": chain.timed_by,
+            "others": statistics.median(chain.others),
             "error": chain.error,
             "error_sizes": {**problem.bounded().sizes, **c.sizes},
             "peak_bytes": chain.peak_bytes,

@@ -36,8 +36,9 @@ A row:
     bytes, flops    these
     share_of_limit  of the ceiling; None where the bytes are what bounds it, but lie in a cache
     bound           "memory" or "arithmetic"
-    in_cache        whether all that a chain reads fits the last-level cache
+    in_cache        whether a chain reads less than twice what the last-level cache holds
     timed_by        "wall clock", "CUDA graph" or "CUDA events"
+    others          share of the cores that other processes took while it was sampled, the rounds' median
     error           |got - exact| / |exact| (Euclidean) against the same call in float64 at error_sizes, the
                     largest of its outputs; for sample and speculative_sample the share of tokens that differ;
                     None where there is nothing to compare with

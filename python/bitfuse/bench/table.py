@@ -96,6 +96,8 @@ def _legend(run: dict[str, Any]) -> list[str]:
         "float64; peak: bytes that a call takes",
     ]
     if any(row["in_cache"] for row in run["rows"]):
-        lines.append("cache, *: all that is read fits the last-level cache")
+        lines.append("cache, *: what is read is less than twice the last-level cache")
+    if (others := max(row["others"] for row in run["rows"])) > 0.1:
+        lines.append(f"noise: other processes took up to {others:.0%} of the cores meanwhile")
     lines += [f"a tiny call: {name} {us:.2f} us" for name, us in run["overhead_us"].items()]
     return lines

@@ -64,8 +64,9 @@ def _foreign_share(since: float, started: float) -> float:
     )
 
 
-def _cpu_sample(run: Callable[[], Any], effort: Effort) -> list[float]:
-    """Seconds of each call in the quietest window of `budget` seconds seen within `patience`."""
+def _cpu_sample(run: Callable[[], Any], effort: Effort) -> tuple[list[float], float]:
+    """Seconds of each call in the quietest window of `budget` seconds seen within `patience`, and the share
+    of the cores that others took in it."""
     quiet, best, start = 0.1, None, time.perf_counter()
     while True:
         while time.perf_counter() - start < effort.patience:
@@ -84,7 +85,7 @@ def _cpu_sample(run: Callable[[], Any], effort: Effort) -> list[float]:
         if best is None or share < best[0]:
             best = share, times
         if share <= quiet or time.perf_counter() - start > effort.patience:
-            return best[1]
+            return best[1], best[0]
 
 
 @functools.cache
@@ -109,9 +110,15 @@ def _gpu_sample(run: Callable[[], Any], effort: Effort, device: str) -> list[flo
     return times
 
 
-def sample(run: Callable[[], Any], effort: Effort, device: str) -> list[float]:
-    """Seconds of each call, over about `effort.budget` seconds."""
-    return _cpu_sample(run, effort) if device == "cpu" else _gpu_sample(run, effort, device)
+def sample(run: Callable[[], Any], effort: Effort, device: str) -> tuple[list[float], float]:
+    """Seconds of each call, over about `effort.budget` seconds, and the share of the cores that others took
+    meanwhile; of a GPU's 0."""
+    return _cpu_sample(run, effort) if device == "cpu" else (_gpu_sample(run, effort, device), 0.0)
+
+
+def least(run: Callable[[], Any], effort: Effort, device: str) -> float:
+    """The fewest seconds of a call."""
+    return min(sample(run, effort, device)[0])
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -233,14 +240,14 @@ def measure_ceiling(dtypes: list[str], effort: Effort, device: str) -> Ceiling:
         (lambda: torch.dot(a, b), 2 * a.nbytes),
         (lambda: b.copy_(a), 2 * a.nbytes),
     )
-    ceiling = Ceiling(max(nbytes / min(sample(run, effort, device)) for run, nbytes in runs))
+    ceiling = Ceiling(max(nbytes / least(run, effort, device) for run, nbytes in runs))
     # whoever computes in a narrow dtype may do so in float32
     for dtype in dict.fromkeys([*dtypes, *(() if gpu else ("float32",))]):
         best = 0.0
         for size in (2048, 4096, 8192) if gpu else (256, 512, 1024, 2048):
             x = torch.randn(size, size, device=device).to(DTYPES[dtype])
             fastest = min(
-                min(sample(functools.partial(f, x, x), effort, device))
+                least(functools.partial(f, x, x), effort, device)
                 for f in (torch.matmul, torch.nn.functional.linear)
             )
             best = max(best, 2 * size**3 / fastest)

@@ -55,10 +55,12 @@ class GatedActivation(Problem):
     ) -> Contender:
         bases = [normal(setting, dtype, self.m, self.n, seed=seed) for seed in (0, 1)]
         grads = normal(setting, dtype, self.m, self.n, seed=2)
+        # two read and one written; backward reads a gradient too and writes two
+        nbytes = float(self.m * self.n * DTYPES[dtype].itemsize * (5 if self.needs_grad else 3))
 
         def build(i: int) -> Layer:
             call, given = way(), [b(i).requires_grad_(self.needs_grad) for b in bases]
-            grad = grads(0)
+            grad = grads(i)
 
             def forward() -> Any:
                 return call(*given)
@@ -67,20 +69,9 @@ class GatedActivation(Problem):
             if backend is not None:
                 op = gated_activation_backward if self.needs_grad else gated_activation_op
                 run = served(op, backend, setting.device, run)
-            return Layer(run, sum(t.nbytes for t in given), lambda: self._exact(given, grad))
+            return Layer(run, nbytes, lambda: self._exact(given, grad))
 
-        size = self.m * self.n * DTYPES[dtype].itemsize
-        # written; backward reads a gradient and writes two
-        return Contender(
-            name,
-            dtype,
-            build,
-            0.0,
-            float(size * (3 if self.needs_grad else 1)),
-            group=dtype,
-            backend=backend,
-            **more,
-        )
+        return Contender(name, dtype, build, group=dtype, backend=backend, **more)
 
     def _backward(self, forward: Any, given: list[torch.Tensor], grad: torch.Tensor) -> Callable[[], Any]:
         made = functools.cache(forward)  # the gradients of an output that is there already

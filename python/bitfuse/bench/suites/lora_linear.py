@@ -15,7 +15,7 @@ from ...ops.lora_linear import lora_linear, lora_linear_backward, lora_linear_op
 from ...ops.lowbit_linear import lowbit_linear
 from ...weight import LowBitWeight, quantize
 from .. import peers
-from ..cases import Base, Contender, Layer, Problem, Setting, named, quantized, randn, served
+from ..cases import Base, Contender, Layer, Problem, Setting, Weights, named, randn, served, weights
 from ..timing import DTYPES
 
 FORMATS = ("int4", "nf4")
@@ -87,7 +87,7 @@ class LoraLinear(Problem):
         linear = torch.nn.functional.linear
 
         def build(i: int) -> Layer:
-            w, pair = parts.setting.tensor(parts.weight(i), dtype), parts.pair(adapter, i)
+            w, pair = parts.weights().dense(dtype, i), parts.pair(adapter, i)
 
             def forward(x: torch.Tensor) -> torch.Tensor:
                 if pair is None:
@@ -105,7 +105,7 @@ class LoraLinear(Problem):
 
     def _peft(self, dtype: str, adapter: str, parts: _Parts) -> Contender:
         def build(i: int) -> Layer:
-            own, pair = parts.weight(i).to(parts.setting.device), parts.pair(adapter, i)
+            own, pair = parts.weights().plain(i), parts.pair(adapter, i)
             assert pair is not None
             forward = peers.peft_linear(own, *pair, SCALING, dtype, parts.setting.device)
             nbytes = self.n * self.k // 2 + self.n * self.k // 64 * 4
@@ -118,7 +118,7 @@ class LoraLinear(Problem):
         self, format: str, dtype: str, adapter: str | None, backend: str, parts: _Parts
     ) -> Contender:
         def build(i: int) -> Layer:
-            w, pair = quantized(parts.weight(i).to(parts.setting.device), format), parts.pair(adapter, i)
+            w, pair = parts.weights().few_bit(format, i), parts.pair(adapter, i)
 
             def forward(x: torch.Tensor) -> torch.Tensor:
                 return lowbit_linear(x, w) if pair is None else lora_linear(x, w, *pair, SCALING)
@@ -147,11 +147,13 @@ class _Parts:
 
     def __init__(self, problem: LoraLinear, setting: Setting) -> None:
         p, self.problem, self.setting = problem, problem, setting
-        self.weight = Base(lambda: randn(p.n, p.k) / p.k**0.5)
         self._a = Base(lambda: randn(p.rank, p.k, seed=1) / p.k**0.5)
         self._b = Base(lambda: randn(p.n, p.rank, seed=2) / p.rank**0.5)
         self.x = functools.cache(lambda dtype: setting.tensor(randn(p.m, p.k, seed=3), dtype))
         self.grad = functools.cache(lambda dtype: setting.tensor(randn(p.m, p.n, seed=4), dtype))
+
+    def weights(self) -> Weights:
+        return weights(self.problem.n, self.problem.k, self.setting.device)
 
     def pair(self, adapter: str | None, i: int) -> Pair | None:
         if adapter is None:

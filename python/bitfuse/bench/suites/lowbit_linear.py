@@ -14,7 +14,7 @@ from ...formats import FORMATS as ALL
 from ...ops.lowbit_linear import forward_op, lowbit_linear, lowbit_linear_grad_x
 from ...weight import quantize
 from .. import peers
-from ..cases import Base, Contender, Layer, Problem, Setting, named, quantized, randn, served
+from ..cases import Contender, Layer, Problem, Setting, Weights, named, randn, served, weights
 from ..timing import DTYPES
 
 FORMATS = ("int4", "nf4", "int8", "fp8")
@@ -57,16 +57,15 @@ class LowBitLinear(Problem):
     def contenders(self, setting: Setting) -> list[Contender]:
         usual = ("float16", "bfloat16") if setting.gpu else ("float32", "bfloat16")
         dtypes = setting.of_x(usual)
-        weight = Base(lambda: randn(self.n, self.k) / self.k**0.5)
         inputs = functools.cache(lambda dtype: setting.tensor(randn(self.m, self.inner, seed=1), dtype))
-        found = [self._torch(d, weight, inputs, setting) for d in dict.fromkeys((*usual, *dtypes))]
+        found = [self._torch(d, inputs, setting) for d in dict.fromkeys((*usual, *dtypes))]
         if not self.gradient:
-            found += [self._bitsandbytes(d, weight, inputs, setting) for d in dtypes]
+            found += [self._bitsandbytes(d, inputs, setting) for d in dtypes]
             if not setting.gpu and "float32" in dtypes:
-                found += [self._onnxruntime(level, weight, inputs) for level in (1, 4)]
+                found += [self._onnxruntime(level, inputs, setting) for level in (1, 4)]
         op = lowbit_linear_grad_x if self.gradient else forward_op
         return found + [
-            self._bitfuse(format, d, backend, weight, inputs, setting)
+            self._bitfuse(format, d, backend, inputs, setting)
             for d in dtypes
             for format in setting.of_weights(FORMATS)
             for backend in setting.native(op)
@@ -76,6 +75,9 @@ class LowBitLinear(Problem):
     def inner(self) -> int:
         """Columns of x."""
         return self.n if self.gradient else self.k
+
+    def _weights(self, setting: Setting) -> Weights:
+        return weights(self.n, self.k, setting.device)
 
     def _work(self, dtype: str) -> dict[str, Any]:
         size = DTYPES[dtype].itemsize
@@ -88,9 +90,9 @@ class LowBitLinear(Problem):
         w = w.to(x.device).double()
         return [x.double() @ (w if self.gradient else w.t())]
 
-    def _torch(self, dtype: str, weight: Base, inputs: Any, setting: Setting) -> Contender:
+    def _torch(self, dtype: str, inputs: Any, setting: Setting) -> Contender:
         def build(i: int) -> Layer:
-            w, x = setting.tensor(weight(i), dtype), inputs(dtype)
+            w, x = self._weights(setting).dense(dtype, i), inputs(dtype)
             if self.gradient:
                 return Layer(lambda: x @ w, w.nbytes, lambda: self._exact(x, w))
             return Layer(lambda: torch.nn.functional.linear(x, w), w.nbytes, lambda: self._exact(x, w))
@@ -99,9 +101,9 @@ class LowBitLinear(Problem):
             f"torch {dtype}", dtype, build, who="torch", label=f"torch {dtype}", **self._work(dtype)
         )
 
-    def _bitsandbytes(self, dtype: str, weight: Base, inputs: Any, setting: Setting) -> Contender:
+    def _bitsandbytes(self, dtype: str, inputs: Any, setting: Setting) -> Contender:
         def build(i: int) -> Layer:
-            own, x = weight(i).to(setting.device), inputs(dtype)
+            own, x = self._weights(setting).plain(i), inputs(dtype)
             layer = peers.bitsandbytes_linear(own, dtype, setting.device)
             nbytes = self.n * self.k // 2 + self.n * self.k // 64 * 4
             return Layer(
@@ -115,9 +117,9 @@ class LowBitLinear(Problem):
             **self._work(dtype),
         )  # fmt: skip
 
-    def _onnxruntime(self, level: int, weight: Base, inputs: Any) -> Contender:
+    def _onnxruntime(self, level: int, inputs: Any, setting: Setting) -> Contender:
         def build(i: int) -> Layer:
-            run, w, nbytes = peers.onnxruntime_linear(weight(i), level)
+            run, w, nbytes = peers.onnxruntime_linear(self._weights(setting).plain(i), level)
             x = inputs("float32")
             return Layer(
                 lambda: run(x), nbytes, lambda: self._exact(x, w), lambda found: [torch.from_numpy(found[0])],
@@ -130,11 +132,9 @@ class LowBitLinear(Problem):
             label=f"onnxruntime {activations}", group="float32", **self._work("float32"),
         )  # fmt: skip
 
-    def _bitfuse(
-        self, format: str, dtype: str, backend: str, weight: Base, inputs: Any, setting: Setting
-    ) -> Contender:
+    def _bitfuse(self, format: str, dtype: str, backend: str, inputs: Any, setting: Setting) -> Contender:
         def build(i: int) -> Layer:
-            w, x = quantized(weight(i).to(setting.device), format), inputs(dtype)
+            w, x = self._weights(setting).few_bit(format, i), inputs(dtype)
             if self.gradient:
                 call = served(
                     lowbit_linear_grad_x, backend, setting.device, lambda: lowbit_linear_grad_x(x, w.op_args)

@@ -11,7 +11,6 @@ import torch
 
 from ...ops.merge_attention import merge_attention, merge_attention_op
 from ..cases import Contender, Layer, Problem, Setting, named, normal, served
-from ..timing import DTYPES
 
 LOG2_E = 1.4426950408889634
 
@@ -60,7 +59,7 @@ class MergeAttention(Problem):
             def exact() -> list[torch.Tensor]:
                 return list(_plain(o1.double(), lse1.double(), o2.double(), lse2.double()))
 
-            nbytes = float(sum(t.nbytes for t in (o1, o2, lse1, lse2)))
+            nbytes = float(sum(t.nbytes for t in (o1, o2, lse1, lse2, o1, lse1)))  # one of each is written
             if way is None:
                 return Layer(_flashinfer(o1, lse1, o2, lse2), nbytes, exact, self._of_flashinfer)
             call: Callable[[], Any] = functools.partial(way, o1, lse1, o2, lse2)
@@ -68,9 +67,7 @@ class MergeAttention(Problem):
                 call = served(merge_attention_op, backend, setting.device, call)
             return Layer(call, nbytes, exact)
 
-        count = self.batch * self.seq * self.heads
-        written = float(count * (self.head_dim * DTYPES[dtype].itemsize + 4))
-        return Contender(name, dtype, build, 0.0, written, group=dtype, backend=backend, **more)
+        return Contender(name, dtype, build, group=dtype, backend=backend, **more)
 
     def _of_flashinfer(self, found: Any) -> list[torch.Tensor]:
         out, lse = found

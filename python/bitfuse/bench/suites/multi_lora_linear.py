@@ -19,7 +19,7 @@ from ...formats import FORMATS as ALL
 from ...ops.lowbit_linear import lowbit_linear
 from ...ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
 from ...weight import LowBitWeight, quantize
-from ..cases import Base, Contender, Layer, Problem, Setting, generator, named, quantized, randn, served
+from ..cases import Base, Contender, Layer, Problem, Setting, generator, named, randn, served, weights
 from ..timing import DTYPES
 
 MIXES = ("none", "identical", "distinct", "uniform", "zipf", "skewed")
@@ -123,14 +123,13 @@ class MultiLoraLinear(Problem):
         self, format: str, dtype: str, mixes: tuple[str, ...], setting: Setting
     ) -> list[Contender]:
         size = DTYPES[dtype].itemsize
-        weight = Base(lambda: randn(self.n, self.k) / self.k**0.5)
         lora_a = Base(lambda: randn(self.adapters, self.rank, self.k, seed=1) / self.k**0.5)
         lora_b = Base(lambda: randn(self.adapters, self.n, self.rank, seed=2) / self.rank**0.5)
 
         @functools.cache
         def parts(i: int) -> Parts:
-            own = weight(i).to(setting.device)
-            w = setting.tensor(own, dtype) if format == "dense" else quantized(own, format)
+            known = weights(self.n, self.k, setting.device)
+            w = known.dense(dtype, i) if format == "dense" else known.few_bit(format, i)
             a, b = (setting.tensor(t(i, 1), dtype) for t in (lora_a, lora_b))
             return Parts(w, a, b, torch.ones(self.adapters, device=setting.device))
 

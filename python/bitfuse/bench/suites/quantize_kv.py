@@ -56,6 +56,8 @@ class QuantizeKV(Problem):
         shape = (self.batch, self.seq, self.kv_heads, self.head_dim)
         ks, vs = (normal(setting, dtype, *shape, seed=seed) for seed in (0, 1))
 
+        codes = 2.0 * self.batch * self.seq * self.kv_heads * self.head_dim * BITS.get(stored, 8) / 8
+
         def build(i: int) -> Layer:
             k, v = ks(i), vs(i)
             call = served(quantize_kv_op, by, setting.device, lambda: quantize_kv(k, v, stored))
@@ -63,12 +65,9 @@ class QuantizeKV(Problem):
             def read(found: QuantizedKV) -> list[torch.Tensor]:
                 return _dequantized(found, k, stored)
 
-            return Layer(call, float(k.nbytes + v.nbytes), lambda: [k.double(), v.double()], read)
+            return Layer(call, k.nbytes + v.nbytes + codes, lambda: [k.double(), v.double()], read)
 
-        elements = 2.0 * self.batch * self.seq * self.kv_heads * self.head_dim
-        codes = elements * BITS.get(stored, 8) / 8
-        group = f"{stored} {dtype}"
-        return Contender(name, dtype, build, 0.0, codes, group=group, **more)
+        return Contender(name, dtype, build, group=f"{stored} {dtype}", **more)
 
 
 def _dequantized(found: QuantizedKV, k: torch.Tensor, format: str) -> list[torch.Tensor]:

@@ -11,7 +11,6 @@ import torch
 
 from ...ops.rope import rope, rope_op
 from ..cases import Base, Contender, Layer, Problem, Setting, named, randn, served
-from ..timing import DTYPES
 
 TOKENS = ((64, 1), (1, 2048))
 FIRST = 1000  # position: at 0 nothing turns
@@ -69,13 +68,10 @@ class Rope(Problem):
                 c, s = (t.double().unsqueeze(1) for t in (cos, sin))
                 return [torch.cat((a * c - b * s, b * c + a * s), -1)]
 
-            return Layer(call, x.nbytes, exact)
+            return Layer(call, 2.0 * x.nbytes, exact)
 
-        written = self.batch * self.seq * self.heads * self.head_dim * DTYPES[dtype].itemsize
-        tables_read = 4 * self.seq * self.head_dim
-        return Contender(
-            name, dtype, build, 0.0, float(written + tables_read), group=dtype, backend=backend, **more
-        )
+        tables_read = 4.0 * self.seq * self.head_dim
+        return Contender(name, dtype, build, 0.0, tables_read, group=dtype, backend=backend, **more)
 
     def _torch(self, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> Any:
         """As models write it: tables of both halves in x's dtype, and the halves swapped."""
