@@ -16,6 +16,7 @@ import torch
 
 from . import policy
 from ._version import __version__
+from .arch import bundle
 from .formats import FORMATS
 from .op import Backend, simulated_gpu
 from .ops.lowbit_linear import forward_op
@@ -61,6 +62,9 @@ def collect(probe: bool = True) -> dict[str, Any]:
         "cuda": cuda(),
         "devices": devices(),
         "native": {"_cpu": _native("_cpu", "isa"), "_cuda": _native("_cuda", "architectures")},
+        "kernels": [
+            {"archs": list(k.archs), "used": list(k.used), "refused": dict(k.refused)} for k in bundle.LOADED
+        ],
         "caches": caches(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in _ENVIRONMENT},
     }
@@ -260,6 +264,11 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append((d["device"], f"{d['name']} ({rest})"))
     for module, said in facts["native"].items():
         lines.append((module, ", ".join(f"{k} {v}" for k, v in said.items() if k != "built") or "built"))
+    for folder in facts["kernels"]:
+        said = (
+            f"compiled ahead for {', '.join(folder['archs'])}: {' and '.join(folder['used']) or 'none'} used"
+        )
+        lines.append(("kernels", said + "".join(f"; not {p}: {why}" for p, why in folder["refused"].items())))
     kept = facts["caches"]
     lines.append(
         ("triton", f"{kept['triton']['kernels']} compiled kernels kept, {kept['triton']['mib']} MiB")

@@ -87,6 +87,9 @@ class Loaded:
         return "\n".join(lines + [f"  not {part}: {why}" for part, why in self.refused.items()])
 
 
+LOADED: list[Loaded] = []  # by this process, the latest last
+
+
 def read_manifest(folder: Path, name: str = "folder") -> dict[str, Any]:
     """The manifest of a bundle.
 
@@ -170,6 +173,7 @@ def load_kernels(folder: str | os.PathLike[str]) -> Loaded:
         else:
             refused[part] = why
     loaded = Loaded(path, tuple(map(str, manifest["archs"])), tuple(used), refused)
+    LOADED.append(loaded)
     for part, why in refused.items():
         log.warning("bitfuse leaves the %s kernels of %s: %s", part, path.name, why)
     return loaded
