@@ -53,9 +53,12 @@ struct Stage {
 
 template <int Dim>
 constexpr int SumPitch = Dim + 4;  // floats
-// What a warp leaves at the end: O [16][SumPitch], then maximum and sum of each row.
+// What a warp leaves at the end: maximum and sum of each row, then O [8 or 16][SumPitch].
+constexpr int StateBytes = RowTile * 8;
 template <int Dim>
-constexpr int SumBytes = RowTile * SumPitch<Dim> * 4 + RowTile * 8;
+__host__ __device__ constexpr int sum_bytes(int rows) {
+  return StateBytes + rows * SumPitch<Dim> * 4;
+}
 template <int Dim>
 constexpr int QueryPitch = Dim + 8;  // 16-bit numbers
 template <int Dim>
@@ -68,7 +71,7 @@ template <int Dim>
 constexpr int RegionsAt = (MaskBytes + QueryBytes<Dim> + 127) / 128 * 128;
 // What the walk over a tail needs, beside the sums that a walk over codes has left.
 template <int Dim>
-constexpr int TailBytes = SumBytes<Dim> + TailStages * 2 * Dense<__half, Dim>::Tokens * Dim * 2;
+constexpr int TailBytes = TailStages * 2 * Dense<__half, Dim>::Tokens * Dim * 2;
 
 // What the place of a unit in its row is xored with. Of a sum of rows that share no bits it is the xor of
 // theirs.

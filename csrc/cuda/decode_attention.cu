@@ -41,17 +41,20 @@ DecodePlan plan_decode_attention(const DecodeShape& shape, const DeviceInfo& dev
   plan.shape = shape;
   const Instance* const one = instance_for(shape);
   if (one == nullptr) return plan;
+  const int64_t rows = static_cast<int64_t>(shape.heads / shape.kv_heads) * shape.queries;
+  plan.row_tiles = divide_up(rows, RowTile);
+  plan.sum_bytes = one->sum_bytes[rows > 8];
+  const int least_region = plan.sum_bytes + one->tail_bytes;
   auto stages_within = [&](int bytes) {
     const int room = (std::min(bytes, device.shared_per_block) - one->regions_at) / Warps;
-    return room < one->least_region_bytes ? 0 : std::min(MostStages, room / one->stage_bytes);
+    return room < least_region ? 0 : std::min(MostStages, room / one->stage_bytes);
   };
   const int of_two = one->dim <= 128 ? stages_within(device.shared_per_multiprocessor / 2 - 1024) : 0;
   plan.stages = of_two >= 3 ? of_two : stages_within(device.shared_per_block);
   if (plan.stages < 2) return plan;
   plan.dim = one->dim;
-  const int region = std::max(plan.stages * one->stage_bytes, one->least_region_bytes);
+  const int region = std::max(plan.stages * one->stage_bytes, least_region);
   plan.shared_bytes = one->regions_at + Warps * region;
-  plan.row_tiles = divide_up(static_cast<int64_t>(shape.heads / shape.kv_heads) * shape.queries, RowTile);
   const int unit = Warps * one->tokens;
   plan.least_units = divide_up(LeastTokens, unit);
   plan.counters = shape.batch * shape.kv_heads * plan.row_tiles;
@@ -75,7 +78,7 @@ void decode_attention(const DecodeArgs& args, const DecodePlan& plan, int device
   kernel.a = args;
   kernel.rows = args.heads / cache.kv_heads * args.queries;
   kernel.row_tiles = plan.row_tiles;
-  kernel.stages = plan.stages, kernel.least_units = plan.least_units;
+  kernel.sum_bytes = plan.sum_bytes, kernel.stages = plan.stages, kernel.least_units = plan.least_units;
   kernel.region_bytes = (plan.shared_bytes - one.regions_at) / Warps;
   if (has_codes(cache.format)) {
     while (1 << kernel.log_group < cache.group_size) ++kernel.log_group;

@@ -227,7 +227,7 @@ __device__ __noinline__ void walk_tail(const Kernel& kernel, const Stretch& stre
   const KvCache& cache = kernel.a.cache;
   const int warp = __shfl_sync(AllLanes, threadIdx.x / 32, 0);
   unsigned char* const queries = shared + MaskBytes;
-  unsigned char* const region = region_of<R::Dim>(kernel, shared, warp) + SumBytes<R::Dim>;
+  unsigned char* const region = region_of<R::Dim>(kernel, shared, warp) + kernel.sum_bytes;
   Span span;
   span.sequence = stretch.row.sequence;
   span.kv_head = stretch.row.kv_head;
@@ -315,7 +315,7 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
   const int first_sum = main ? 0 : Warps, sums = (main ? Warps : 0) + (tail ? Warps : 0);
   auto sum_at = [&](int i) {
     i += first_sum;
-    return region_of<Dim>(kernel, shared, i % Warps) + i / Warps * SumBytes<Dim>;
+    return region_of<Dim>(kernel, shared, i % Warps) + i / Warps * kernel.sum_bytes;
   };
   float* const weights = reinterpret_cast<float*>(queries);  // [sums][16]
   float2* const finished = reinterpret_cast<float2*>(weights + 2 * Warps * RowTile);
@@ -328,9 +328,7 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
   const int rows = min(RowTile, kernel.rows - span.first_row);
   if (threadIdx.x < rows) {
     const int r = threadIdx.x;
-    auto state = [&](int i) {
-      return reinterpret_cast<const float2*>(sum_at(i) + RowTile * SumPitch<Dim> * 4)[r];
-    };
+    auto state = [&](int i) { return reinterpret_cast<const float2*>(sum_at(i))[r]; };
     float most = -INFINITY, sum = 0;
     for (int i = 0; i < sums; ++i) most = fmaxf(most, state(i).x);
     const float over = most == -INFINITY ? 0.0f : most;
@@ -350,7 +348,7 @@ __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row
     float4 sum = {0, 0, 0, 0};
     for (int j = 0; j < sums; ++j) {
       const float weight = weights[j * RowTile + r];
-      const float4 o = *reinterpret_cast<const float4*>(sum_at(j) + (r * SumPitch<Dim> + c) * 4);
+      const float4 o = *reinterpret_cast<const float4*>(sum_at(j) + StateBytes + (r * SumPitch<Dim> + c) * 4);
       sum.x += weight * o.x, sum.y += weight * o.y, sum.z += weight * o.z, sum.w += weight * o.w;
     }
     if (alone) {
@@ -395,13 +393,21 @@ __global__ void __launch_bounds__(Threads, R::Dim <= 128 ? 2 : 1)
 // A kernel, and what of shared memory it needs.
 struct Instance {
   void (*function)(Kernel);
-  int dim, tokens, stage_bytes, regions_at, least_region_bytes;  // of a warp
+  int dim, tokens, stage_bytes, regions_at;
+  int sum_bytes[2];  // of a warp, with up to 8 rows or more
+  int tail_bytes;    // of a warp's walk over a tail
 };
 
 template <class R>
 constexpr Instance instance_of() {
-  constexpr int Sums = R::Grouped ? TailBytes<R::Dim> : SumBytes<R::Dim>;
-  return {decode_attention_kernel<R>, R::Dim, R::Tokens, Stage<R>::Bytes, RegionsAt<R::Dim>, Sums};
+  constexpr int Dim = R::Dim, Tail = R::Grouped ? TailBytes<Dim> : 0;
+  return {decode_attention_kernel<R>,
+          Dim,
+          R::Tokens,
+          Stage<R>::Bytes,
+          RegionsAt<Dim>,
+          {sum_bytes<Dim>(8), sum_bytes<Dim>(16)},
+          Tail};
 }
 
 // By dim: 64, 128 and 256.

@@ -39,6 +39,7 @@ struct DecodePlan {
   int dim;          // of the kernel: 64, 128 or 256; 0 where none has shared memory enough
   int blocks;       // of the grid
   int stages;       // of a warp's ring
+  int sum_bytes;    // that a warp leaves at its end
   int row_tiles;    // of 16 rows, a row being a query of a head
   int least_units;  // of work that a block is started for
   int shared_bytes;

@@ -28,7 +28,7 @@ namespace bitfuse::decode {
 struct Kernel {
   DecodeArgs a;
   int rows, row_tiles;  // of a kv head
-  int stages, region_bytes, least_units;
+  int stages, region_bytes, sum_bytes, least_units;
   int log_group;          // of tokens that share K's scales
   unsigned value_groups;  // of each 32 channels of V, the group whose scales they have, 4 bits each
 };
@@ -220,8 +220,8 @@ class Walk {
   // O, the maximum and the sum of each row, in the order of channels.
   __device__ __forceinline__ void leave(unsigned char* to) {
     const int g = lane_ / 4, t = lane_ % 4;
-    float* const o = reinterpret_cast<float*>(to);
-    float2* const states = reinterpret_cast<float2*>(to + RowTile * SumPitch<R::Dim> * 4);
+    float* const o = reinterpret_cast<float*>(to + StateBytes);
+    float2* const states = reinterpret_cast<float2*>(to);
     float unit = 1;
     if constexpr (R::Grouped) unit = power_of_two(Powers::Middle - v_powers_.up);
     if constexpr (R::Converts && !R::Grouped) {
@@ -234,6 +234,7 @@ class Walk {
       sum_[r] += __shfl_xor_sync(AllLanes, sum_[r], 2);
       const int row = g + 8 * r;
       if (t == 0) states[row] = {most_[r], sum_[r]};
+      if (r == 1 && !both_) break;
       float* const line = o + row * SumPitch<R::Dim>;
       if constexpr (!R::Converts) {
 #pragma unroll
