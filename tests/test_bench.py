@@ -151,6 +151,12 @@ def test_ratios_are_of_one_round_and_one_group() -> None:
     assert measure.ratios(own, [own, *peers]) == {"base": 0.5, "torch": 2.0, "early": 3.0}
 
 
+def test_rounds_count_the_same() -> None:
+    rounds = [[1.0] * 98 + [1.5, 2.0], [7.0]]
+    assert [timing.percentile(rounds, share) for share in (0.2, 0.5, 0.8)] == [1.0, 2.0, 7.0]
+    assert [timing.percentile([[3.0, 1.0, 2.0]], share) for share in (0.2, 0.5, 0.8)] == [1.0, 2.0, 3.0]
+
+
 def test_a_ceiling_is_the_largest_seen() -> None:
     one, other = timing.Ceiling(2.0, {"float32": 1.0}), timing.Ceiling(1.0, {"float32": 3.0, "float16": 4.0})
     joined = one.joined(other)

@@ -43,10 +43,10 @@ Watch = Callable[[str, int], None]  # told what comes next, and how many steps a
 
 def effort_for(device: str, quick: bool = False, **changes: Any) -> Effort:
     """How long to look on a device: chains read four times what its last-level cache holds, 256 MiB at least;
-    a quick look, twice and 64."""
+    a quick look, three times and 64."""
     cache = -(-last_level_cache(device) >> 20)
     if quick:
-        effort = Effort(rounds=2, budget=0.03, patience=0.5, cold_mb=max(64, 2 * cache))
+        effort = Effort(rounds=2, budget=0.03, patience=0.5, cold_mb=max(64, 3 * cache))
     else:
         effort = Effort(cold_mb=max(256, 4 * cache))
     return replace(effort, **{name: value for name, value in changes.items() if value is not None})
@@ -120,6 +120,11 @@ class Chain:
     def medians(self) -> list[float]:
         """Of each sample."""
         return [statistics.median(times) for times in self.times]
+
+    @property
+    def median(self) -> float:
+        """Of all samples, every round counting as much as another."""
+        return percentile(self.times, 0.5)
 
     @property
     def nbytes(self) -> float:
@@ -341,7 +346,7 @@ class Session:
         rows = Ceiling(0.0)
         cache = last_level_cache(self.setting.device)
         for chain in chains:
-            median = statistics.median(chain.medians)
+            median = chain.median
             dtype = chain.contender.dtype
             rows.flops[dtype] = max(rows.flops.get(dtype, 0.0), chain.contender.flops / median)
             if chain.working_set >= 2 * cache:  # only its own bytes came from memory for certain
@@ -351,8 +356,7 @@ class Session:
 
     def _row(self, problem: Problem, chain: Chain, chains: list[Chain], ceiling: Ceiling) -> dict[str, Any]:
         c = chain.contender
-        every = [t for times in chain.times for t in times]
-        median = statistics.median(chain.medians)
+        median = chain.median
         memory = chain.nbytes / ceiling.bytes_per_second >= c.flops / ceiling.flops[c.dtype]
         in_cache = chain.working_set < 2 * last_level_cache(self.setting.device)
         least = ceiling.seconds(chain.nbytes, c.flops, c.dtype)
@@ -367,8 +371,8 @@ class Session:
             "layer": problem.layer,
             "layers": chain.depth,
             "median_ms": median * 1e3,
-            "p20_ms": percentile(every, 0.2) * 1e3,
-            "p80_ms": percentile(every, 0.8) * 1e3,
+            "p20_ms": percentile(chain.times, 0.2) * 1e3,
+            "p80_ms": percentile(chain.times, 0.8) * 1e3,
             "rounds_ms": [t * 1e3 for t in chain.medians],
             "gb_per_s": chain.nbytes / median / 1e9,
             "tflop_per_s": c.flops / median / 1e12,

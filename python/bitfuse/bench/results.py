@@ -30,7 +30,7 @@ A row:
     sizes           what is computed: {"m": 1, "n": 4096, ...}; case, dtype and sizes tell a row from another
     model, layer    whose sizes these are: "llama3-8b", "qkv"; None where no model was named
     layers          of the chain
-    median_ms       a layer; the median of the rounds' medians. p20_ms and p80_ms are of all samples
+    median_ms       a layer; with p20_ms and p80_ms of all samples, every round counting as much as another
     rounds_ms       the median of each round
     gb_per_s, tflop_per_s      of the bytes that a layer must move, and of its FLOPs
     bytes, flops    these
