@@ -38,7 +38,7 @@ def test_draws(target: Target, kind: int) -> None:
     format = CACHE_FORMATS[kind // 3]
     page_sizes = (None, None, 64, 128) if format in ("int8", "int4") else (None, None, 1, 4, 16, 64)
     errors = Errors()
-    for number in range(kind, (4 if target.sm else 40) * KINDS, KINDS):
+    for number in range(kind, (16 if target.sm else 64) * KINDS, KINDS):
         d = draw(target, number, DIMS[format], page_sizes, (32, 64))
         reason = target.reason(decode_attention_op, *d.call())
         assert reason is None or "odd number" in reason, f"{d.what}: {reason}"

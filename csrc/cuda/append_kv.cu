@@ -92,6 +92,11 @@ struct Appended {
         position < begin ? tail_row(a.cache.v_tail, a.cache.dim_v, position) : row(a.v, position);
     return float_at(from, c, a.cache.type);
   }
+  // Of a new token; what is not turned is copied, whatever NaN it is.
+  __device__ unsigned short key_bits(int position, int c) const {
+    if (a.rotary.cos != nullptr && c < 2 * a.rotary.half) return rounded_bits(key(position, c), a.cache.type);
+    return static_cast<const unsigned short*>(row(a.k, position))[c];
+  }
   __device__ unsigned char* place(const CacheRows& rows, int page, int slot) const {
     return rows.data + page * rows.page + slot * rows.slot + head * rows.head;
   }
@@ -106,20 +111,18 @@ __device__ void append_row(const Appended& of, int position) {
   const float k_scale = cache.k_head_scales == nullptr ? 1.0f : cache.k_head_scales[of.head];
   const float v_scale = cache.v_head_scales == nullptr ? 1.0f : cache.v_head_scales[of.head];
   for (int c = threadIdx.x; c < cache.dim; c += AppendThreads) {
-    const float x = of.key(position, c);
     if (fp8) {
-      k[c] = to_e4m3(__fdiv_rn(x, k_scale));
+      k[c] = to_e4m3(__fdiv_rn(of.key(position, c), k_scale));
     } else {
-      reinterpret_cast<unsigned short*>(k)[c] = rounded_bits(x, cache.type);
+      reinterpret_cast<unsigned short*>(k)[c] = of.key_bits(position, c);
     }
   }
   for (int c = threadIdx.x; c < cache.dim_v; c += AppendThreads) {
-    const float x = of.value(position, c);
     if (fp8) {
-      v[c] = to_e4m3(__fdiv_rn(x, v_scale));
+      v[c] = to_e4m3(__fdiv_rn(of.value(position, c), v_scale));
     } else {
-      reinterpret_cast<unsigned short*>(v)[c] =
-          static_cast<const unsigned short*>(of.row(of.a.v, position))[c];
+      const void* const from = of.row(of.a.v, position);
+      reinterpret_cast<unsigned short*>(v)[c] = static_cast<const unsigned short*>(from)[c];
     }
   }
 }
@@ -221,8 +224,7 @@ __global__ void __launch_bounds__(AppendThreads, 4) append_kv_kernel(const __gri
   for (int p = max(begin, whole - size); p < end; ++p) {
     unsigned short* const k = of.tail_row(cache.k_tail, cache.dim, p);
     unsigned short* const v = of.tail_row(cache.v_tail, cache.dim_v, p);
-    for (int c = threadIdx.x; c < cache.dim; c += AppendThreads)
-      k[c] = rounded_bits(of.key(p, c), cache.type);
+    for (int c = threadIdx.x; c < cache.dim; c += AppendThreads) k[c] = of.key_bits(p, c);
     for (int c = threadIdx.x; c < cache.dim_v; c += AppendThreads) {
       v[c] = static_cast<const unsigned short*>(of.row(a.v, p))[c];
     }

@@ -4,9 +4,8 @@
 // the others. Stage: K [Tokens][Dim], V [Tokens][Dim], then K's scales and offsets [Dim] and V's
 // [words][Tokens] where the cache has codes (cache_operands.cuh). A tile is
 //
-//     S = Q K^T    Q is the A operand, in registers (Dim 256: read again each time), its channels in the
-//     order
-//                  in which K's come
+//     S = Q K^T    Q is the A operand, in registers (Dim 256: read again each time), in the order of K's
+//                  channels
 //     softmax      of rows g and g + 8, tokens 2t, 2t+1 of each 8; the running maximum in log2 units
 //     O += P V     P is S's registers; columns of O are interleaved as V's channels are, until the end
 //
