@@ -11,7 +11,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "python" / "bitfuse"
 RANK = {
     **dict.fromkeys(
-        ("_version", "_cpu", "_cuda", "op", "formats", "packing", "weight", "codebook", "cost", "arch", "policy"), 0
+        (
+            "_version",
+            "_cpu",
+            "_cuda",
+            "op",
+            "formats",
+            "packing",
+            "weight",
+            "codebook",
+            "cost",
+            "arch",
+            "policy",
+        ),
+        0,
     ),
     **dict.fromkeys(
         ("activations", "attention_args", "blockwise", "dropout", "kv_cache", "lora_args", "multi_lora_args"),

@@ -98,7 +98,7 @@ def graph_seconds(call: Callable[[], Any]) -> float:
         run = captured(call)
     except RuntimeError:
         run = call
-    return statistics.median(sample(run, Effort(budget=0.02), "cuda"))
+    return statistics.median(sample(run, Effort(budget=0.02), "cuda")[0])
 
 
 @dataclass
