@@ -65,6 +65,16 @@ def test_no_place_to_write(tmp_path: Path) -> None:
         policy.write(tmp_path / "file" / "policy.json", {})
 
 
+def test_no_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("BITFUSE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert policy.of("GPU")["configs"] == {} and "set BITFUSE_CACHE" in caplog.text
+
+
 def test_an_op_prefers_what_was_fastest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[str] = []
 

@@ -42,11 +42,18 @@ def key(name: str, *kind: Any) -> str:
 
 
 def path() -> Path:
-    """Of the file, which need not be there."""
-    folder = os.environ.get("BITFUSE_CACHE")
+    """Of the file, which need not be there.
+
+    Raises:
+        PolicyError: nothing says where a cache may lie.
+    """
+    folder, cache = os.environ.get("BITFUSE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if folder:
         return Path(folder) / "policy.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitfuse" / "policy.json"
+    try:
+        return Path(cache or Path.home() / ".cache") / "bitfuse" / "policy.json"
+    except RuntimeError:
+        raise PolicyError("there is no home folder: set BITFUSE_CACHE") from None
 
 
 def versions() -> dict[str, str | None]:
