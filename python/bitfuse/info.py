@@ -140,7 +140,7 @@ def cuda() -> dict[str, str | bool | None]:
 
 def caches() -> dict[str, Any]:
     """What earlier runs left: kernels that Triton compiled, and what `bitfuse tune` measured, by GPU."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache"))
     kernels = [e for e in os.scandir(folder) if e.is_dir()] if folder.is_dir() else []
     held = sum(f.stat().st_size for kernel in kernels for f in os.scandir(kernel) if f.is_file())
     found: dict[str, Any] = {"triton": {"kernels": len(kernels), "mib": round(held / 2**20, 1)}}
