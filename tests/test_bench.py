@@ -475,3 +475,13 @@ def test_pytest_benchmark_runs_the_same_cases() -> None:
     assert isinstance(trial.problem, Problem)
     files = {p.stem for p in (results.ROOT / "benchmarks").glob("bench_*.py")}
     assert files == {f"bench_{op}" for op in bench.SUITES}
+
+
+def test_a_chain_holds_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that touches little of what it keeps does not fill the memory."""
+    monkeypatch.setattr(measure, "MOST_LAYERS", 512)
+    problem = bench.suites.SUITES["rope"].problems(tiny())[0]
+    for held, depth in ((0.0, 512), (64 << 20, 8), (1 << 30, 1)):
+        layer = Layer(lambda: torch.zeros(1), 8.0, held_bytes=held)
+        contender = Contender("x", "float32", lambda i, layer=layer: layer)
+        assert measure.Chain(problem, contender, tiny(), 256 << 20).depth == depth

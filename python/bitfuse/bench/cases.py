@@ -102,6 +102,7 @@ class Layer:
         read: the outputs of the call from what it returned.
         discrete: the outputs are choices, right or wrong.
         foreign: another library's allocator has its memory.
+        held_bytes: of tensors that it keeps, where they are more than it reads or writes; 0: own_bytes.
     """
 
     call: Callable[[], Any]
@@ -110,6 +111,7 @@ class Layer:
     read: Callable[[Any], list[torch.Tensor]] = as_list
     discrete: bool = False
     foreign: bool = False
+    held_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

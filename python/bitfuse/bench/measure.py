@@ -38,6 +38,7 @@ PACKAGES = (
     "liger-kernel",
 )  # fmt: skip
 MOST_LAYERS = 512
+MOST_HELD = 512 << 20  # bytes of a chain: all chains of a problem are there at once
 Watch = Callable[[str, int], None]  # told what comes next, and how many steps are behind
 
 
@@ -79,6 +80,7 @@ class Chain:
         with torch.set_grad_enabled(problem.needs_grad):
             first = contender.build(0)
             depth = max(1, min(MOST_LAYERS, round(cold_bytes / first.own_bytes))) if problem.streamed else 1
+            depth = min(depth, max(1, int(MOST_HELD / max(first.held_bytes, first.own_bytes, 1))))
             self._layers: list[Layer] = [first, *(contender.build(i) for i in range(1, depth))]
             self.depth = depth
             self.own_bytes = statistics.mean(layer.own_bytes for layer in self._layers)

@@ -97,7 +97,7 @@ class AppendKV(Problem):
             call: Callable[[], Any] = plain
             if backend is not None:
                 call = served(append_kv_op, backend, setting.device, ours)
-            return Layer(call, float(k.nbytes + v.nbytes), exact, read)
+            return Layer(call, float(k.nbytes + v.nbytes), exact, read, held_bytes=cache.nbytes)
 
         written = (
             2.0
