@@ -482,6 +482,6 @@ def test_a_chain_holds_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(measure, "MOST_LAYERS", 512)
     problem = bench.suites.SUITES["rope"].problems(tiny())[0]
     for held, depth in ((0.0, 512), (64 << 20, 8), (1 << 30, 1)):
-        layer = Layer(lambda: torch.zeros(1), 8.0, held_bytes=held)
-        contender = Contender("x", "float32", lambda i, layer=layer: layer)
+        layers = [Layer(lambda: torch.zeros(1), 8.0, held_bytes=held)] * 512
+        contender = Contender("x", "float32", layers.__getitem__)
         assert measure.Chain(problem, contender, tiny(), 256 << 20).depth == depth

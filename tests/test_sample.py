@@ -105,6 +105,16 @@ def test_every_backend_gives_the_same_tokens(target: Target) -> None:
         assert torch.equal(target.run(sample_op, *placed).cpu(), wanted), seed
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_top_k_of_a_row(target: Target) -> None:
+    """Wherever the cut of top-k falls among the kernels' bins, top-p counts what top-k has left."""
+    logits = (3 * torch.randn(1, 400)).expand(60, -1).contiguous()
+    u = torch.rand(60, dtype=torch.float64)
+    args = _arguments(logits, u, temperature=0.8, top_k=torch.arange(1, 61), top_p=0.9, min_p=0.0)
+    expected = sample_op.reference(*args)
+    assert torch.equal(target.run(sample_op, *target.place(*args)).cpu(), expected)
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.sm], ids=str)
 def test_teams_of_programs(target: Target) -> None:
     """Two or eight programs a row, every access to global memory checked for races."""

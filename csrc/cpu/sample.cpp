@@ -70,13 +70,13 @@ BITFUSE_INLINE int64_t share_of(double top_p, int64_t total) {
   return top_p < 1 ? most(int64_t((top_p > 0 ? top_p : 0.0) * double(total)), 1) : total;
 }
 
-// The last of `count` candidates, most likely first, that is kept; `needed` is the weight that is, where
-// there are no more than top_k of them.
+// The last of `count` candidates, most likely first, that is kept: of the first top_k, which are all or some
+// of them, what top_p keeps of their weight; with top_k 0 a weight of `needed`.
 Candidate cut(const Room& room, int64_t count, int64_t top_k, double top_p, int64_t needed) {
   Candidate* order = room.order;
   std::copy(room.candidates, room.candidates + count, order);
-  if (top_k > 0 && top_k < count) {
-    std::nth_element(order, order + (top_k - 1), order + count, before);
+  if (top_k > 0) {
+    if (top_k < count) std::nth_element(order, order + (top_k - 1), order + count, before);
     count = top_k;
     int64_t total = 0;
     for (int64_t i = 0; i < count; ++i) total += room.weights[order[i].id];
@@ -150,7 +150,7 @@ int64_t sample_row(const SampleCall& call, int64_t row, const Room& room) {
       count = std::remove_if(room.candidates, room.candidates + count, past) - room.candidates;
     };
     drop([&](const Candidate& c) { return bin(over(c.logit)) > last; });
-    const Candidate least_likely = cut(room, count, top_k, top_p, needed);
+    const Candidate least_likely = cut(room, count, some ? top_k : 0, top_p, needed);
     drop([&](const Candidate& c) { return before(least_likely, c); });
   }
   int64_t total = 0;
