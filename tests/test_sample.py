@@ -108,9 +108,11 @@ def test_every_backend_gives_the_same_tokens(target: Target) -> None:
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_top_k_of_a_row(target: Target) -> None:
     """Wherever the cut of top-k falls among the kernels' bins, top-p counts what top-k has left."""
-    logits = (3 * torch.randn(1, 400)).expand(60, -1).contiguous()
-    u = torch.rand(60, dtype=torch.float64)
-    args = _arguments(logits, u, temperature=0.8, top_k=torch.arange(1, 61), top_p=0.9, min_p=0.0)
+    draws = 1 if target.sm else 8
+    logits = (3 * torch.randn(4, 400)).repeat_interleave(60 * draws, 0)
+    u = torch.rand(len(logits), dtype=torch.float64)
+    top_k = torch.arange(1, 61).repeat(4 * draws)
+    args = _arguments(logits, u, temperature=0.8, top_k=top_k, top_p=0.9, min_p=0.0)
     expected = sample_op.reference(*args)
     assert torch.equal(target.run(sample_op, *target.place(*args)).cpu(), expected)
 
