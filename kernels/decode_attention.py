@@ -566,8 +566,13 @@ class Config(NamedTuple):
     programs: int
 
 
+SMALL = (86, 89, 120)  # whose programs have 99 KB of shared memory
+
+
 @functools.lru_cache(maxsize=4096)
-def choose(rows: int, dim: int, dim_v: int, float_bytes: int, bits: int, page: int) -> Config:
+def choose(
+    rows: int, dim: int, dim_v: int, float_bytes: int, bits: int, page: int, capability: int
+) -> Config:
     """Tiles for `rows` rows of a kv head, of padded head dims, codes of `bits` bits and pages of `page`
     tokens, 0 for none.
 
@@ -575,7 +580,7 @@ def choose(rows: int, dim: int, dim_v: int, float_bytes: int, bits: int, page: i
     - 64 keys, or half as many of heads wider than 128: two tiles of K and V are 64 KB, so that two programs
       fit even Ampere's shared memory.
     - Two tiles are on their way in three stages, or where a tile's rows have pages of their own in five, for
-      these come first.
+      these come first; but 8 bits and their scales in five take 134 KB, where some cards have 99.
     - A warp has 8 channels of V or more.
     - 4 bits are bound by instructions: of 32 keys, whose scales are one group's, and two warps it takes an
       eighth less.
@@ -587,7 +592,8 @@ def choose(rows: int, dim: int, dim_v: int, float_bytes: int, bits: int, page: i
     four = bits == 4 and tile_m == 16 and wide <= 128
     tile_n = 32 if four or wide > 128 else 64
     warps = 2 if four or dim_v <= 16 else 4
-    return Config(tile_m, tile_n, warps, 5 if 0 < page < tile_n else 3, 4 if four else 2)
+    stages = 5 if 0 < page < tile_n and not (bits == 8 and capability in SMALL) else 3
+    return Config(tile_m, tile_n, warps, stages, 4 if four else 2)
 
 
 def splits_of(heads: int, slots: int, most: int) -> int:
@@ -633,7 +639,7 @@ def _plan(
     """The plan, whose next is the merge's, and programs of a tile of rows."""
     rows = queries * heads // kv_heads
     tile_d, tile_dv = padded(dim), padded(dim_v)
-    config = choose(rows, tile_d, tile_dv, dtype.itemsize, bits, page)
+    config = choose(rows, tile_d, tile_dv, dtype.itemsize, bits, page, device.capability)
     tile_m, tile_n, warps, stages, programs = config
     m_tiles = -(-rows // tile_m)
     splits = splits_of(

@@ -220,3 +220,14 @@ def test_without_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "triton is not installed"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the card is what it is")
+def test_cards_with_less_shared_memory() -> None:
+    """8 bits in pages shorter than a tile, where a program has 99 KiB."""
+    cache = bitfuse.KVCache(2, 96, 2, 128, dtype=torch.bfloat16, format="int8", page_size=16, group_size=16)
+    cache.append(*(torch.randn(2, 75, 2, 128).bfloat16() for _ in range(2)))
+    a = DecodeArgs(128**-0.5)
+    compare(
+        Target("triton", "cpu", 86), torch.randn(2, 1, 16, 128).bfloat16(), cache.tensors, cache.seqlens, a
+    )
