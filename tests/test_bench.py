@@ -440,6 +440,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
 import os, signal, sys
 from bitfuse.bench import command, measure
 from bitfuse.cli import app
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests themselves ignore
 effort = measure.Effort(rounds=2, budget=1e-4, patience=0.0, cold_mb=1)
 command.effort_for = lambda *args, **kwargs: effort
 sampled = measure.Chain.sample
