@@ -30,6 +30,7 @@ from bitfuse.attention_args import AttentionArgs
 from bitfuse.dropout import threshold
 
 from .lowbit_linear import (
+    WGMMA,
     Device,
     Plan,
     _alignment,
@@ -365,9 +366,6 @@ class Config(NamedTuple):
     tile_n: int
     warps: int
     stages: int
-
-
-WGMMA = (90, 100, 103)  # compute capabilities
 
 
 @functools.lru_cache(maxsize=4096)

@@ -40,7 +40,6 @@ from bitfuse.attention_args import AttentionArgs
 
 from .attention import (
     NUMBERS,
-    WGMMA,
     Config,
     Layout,
     Problem,
@@ -61,7 +60,7 @@ from .attention import (
     visited,
 )
 from .attention import supports as supports_forward
-from .lowbit_linear import Device, Plan, _alignment, _device, _handles, jit, keep, row_keys
+from .lowbit_linear import ROOMY, WGMMA, Device, Plan, _alignment, _device, _handles, jit, keep, row_keys
 
 try:
     import triton.language as tl
@@ -481,7 +480,7 @@ def choose(kernel: str, dim: int, float_bytes: int, capability: int, plain: bool
         return Config(64, 64, 4, 1)
     if kernel == "fused" and dim > 64 and capability not in WGMMA:
         return Config(64, 64, 8, 2)
-    stages = 2 if plain or dim <= 64 or capability in (80, 87, *WGMMA) else 1
+    stages = 2 if plain or dim <= 64 or capability in ROOMY else 1
     if kernel == "queries":
         return Config(128, 64, 8, stages)
     return Config(64 if stages == 2 else 32, 128, 8, stages)

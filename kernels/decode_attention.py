@@ -36,7 +36,7 @@ from bitfuse.kv_cache import BITS, CacheTensors, DecodeArgs, Rotary
 from . import append_kv
 from .append_kv import as_bytes, page_of, page_tokens, slot_of, step, strides_of
 from .attention import LN_2, LONGEST, cap_kind, dot, in_unit, logits, padded, power, product, unseen_hidden
-from .lowbit_linear import BFLOAT, HALF, Device, Plan, _alignment, _decode16, _device, _handles, jit
+from .lowbit_linear import BFLOAT, HALF, ROOMY, Device, Plan, _alignment, _decode16, _device, _handles, jit
 from .rope import rotary_numbers, rotary_tensors, turned
 
 try:
@@ -566,9 +566,6 @@ class Config(NamedTuple):
     programs: int
 
 
-SMALL = (86, 89, 120)  # whose programs have 99 KB of shared memory
-
-
 @functools.lru_cache(maxsize=4096)
 def choose(
     rows: int, dim: int, dim_v: int, float_bytes: int, bits: int, page: int, capability: int
@@ -592,7 +589,7 @@ def choose(
     four = bits == 4 and tile_m == 16 and wide <= 128
     tile_n = 32 if four or wide > 128 else 64
     warps = 2 if four or dim_v <= 16 else 4
-    stages = 5 if 0 < page < tile_n and not (bits == 8 and capability in SMALL) else 3
+    stages = 5 if 0 < page < tile_n and not (bits == 8 and capability not in ROOMY) else 3
     return Config(tile_m, tile_n, warps, stages, 4 if four else 2)
 
 

@@ -46,6 +46,7 @@ from bitfuse.weight import WeightTensors
 
 from . import lowbit_linear
 from .lowbit_linear import (
+    ROOMY,
     Device,
     LowRank,
     Plan,
@@ -317,7 +318,7 @@ def _tile_r(rank: int) -> int:
 
 def _stage(device: Device) -> int:
     """Bytes of a stage of a shrink of which four fit a program; on the way, they hide memory's latency."""
-    return (32 if device.capability in (80, 87, 90, 100, 103) else 20) << 10
+    return (32 if device.capability in ROOMY else 20) << 10
 
 
 def _in_halves(x: torch.dtype, other: torch.dtype) -> bool:

@@ -661,6 +661,9 @@ class Config(NamedTuple):
     registers: int | None
 
 
+# compute capabilities: whose tensor cores read shared memory; whose programs may have 163 KB of it, not 99
+WGMMA = (90, 100, 103)
+ROOMY = (80, 87, *WGMMA)
 MIN_SPLIT = 512  # contracted at least by a program: for less, partial sums cost more than their weights
 BAND = 8  # row tiles that go through W together
 REDUCE_WIDTH = 512
@@ -691,7 +694,7 @@ def choose(
       contraction is split only where tiles are fewer than multiprocessors.
     - float32 runs on the FMA units: the largest tiles whose operands fit the registers.
     """
-    wgmma = capability in (90, 100)
+    wgmma = capability in WGMMA
     warps, stages = 4, 4
     if float_bytes == 4:
         tile_m, tile_n, tile_k, stages = (16, 32, 32, 2) if m <= 16 else (64, 64, 16, 2)

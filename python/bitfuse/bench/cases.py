@@ -7,6 +7,7 @@ reads more than a cache holds. `bitfuse bench`, `pytest benchmarks/` and the tes
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -158,7 +159,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(abc.ABC):
     """An op and its sizes: a subclass has them as fields. A problem is one table: its contenders are sampled
     in turn, and compared.
 
@@ -176,17 +177,17 @@ class Problem:
     direction = "forward"  # a field of those that have others
 
     @classmethod
+    @abc.abstractmethod
     def problems(cls, setting: Setting) -> list[Problem]:
         """What `bitfuse bench` measures with this setting."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def contenders(self, setting: Setting) -> list[Contender]:
         """Every one, whether it can run here or not: `build` tells. Makes no tensor."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def bounded(self) -> Problem:
         """The same at sizes that float64 takes little time for."""
-        raise NotImplementedError
 
     @classmethod
     def overhead(cls) -> dict[str, Callable[[], Any]]:
