@@ -31,7 +31,7 @@ def run(
     if format == "fp8":
         scales = head_scales(k), head_scales(v)
         codes = [torch.empty(t.shape, dtype=FP8, device=device) for t in (k, v)]
-        none = [torch.empty(0, device=device) for _ in range(2)]
+        none = [torch.empty(0, dtype=torch.float32, device=device) for _ in range(2)]
         to = CacheTensors(codes[0], codes[1], scales[0], None, scales[1], format=format)
         made = [*codes, scales[0], none[0], scales[1], none[1]]
     else:

@@ -23,6 +23,7 @@ RANK = {
             "cost",
             "arch",
             "policy",
+            "tensors",
         ),
         0,
     ),
@@ -55,6 +56,7 @@ RANK = {
 }
 # the order inside the lowest room
 PEERS = {
+    "tensors": 0,
     "formats": 0,
     "blockwise": 1,
     "packing": 0,

@@ -194,7 +194,7 @@ def _dynamic_map() -> tuple[float, ...]:
     decade's top."""
     positive: list[float] = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
     return tuple(sorted([0.0, 1.0, *positive, *(-v for v in positive)]))
 

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from .packing import pack, unpack
+from .packing import pack, packed_width, unpack
+from .tensors import as_rows
 from .weight import check_tensor
 
 CACHE_FORMATS = ("none", "fp8", "int8", "int4")
@@ -206,13 +207,11 @@ def quantize_values(
 
 
 def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    return pack(codes.reshape(-1, codes.shape[-1]), bits).view(*codes.shape[:-1], -1)
+    return pack(as_rows(codes), bits).view(*codes.shape[:-1], packed_width(codes.shape[-1], bits))
 
 
 def unpacked(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    return unpack(codes.reshape(-1, codes.shape[-1]), bits).view(
-        *codes.shape[:-1], codes.shape[-1] * 8 // bits
-    )
+    return unpack(as_rows(codes), bits).view(*codes.shape[:-1], codes.shape[-1] * 8 // bits)
 
 
 def to_fp8(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -232,7 +231,7 @@ def from_fp8(x: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -
 def head_scales(x: torch.Tensor) -> torch.Tensor:
     """Of each kv head: largest magnitude / 448, or 1 where that is 0."""
     if not x.shape[0] * x.shape[1] * x.shape[3]:
-        return torch.ones(x.shape[2], device=x.device)
+        return torch.ones(x.shape[2], dtype=torch.float32, device=x.device)
     scales = x.abs().amax((0, 1, 3)).float() / FP8_LARGEST
     return scales.masked_fill(scales == 0, 1)
 

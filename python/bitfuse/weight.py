@@ -359,7 +359,7 @@ def quantize(
     if format.nested:
         scales, scale_scales, scale_offset = nest_scales(scales)
     elif format.tensor_scale:
-        scale_scales = torch.full((1,), tensor_scale, device=weight.device)
+        scale_scales = torch.full((1,), tensor_scale, dtype=torch.float32, device=weight.device)
     return LowBitWeight(qweight, scales, format, (n, k), zeros, g_idx, scale_scales, scale_offset)
 
 

@@ -70,9 +70,9 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> 
     Raises:
         ValueError: offsets of packed sequences that decrease or do not end at the total.
     """
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    lse = torch.empty(rows, dtype=torch.float32)
+    lse = q.new_empty(rows, dtype=torch.float32)
     arguments, _kept = _common(q, k, v, a)
     _cpu.attention(*arguments, out.data_ptr(), lse.data_ptr())
     return [out, lse]
@@ -97,7 +97,7 @@ def run_backward(
         ValueError: offsets of packed sequences that decrease or do not end at the total.
     """
     of = (q, k, v, a.bias, a.sinks, a.prefix_k, a.prefix_v)
-    make = torch.empty if q.numel() else torch.zeros
+    make = q.new_empty if q.numel() else q.new_zeros
     grads = [
         make(t.shape, dtype=t.dtype)
         if t is not None and want

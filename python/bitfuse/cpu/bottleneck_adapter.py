@@ -39,8 +39,8 @@ def run(
     """y [..., N], and h = x D^T + c. The arguments have passed the op's check and `supports`."""
     *outer, k = x.shape
     rows, rank, n = x.shape[:-1].numel(), down.shape[0], up.shape[0]
-    y, h = x.new_empty(*outer, n), torch.empty(rows, rank)
-    activated = torch.empty(rows, rank)
+    y = x.new_empty(*outer, n)
+    h, activated = (x.new_empty(rows, rank, dtype=torch.float32) for _ in range(2))
     x, stride = (x, k) if x.is_contiguous() else _rows(x)
     down, up = down.contiguous(), up.contiguous()
     biases = [None if b is None else b.contiguous() for b in (down_bias, up_bias)]

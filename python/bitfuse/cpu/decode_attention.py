@@ -27,8 +27,8 @@ def run(
         ValueError: a cache that is full, a page or a position that is not there; nothing has been written.
     """
     batch, queries, heads, _ = q.shape
-    out = torch.empty((batch, queries, heads, cache.head_dim_v), dtype=q.dtype)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32)
+    out = q.new_empty((batch, queries, heads, cache.head_dim_v))
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     q, seqlens = dense_rows(q), cache_seqlens.contiguous()
     k_rows = v_rows = NO_ROWS
     new = 0

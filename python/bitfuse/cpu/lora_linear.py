@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..lora_args import LoraArgs
+from ..tensors import as_rows
 from ..weight import WeightTensors
 from .lowbit_linear import _DTYPES, _call, _cpu, _reason, _rows
 
@@ -49,7 +50,7 @@ def run(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) ->
     ys, hs = [], []
     for weight, lora_A, lora_B, scale, scale_by, bias, out_scale, seed in projections:
         n, rank = lora_B.shape
-        h = torch.empty(rows, rank)
+        h = x.new_empty(rows, rank, dtype=torch.float32)
         if scale_by is not None:
             scale *= scale_by.item()
         if not lora_A.is_contiguous():
@@ -139,7 +140,7 @@ def run_backward(
         lora_A, lora_B = p.lora_A.contiguous(), p.lora_B.contiguous()
         scale = p.scaling if p.scale_by is None else p.scaling * p.scale_by.item()
         mask = _mask(dropout_p, p.seed) if dropout_p else (0.0, 0)
-        gb = torch.empty(rows, rank)
+        gb = grad.new_empty(rows, rank, dtype=torch.float32)
         if wanted.lora_B[i]:
             grad_b = torch.empty_like(lora_B)
             if rank:
@@ -194,9 +195,7 @@ def _grad_x(
         elif not accumulate:
             out.zero_()
         return
-    torch.addmm(
-        out.view(rows, k), grad.reshape(rows, -1), weight, beta=int(accumulate), out=out.view(rows, k)
-    )
+    torch.addmm(out.view(rows, k), as_rows(grad), weight, beta=int(accumulate), out=out.view(rows, k))
     if rank and k:
         _cpu.lora_expand(
             out.data_ptr(), _DTYPES[out.dtype], rows, k, gb.data_ptr(), rank, *a, False, 1.0, *mask, 0, 0

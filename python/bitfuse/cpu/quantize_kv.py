@@ -31,17 +31,17 @@ def run(
     k, v = cache.dense_rows(k), cache.dense_rows(v)
     if format == "fp8":
         scales = head_scales(k), head_scales(v)
-        codes = [torch.empty(t.shape, dtype=FP8) for t in (k, v)]
-        none = [torch.empty(0) for _ in range(2)]
+        codes = [t.new_empty(t.shape, dtype=FP8) for t in (k, v)]
+        none = [k.new_empty(0, dtype=torch.float32) for _ in range(2)]
         to = CacheTensors(codes[0], codes[1], scales[0], None, scales[1], format=format)
         made = [*codes, scales[0], none[0], scales[1], none[1]]
     else:
         codes = [
-            torch.empty(*t.shape[:-1], t.shape[-1] * BITS[format] // 8, dtype=torch.uint8) for t in (k, v)
+            t.new_empty(*t.shape[:-1], t.shape[-1] * BITS[format] // 8, dtype=torch.uint8) for t in (k, v)
         ]
         of_k = (batch, seq // group_size, heads, dim)
         of_v = (batch, seq, heads, -(-v.shape[-1] // channel_group))
-        halves = [torch.empty(s, dtype=torch.float16) for s in (of_k, of_k, of_v, of_v)]
+        halves = [k.new_empty(s, dtype=torch.float16) for s in (of_k, of_k, of_v, of_v)]
         # in the place of the tails, which are not touched: they have the sizes
         to = CacheTensors._make((*codes, *halves, k, v, None, format, group_size, channel_group))
         made = [*codes, *halves]

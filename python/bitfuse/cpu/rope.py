@@ -24,7 +24,7 @@ def run(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
     Raises:
         ValueError: a position that cos does not have.
     """
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     if x.numel():
         x = cache.dense_rows(x)
         turn, _kept = cache.rotary_integers(rotary, inverse)

@@ -52,7 +52,9 @@ class LoRAAdapter(torch.nn.Module):
         self.lora_A = torch.nn.Parameter(lora_A)
         self.lora_B = torch.nn.Parameter(lora_B)
         self.lora_magnitude_vector = None if magnitude is None else torch.nn.Parameter(magnitude)
-        self.register_buffer("scale_by", torch.empty((), device=lora_A.device), persistent=False)
+        self.register_buffer(
+            "scale_by", torch.empty((), dtype=torch.float32, device=lora_A.device), persistent=False
+        )
         self.set_scaling(alpha, use_rslora)
 
     @property

@@ -244,7 +244,7 @@ def _reference_backward(
     prefixes = (a.prefix_k, a.prefix_v)
     total: dict[str, Any] = {n: q.new_zeros(t.shape) for n, t in zip("qkv", (q, k, v), strict=True)}
     total |= {n: q.new_zeros(t.shape) for n, t in zip(_PREFIXES, prefixes, strict=True) if t is not None}
-    total["sinks"] = 0
+    total |= {"bias": None, "sinks": None if a.sinks is None else lse.new_zeros(a.sinks.shape)}
     for b, (of_q, of_k, own, kept) in enumerate(_parts(q, k, a)):
         rows = (grad[:, of_q], None if grad_lse is None else grad_lse[:, :, of_q], q[:, of_q])
         found = _backward(*rows, k[:, of_k], v[:, of_k], out[:, of_q], lse[:, :, of_q], own, kept)
@@ -252,7 +252,8 @@ def _reference_backward(
             total[name][:, at] = found[name].to(q.dtype)
         for name in (n for n in _PREFIXES if n in total):
             total[name][b : b + 1 if packed else None] = found[name].to(q.dtype)
-        total["sinks"] += found.get("sinks", 0)
+        if a.sinks is not None:
+            total["sinks"] += found["sinks"]
         total["bias"] = found.get("bias")
     made = [total[n][0] if packed else total[n] for n in "qkv"]
     made += [total[n] for n in ("bias", "sinks")]

@@ -11,6 +11,7 @@ from ..cost import Cost, moved
 from ..cpu import bottleneck_adapter as cpp
 from ..kernels import bottleneck_adapter as triton
 from ..op import Backend, Explanation, Op, explains
+from ..tensors import as_rows
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS, check_float
 
@@ -52,7 +53,7 @@ def _reference(
 ) -> list[torch.Tensor]:
     """y [..., N] of x's dtype, and h = x D^T + c, float32 [rows, r]."""
     biases = [None if b is None else b.to(w.dtype) for b, w in ((down_bias, down), (up_bias, up))]
-    h = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]).to(down.dtype), down, biases[0])
+    h = torch.nn.functional.linear(as_rows(x).to(down.dtype), down, biases[0])
     y = torch.nn.functional.linear(activate(h, activation).to(up.dtype), up, biases[1])
     y = y.view(*x.shape[:-1], up.shape[0])
     return [(x + y if residual else y).to(x.dtype), h.float()]
@@ -127,15 +128,15 @@ class _BottleneckAdapter(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, down, up, h = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad = as_rows(grads[0])
         d_x = d_down = d_down_bias = d_up = d_up_bias = None
         if any(wanted[:3]):
             d_h = (grad.to(up.dtype) @ up).float() * derivative(h, ctx.activation)
             if wanted[0]:
                 d_x = (d_h.to(down.dtype) @ down).to(grad.dtype)
-                d_x = (grad + d_x if ctx.residual else d_x).view(*grads[0].shape[:-1], -1)
+                d_x = (grad + d_x if ctx.residual else d_x).view(*grads[0].shape[:-1], down.shape[1])
             if wanted[1]:
-                d_down = d_h.to(down.dtype).t() @ x.reshape(-1, x.shape[-1]).to(down.dtype)
+                d_down = d_h.to(down.dtype).t() @ as_rows(x).to(down.dtype)
             if wanted[2]:
                 d_down_bias = d_h.sum(0).to(ctx.biases[0])
         if wanted[3]:

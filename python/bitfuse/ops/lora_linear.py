@@ -21,6 +21,7 @@ from ..kernels import lora_linear as triton
 from ..lora_args import LoraArgs
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
+from ..tensors import as_rows
 from ..weight import LowBitWeight, WeightTensors, check_tensor
 from .lowbit_linear import FLOATS, check_float, check_weight
 
@@ -94,7 +95,7 @@ def _reference(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: fl
     ys, hs = [], []
     for p in projections:
         y = linear(x, _dense(p, x.dtype), p.bias if p.out_scale is None else None)
-        h = linear(_dropped(x.reshape(-1, x.shape[-1]).to(p.lora_A.dtype), p, dropout_p), p.lora_A)
+        h = linear(_dropped(as_rows(x).to(p.lora_A.dtype), p, dropout_p), p.lora_A)
         if p.shape[2]:
             y = y + _scaled(linear(h.to(p.lora_B.dtype), p.lora_B), p).view(y.shape)
         if p.out_scale is not None:
@@ -228,8 +229,8 @@ def _reference_backward(
     grad_x = None
     found = []
     for grad, p, h, a, b in zip(grads, projections, hs, wanted.lora_A, wanted.lora_B, strict=True):
-        n, k, rank = p.shape
-        y = grad.reshape(-1, n)
+        _, k, rank = p.shape
+        y = as_rows(grad)
         scaled = _scaled(y.to(torch.promote_types(p.lora_A.dtype, p.lora_B.dtype)), p)
         gb = (scaled.to(p.lora_B.dtype) @ p.lora_B).to(p.lora_A.dtype)
         if wanted.x:
@@ -240,7 +241,7 @@ def _reference_backward(
         grad_a, grad_b = (y.new_empty(0, dtype=t.dtype) for t in (p.lora_A, p.lora_B))
         if a:
             assert x is not None
-            grad_a = gb.t() @ _dropped(x.reshape(-1, k).to(p.lora_A.dtype), p, dropout_p)
+            grad_a = gb.t() @ _dropped(as_rows(x).to(p.lora_A.dtype), p, dropout_p)
         if b:
             assert h is not None
             grad_b = scaled.t().to(p.lora_B.dtype) @ h.to(p.lora_B.dtype)
@@ -350,16 +351,16 @@ def gradients(
     each: list[torch.Tensor | None] = []
     for i, grad in enumerate(grads):
         w_wanted, a_wanted, b_wanted, bias_wanted = needs[4 * i : 4 * i + 4]
-        rows = grad.reshape(-1, grad.shape[-1])
+        flat = as_rows(grad)
         grad_w = None
         if w_wanted:
             assert x is not None
-            grad_w = rows.t() @ x.reshape(-1, x.shape[-1])
+            grad_w = flat.t() @ as_rows(x)
         each += [
             grad_w,
             found[1 + 2 * i] if a_wanted else None,
             found[2 + 2 * i] if b_wanted else None,
-            rows.sum(0, dtype=torch.float32).to(grad.dtype) if bias_wanted else None,
+            flat.sum(0, dtype=torch.float32).to(grad.dtype) if bias_wanted else None,
         ]
     return found[0] if x_wanted else None, each
 

@@ -15,6 +15,7 @@ from ..formats import get_format
 from ..kernels import lowbit_linear as triton
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
+from ..tensors import as_rows
 from ..weight import LowBitWeight, WeightTensors, check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -189,7 +190,7 @@ class _LowBitLinear(torch.autograd.Function):
             if perm is not None:
                 grad_x = torch.empty_like(grad_x).index_copy_(-1, perm, grad_x)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=torch.float32).to(grad.dtype)
+            grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(grad.dtype)
         return grad_x, grad_bias, None, None
 
 

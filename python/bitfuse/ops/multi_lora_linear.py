@@ -32,6 +32,7 @@ from ..multi_lora_args import (
 )
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
+from ..tensors import as_rows
 from ..weight import LowBitWeight, WeightTensors, check_tensor
 from .lora_linear import MAX_RANK
 from .lowbit_linear import FLOATS, check_float, forward_op, lowbit_linear_grad_x
@@ -149,7 +150,7 @@ def _reference(
 ) -> None:
     """y[m] += scaling[e] (x[m] A_e^T) B_e^T with e = adapter_ids[m], which is none where it is -1."""
     linear = torch.nn.functional.linear
-    y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    y, x = as_rows(y), as_rows(x)
     for e, rows in _active(adapter_ids, count_of(lora_A)):
         a, b = adapter(lora_A, e), adapter(lora_B, e)
         h = linear(x[rows].to(a.dtype), a)
@@ -240,7 +241,7 @@ def _reference_grads(
     """
     grads_a = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in lora_A if a_wanted]
     grads_b = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in lora_B if b_wanted]
-    grad, x = grad.view(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad, x = as_rows(grad), as_rows(x)
     for e, rows in _active(adapter_ids, count_of(lora_A)):
         a, b = adapter(lora_A, e), adapter(lora_B, e)
         g, own = (grad[rows].to(b.dtype) * scaling[e]).to(b.dtype), x[rows].to(a.dtype)
@@ -343,11 +344,11 @@ class _MultiLoraLinear(torch.autograd.Function):
             grad_x = _base_grad_x(grad, weight, perm)
             multi_lora_add_(grad_x, grad, transposed(lora_B), transposed(lora_A), scaling, adapter_ids)
         if needs[1] or needs[2]:
-            rows = grad.view(-1, grad.shape[-1])
+            flat = as_rows(grad)
             if needs[1]:
-                grad_bias = rows.sum(0, dtype=torch.float32).to(grad.dtype)
+                grad_bias = flat.sum(0, dtype=torch.float32).to(grad.dtype)
             if needs[2]:
-                grad_w = rows.t() @ x.reshape(-1, x.shape[-1])
+                grad_w = flat.t() @ as_rows(x)
         found: list[torch.Tensor | None] = [None] * (2 * half)
         if any(a_needs) or any(b_needs):
             made = multi_lora_grads(grad, x, lora_A, lora_B, scaling, adapter_ids, any(a_needs), any(b_needs))

@@ -73,7 +73,7 @@ def _reference(
     grouped = k.reshape(batch, seq // group_size, group_size, heads, dim)
     codes, k_scales, k_offsets = quantize_keys(grouped, bits)
     v_codes, v_scales, v_offsets = quantize_values(v, bits, channel_group)
-    return [codes.view(batch, seq, heads, -1), v_codes, k_scales, k_offsets, v_scales, v_offsets]
+    return [codes.flatten(1, 2), v_codes, k_scales, k_offsets, v_scales, v_offsets]
 
 
 def _fake(
