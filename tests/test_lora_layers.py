@@ -209,6 +209,12 @@ def test_disable_delete_and_names() -> None:
         (dict(r=513), ValueError, "r is 513"),
         (dict(r=2.0), TypeError, "r is a float"),
         (dict(r=4, alpha=float("nan")), ValueError, "alpha is nan"),
+        (
+            dict(r=4, alpha=1e308),
+            ValueError,
+            r"alpha is 1e\+308, expected a finite number that float32 holds",
+        ),
+        (dict(r=4, alpha=-(10**400)), ValueError, "alpha is -1000"),
         (dict(r=4, alpha="8"), TypeError, "alpha is a str"),
         (dict(r=4, dropout=1.0), ValueError, "dropout is 1.0"),
         (dict(r=4, dtype=torch.int8), ValueError, r"dtype is torch\.int8"),
@@ -239,6 +245,8 @@ def test_a_replaced_forward_is_refused() -> None:
         LoRALinear(linear, R)
     with pytest.raises(TypeError, match="computed by a hook"):
         LoRALinear(torch.nn.utils.weight_norm(torch.nn.Linear(K, N)), R)
+    with pytest.raises(TypeError, match=r"its weight is torch\.float64, expected torch\.float32"):
+        LoRALinear(torch.nn.Linear(K, N).double(), R)
 
 
 # as a torch layer
@@ -943,6 +951,7 @@ def test_what_is_left_alone() -> None:
             "skipped": torch.nn.Linear(K, K),
             "encoder": torch.nn.TransformerEncoderLayer(K, 4, 64, batch_first=True),
             "other": IA3Linear(torch.nn.Linear(K, K)),
+            "wide": torch.nn.Linear(K, K).double(),
         }
     )
     replaced: Any = torch.nn.Linear(K, K)
@@ -958,6 +967,7 @@ def test_what_is_left_alone() -> None:
         "encoder.linear1": "reads its weight and passes the layer by",
         "encoder.self_attn.out_proj": "NonDynamicallyQuantizableLinear",
         "other": "it carries other adapters",
+        "wide": "its weight is torch.float64",
     }
     assert all(reason in report.skipped[name] for name, reason in reasons.items())
     assert "left as it is" in str(report)

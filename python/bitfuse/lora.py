@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -125,7 +125,8 @@ def add_lora_(
 
     Everything is looked at before the first layer is changed, so an error leaves the model as it was. A layer
     used in several places is wrapped in all of them; layers that share a weight go on sharing it. The first
-    adapter of a model is active; a further one waits for `set_adapter_`.
+    adapter of a model is active; one of another name waits for `set_adapter_`. More layers for an adapter
+    that is there already (with another rank, say) are active if it is.
 
     Args:
         model: any module that holds `torch.nn.Linear` or `bitfuse.nn.Linear`.
@@ -324,27 +325,53 @@ def wrap_(
                 raise ValueError(f"adapter_name is {adapter_name!r}, which {name} has already")
             if layer.merged_layer is not None:
                 raise ValueError(f"{name} is merged: unmerge before you add an adapter")
-    first = not any(layer.active_adapters for layer in before.values())
-    places = places_of(model)
+    # as for the adapter's other layers, if it has any; else the first adapter of a model is active
+    order = list(dict.fromkeys(name for layer in before.values() for name in layer.active_adapters))
+    known = any(adapter_name in layer.adapters for layer in before.values())
+    active = adapter_name in order if known else not order
+    order = order if adapter_name in order else [*order, adapter_name]
     report = AdapterReport(adapter_name, skipped=skipped)
-    for name, layer in chosen.items():
-        if not isinstance(layer, AdapterLinear):
-            assert isinstance(layer, (torch.nn.Linear, Linear))
-            at = places[id(layer)]
-            layer = make(name, layer)
-            for parent, key in at:
-                parent._modules[key] = layer
-        add(name)(layer)
-        if not first and adapter_name in layer.active_adapters:
-            layer.set_adapter(())
-        report.layers.append(describe(name, layer, adapter_name))
-    freeze_base_(model)
-    if not trainable:
-        layers = adapted_layers(model)
-        for name in chosen:
-            layers[name].adapters[adapter_name].requires_grad_(False)
+    with _all_or_nothing(model, chosen, adapter_name) as places:
+        for name, layer in chosen.items():
+            if not isinstance(layer, AdapterLinear):
+                assert isinstance(layer, (torch.nn.Linear, Linear))
+                at = places[id(layer)]
+                layer = make(name, layer)
+                for parent, key in at:
+                    parent._modules[key] = layer
+            add(name)(layer)
+            others = {n for n in layer.active_adapters if n != adapter_name}
+            now = others | {adapter_name} if active else others
+            layer.active_adapters = tuple(n for n in order if n in now)
+            layer.adapters[adapter_name].requires_grad_(active and trainable)
+            report.layers.append(describe(name, layer, adapter_name))
+        freeze_base_(model)
     count_(report, model)
     return report
+
+
+@contextlib.contextmanager
+def _all_or_nothing(
+    model: torch.nn.Module, chosen: Mapping[str, torch.nn.Module], adapter_name: str
+) -> Iterator[dict[int, list[tuple[torch.nn.Module, str]]]]:
+    """Gives `places_of` the model; whatever is raised inside, the chosen layers are then as they were."""
+    places = places_of(model)
+    learning = [(p, p.requires_grad) for p in model.parameters()]
+    active = {n: m.active_adapters for n, m in chosen.items() if isinstance(m, AdapterLinear)}
+    try:
+        yield places
+    except BaseException:
+        for name, layer in chosen.items():
+            if isinstance(layer, AdapterLinear):
+                if adapter_name in layer.adapters:
+                    layer.delete_adapter(adapter_name)
+                layer.active_adapters = active[name]
+            else:
+                for parent, key in places[id(layer)]:
+                    parent._modules[key] = layer
+        for p, flag in learning:
+            p.requires_grad_(flag)
+        raise
 
 
 def describe(name: str, layer: AdapterLinear, adapter_name: str) -> AdaptedLayer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..ops.lowbit_linear import FLOATS
 from ..weight import CHUNK, LowBitWeight, dequantize_rows, nest_scales, quantize
 from .linear import Linear
 
@@ -51,6 +52,8 @@ def refusal(base: object) -> str | None:
         return "its forward is replaced on the instance"
     if isinstance(base, torch.nn.Linear) and "weight" not in base._parameters:
         return "its weight is computed by a hook"
+    if isinstance(base, torch.nn.Linear) and base.weight.dtype not in FLOATS:
+        return f"its weight is {base.weight.dtype}, expected {' or '.join(map(str, FLOATS))}"
     return None
 
 
@@ -89,7 +92,7 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
 
     def __init__(self, base: torch.nn.Linear | Linear) -> None:
         if reason := refusal(base):
-            raise TypeError(f"base is {reason}")
+            raise TypeError(f"base: {reason}" if reason.startswith("its") else f"base is {reason}")
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base_layer = base.requires_grad_(False)
@@ -306,7 +309,7 @@ def options_from_bytes(state: object, name: str) -> dict[str, Any]:
         if not isinstance(state, torch.Tensor):
             raise TypeError(f"a {type(state).__name__}")
         return dict(json.loads(bytes(state.to("cpu", torch.uint8).tolist())))
-    except (ValueError, TypeError) as why:
+    except (ValueError, TypeError, RecursionError) as why:
         raise ValueError(f"{name} is not the JSON of an adapter's options: {why}") from None
 
 

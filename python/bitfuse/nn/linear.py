@@ -170,7 +170,7 @@ class Linear(torch.nn.Module):
         if extra is not None:
             try:
                 found = dict(json.loads(bytes(extra.to("cpu", torch.uint8).tolist())))
-            except (ValueError, TypeError, AttributeError) as why:
+            except (ValueError, TypeError, AttributeError, RecursionError) as why:
                 raise ValueError(f"{prefix}_extra_state is not the JSON of a format: {why}") from None
             if found != (own := _describe(self.format)):
                 differ = ", ".join(

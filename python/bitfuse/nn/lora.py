@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +14,13 @@ from ..cost import Cost, moved
 from ..lora_args import LoraArgs
 from ..op import Explanation, explain
 from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear, new_seed
-from ..ops.lowbit_linear import check_float
+from ..ops.lowbit_linear import FLOATS, check_float
 from ..weight import WeightTensors
 from .adapters import AdapterLinear, options_from_bytes, options_to_bytes
 from .dora import RowNorms, dora_scale
 from .linear import Linear
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class LoRAAdapter(torch.nn.Module):
@@ -132,16 +133,16 @@ def check_options(r: object, alpha: object, dropout: object) -> None:
     for name, value in (("alpha", alpha), ("dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, expected a finite number")
+        if not -_LARGEST <= value <= _LARGEST:  # an int may be too large for any float
+            raise ValueError(f"{name} is {str(value)[:40]}, expected a finite number that float32 holds")
     if not 0 <= dropout < 1:  # type: ignore[operator]
         raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
 
 
 def check_dtype(dtype: object) -> None:
     """Raise ValueError for a dtype that no adapter has."""
-    if dtype not in _FLOATS:
-        raise ValueError(f"dtype is {dtype}, expected {' or '.join(map(str, _FLOATS))}")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected {' or '.join(map(str, FLOATS))}")
 
 
 class LowRank(NamedTuple):
@@ -172,13 +173,15 @@ def adapted_linear(
         lora_B = torch.cat([a.lora_B * a.scaling for a in adapters], 1)
         return _fused(x, base, LowRank(lora_A, lora_B, 1.0), bias)
     y = _fused(x, base, first, None)
-    for lora_A, lora_B, scaling, dropout, out_scale in others:
-        dropped = torch.nn.functional.dropout(x, dropout)
-        h = torch.nn.functional.linear(dropped.to(lora_A.dtype), lora_A).to(lora_B.dtype)
-        y = y + (torch.nn.functional.linear(h, lora_B) * scaling).to(y.dtype)
-        if out_scale is not None:
-            y = (y * out_scale).to(y.dtype)
-    return y if bias is None else y + bias
+    x = x.to(y.dtype)  # autocast's, as in the fused call; the adapters stay in their own
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        for lora_A, lora_B, scaling, dropout, out_scale in others:
+            dropped = torch.nn.functional.dropout(x, dropout)
+            h = torch.nn.functional.linear(dropped.to(lora_A.dtype), lora_A).to(lora_B.dtype)
+            y = y + (torch.nn.functional.linear(h, lora_B) * scaling).to(y.dtype)
+            if out_scale is not None:
+                y = (y * out_scale).to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _fused(
