@@ -30,6 +30,7 @@ test: $(SETUP) $(VENV)/.demo $(VENV)/.test $(VENV)/.built
 lint: $(SETUP) $(VENV)/.lint
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	mkdir -p build/mypy/bitfuse && ln -sfn ../../../kernels build/mypy/bitfuse/kernels
 	$(PYTHON) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.h' '*.hpp')
 

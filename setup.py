@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -52,8 +52,16 @@ class Build(build_ext):
             print(f"bitfuse: built without CUDA kernels: {why}", file=sys.stderr)
 
 
+def packages() -> list[str]:
+    """Those below python/, and kernels/ and csrc/, which are installed beside them, with their folders."""
+    beside = [folder for top in ("kernels", "csrc") for folder in sorted((ROOT / top).glob("**/"))]
+    names = [".".join(f.relative_to(ROOT).parts) for f in beside if f.name != "__pycache__"]
+    return find_packages("python") + [f"bitfuse.{name}" for name in names]
+
+
 # optional=True on the CUDA extension: a build without it copies what there is
 setup(
+    packages=packages(),
     ext_modules=[Extension("bitfuse._cpu", []), Extension("bitfuse._cuda", [], optional=True)],
     cmdclass={"build_ext": Build},
 )

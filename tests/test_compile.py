@@ -15,6 +15,7 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
+from bitfuse import _sources
 from bitfuse.ahead import build, table, triton_kernels
 from bitfuse.arch import bundle, cubin, toolchain
 from bitfuse.arch.gpus import ARCHS, find
@@ -484,7 +485,7 @@ def test_the_extension_is_built(
     (package / "csrc" / "bind_cuda.cpp").write_text(BINDING)
     (package / "csrc" / "cuda" / "rope.cu").write_text(SOURCE.replace("NAME", "small"))
     (package / "csrc" / "cuda" / "rope_sm90.cu").write_text(SOURCE.replace("NAME", "large"))
-    monkeypatch.setattr(bundle, "PACKAGE", package)
+    monkeypatch.setattr(_sources, "PACKAGE", package)
     monkeypatch.setenv("BITFUSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(toolchain, "CXXFLAGS", ("-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden"))
     options = ["compile", "--arch", "a100", "--arch", "sm_90", "--backend", "cuda", "--op", "rope", "--json"]

@@ -3,7 +3,13 @@ reference."""
 
 from __future__ import annotations
 
-from . import compat, nn, ops, optim
+from . import (
+    _sources,  # noqa: F401  the first of them: it tells where bitfuse.kernels is
+    compat,
+    nn,
+    ops,
+    optim,
+)
 from ._version import __version__
 from .arch.bundle import load_kernels
 from .checkpoints import load_peft_, save_peft

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .._sources import source_folder
 from .._version import __version__
 from ..arch import bundle, cubin, toolchain
 from ..arch.gpus import ARCHS, Gpu, find
@@ -249,7 +250,7 @@ def _cuda(
     folder: Path, options: Options, gpus: Sequence[Gpu], kernels: list[Kernel], progress: Progress
 ) -> dict[str, Any] | None:
     """The extension, which is whole whatever ops are chosen; None when none of them is in it."""
-    csrc = bundle.PACKAGE.joinpath("csrc").resolve()
+    csrc = source_folder("csrc")
     if not csrc.is_dir():
         raise BuildError("the C++ sources are not beside this installation: compile with --backend triton")
     if not any(_op_of(source.stem) in options.ops for source in (csrc / "cuda").glob("*.cu")):

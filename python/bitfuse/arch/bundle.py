@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .._sources import source_folder
+
 log = logging.getLogger("bitfuse")
 
 MANIFEST = "bitfuse-kernels.json"
@@ -33,13 +35,13 @@ _swap: list[Callable[[ModuleType], None]] = []
 
 def cuda_sources() -> list[Path]:
     """The files that the CUDA extension is made of."""
-    csrc = PACKAGE / "csrc"
+    csrc = source_folder("csrc")
     return sorted([*csrc.glob("*.h"), *csrc.glob("bind_cuda*.cpp"), *(csrc / "cuda").glob("*")])
 
 
 def triton_sources() -> list[Path]:
     """The files of the Triton kernels."""
-    return sorted((PACKAGE / "kernels").glob("*.py"))
+    return sorted(source_folder("kernels").glob("*.py"))
 
 
 def source_hash(files: Iterable[Path]) -> str:
