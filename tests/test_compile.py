@@ -429,10 +429,13 @@ def test_load_kernels_refuses_parts(kernels: Path, tmp_path: Path, caplog: pytes
     good = {"abi": bundle.abi(), "sources": bundle.source_hash(bundle.cuda_sources())}
     for changes, part, why in (
         ({"triton": {"version": "2.0"}}, "triton", "it was made by Triton 2.0, here is"),
-        ({"triton": {}}, "triton", "its folder triton/ is missing"),
+        ({"triton": {}}, "triton", "triton/.* is missing: copy the folder again"),
+        ({"triton": {"files": None}}, "triton", "no sizes and hashes"),
         ({"cuda": {**good, "abi": ".cp27"}}, "cuda", "it was made for .cp27"),
         ({"cuda": {**good, "sources": "1"}}, "cuda", "it was made of other C\\+\\+ sources"),
-        ({"cuda": good}, "cuda", "does not load"),
+        ({"cuda": good}, "cuda", "no sizes and hashes"),
+        ({"cuda": {**good, "files": {}}}, "cuda", "no size and hash of _cuda"),
+        ({"cuda": {**good, "files": {f"_cuda{bundle.abi()}": 3}}}, "cuda", "_cuda.* is missing"),
     ):
         caplog.clear()
         loaded = bitfuse.load_kernels(changed(kernels, tmp_path / "it", **changes))
@@ -452,10 +455,71 @@ def test_load_kernels_bad_input(kernels: Path, tmp_path: Path) -> None:
         ("[1]", "layout None, expected 1"),
         (json.dumps({**json.loads(whole), "layout": 0}), "layout 0, expected 1"),
         (json.dumps({**json.loads(whole), "triton": 3}), "is damaged"),
+        ("[" * 100_000, "is nested deeper"),
+        ('{"layout": ' + "1" * 5000 + "}", "thousands of digits"),
+        ("\ud800", "can't be read"),
     ):
-        (tmp_path / bundle.MANIFEST).write_text(text)
-        with pytest.raises(ValueError, match=why):
+        (tmp_path / bundle.MANIFEST).write_bytes(text.encode(errors="surrogatepass"))
+        with pytest.raises(ValueError, match=why) as told:
             bitfuse.load_kernels(tmp_path)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["a circle", "a file", "a zero\0byte"])
+def test_load_kernels_of_no_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in a line; from BITFUSE_KERNEL_PATH, a warning, and the import goes on."""
+    path = tmp_path / name
+    if name == "a circle":
+        path.symlink_to(path)
+    elif name == "a file":
+        path.write_text("")
+    with pytest.raises(ValueError, match=r"^folder") as told:
+        bitfuse.load_kernels(path)
+    assert "\n" not in str(told.value)
+    if "\0" not in name:
+        monkeypatch.setenv("BITFUSE_KERNEL_PATH", str(path))
+        bundle.load_from_environment()
+
+
+def damages(size: int) -> dict[str, Any]:
+    """What copying, or a disk, may do to a file of this many bytes."""
+    cuts = {f"cut to {share:.0%}": lambda b, s=share: b[: int(s * len(b))] for share in (0, 0.001, 0.3, 0.99)}
+    return {
+        **cuts,
+        "less a byte": lambda b: b[:-1],
+        "a byte more": lambda b: b + b"\0",
+        "a hole": lambda b: b[: size // 2] + bytes(4096) + b[size // 2 + 4096 :],
+        "a text": lambda b: b"<html>404</html>",
+    }
+
+
+@pytest.mark.parametrize("how", damages(0))
+def test_a_damaged_extension_is_never_mapped(how: str, tmp_path: Path) -> None:
+    """Mapping one that was cut ends the process with SIGBUS: its size and its hash are compared before."""
+    whole = (bundle.PACKAGE / f"_cuda{bundle.abi()}").read_bytes()
+    file = tmp_path / f"_cuda{bundle.abi()}"
+    file.write_bytes(whole)
+    said = {"abi": bundle.abi(), "sources": bundle.source_hash(bundle.cuda_sources())}
+    said["files"] = bundle.file_facts(tmp_path, file.name)
+    manifest = {"layout": bundle.LAYOUT, "archs": ["sm_90a"], "cuda": said}
+    (tmp_path / bundle.MANIFEST).write_text(json.dumps(manifest))
+    file.write_bytes(damages(len(whole))[how](whole))
+    loaded = bitfuse.load_kernels(tmp_path)
+    assert loaded.used == () and "copy the folder again" in loaded.refused["cuda"]
+
+
+def test_a_damaged_triton_kernel_is_not_used(kernels: Path, tmp_path: Path) -> None:
+    """Whichever of its files it is."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(kernels, folder)
+    names = json.loads((folder / bundle.MANIFEST).read_text())["triton"]["files"]
+    assert {Path(name).suffix for name in names} >= {".cubin", ".json"}
+    for name in sorted(names, key=lambda name: Path(name).suffix)[::3]:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        loaded = bitfuse.load_kernels(folder)
+        assert loaded.used == () and name in loaded.refused["triton"]
+        (folder / name).write_bytes(whole)
 
 
 BINDING = """
@@ -521,6 +585,7 @@ from bitfuse.cuda import lora_linear, lowbit_linear as base
 folder = sys.argv[1]
 shutil.copy(base._cuda.__file__, f"{folder}/_cuda{bundle.abi()}")
 cuda = {"abi": bundle.abi(), "sources": bundle.source_hash(bundle.cuda_sources())}
+cuda["files"] = bundle.file_facts(bundle.Path(folder), f"_cuda{bundle.abi()}")
 with open(f"{folder}/{bundle.MANIFEST}", "w") as file:
     json.dump({"layout": bundle.LAYOUT, "archs": ["sm_90a"], "cuda": cuda}, file)
 x, w = torch.randn(2, 256).half(), bitfuse.quantize(torch.randn(64, 256), "int4")

@@ -28,6 +28,7 @@ RANK = {
             "arch",
             "policy",
             "tensors",
+            "json_files",
         ),
         0,
     ),
@@ -61,6 +62,7 @@ RANK = {
 # the order inside the lowest room
 PEERS = {
     "tensors": 0,
+    "json_files": -1,
     "formats": 0,
     "blockwise": 1,
     "packing": 0,

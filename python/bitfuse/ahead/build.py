@@ -261,7 +261,8 @@ def _cuda(
     objects = cache_folder() / "objects" / f"{'-'.join(map(str, targets))}{bundle.abi()}"
     jobs = toolchain.cuda_jobs(csrc, objects, nvcc, targets)
     made = _in_threads("CUDA C++", [job.make for job in jobs], progress)
-    toolchain.link(folder / f"_cuda{bundle.abi()}", made, [str(library)])
+    extension = f"_cuda{bundle.abi()}"
+    toolchain.link(folder / extension, made, [str(library)])
     sources = [(path.stem, image) for path in made for image in cubin.read(path)]
     mixes = _in_threads("SASS", [functools.partial(_mix, image.elf) for _, image in sources], progress)
     for (stem, image), mix in zip(sources, mixes, strict=True):
@@ -276,6 +277,7 @@ def _cuda(
         "nvcc": nvcc.version,
         "of": nvcc.origin,
         "architectures": toolchain.made_for(targets),
+        "files": bundle.file_facts(folder, extension),
     }
 
 
@@ -382,6 +384,7 @@ def _triton(
         "ops": ops,
         "kernels": len(compiled),
         "refused": refused,
+        "files": bundle.file_facts(folder, "triton"),
     }
 
 

@@ -5,14 +5,15 @@
     triton/<key>/           cubin and metadata of a Triton kernel, by Triton's own key
 
 Each part is used only where it fits: the extension where its C++ sources and Python's ABI are those of this
-installation, the Triton kernels where their sources and Triton are. What does not fit is told and left.
+installation, the Triton kernels where their sources and Triton are. And only where it is whole: the manifest
+holds the size and the hash of every file, because a shared object that was cut while it was copied ends the
+process that maps it, and a cut cubin the driver's. What does not fit is told and left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from .._sources import source_folder
+from ..json_files import JsonError, read_json
 
 log = logging.getLogger("bitfuse")
 
@@ -52,6 +54,41 @@ def source_hash(files: Iterable[Path]) -> str:
         total.update(f"{file.name} {len(body)}\n".encode())
         total.update(body)
     return total.hexdigest()[:16]
+
+
+def file_facts(folder: Path, part: str) -> dict[str, list[Any]]:
+    """Of a file, or of every file below a folder of a bundle, by its path from there: bytes and SHA-256, for
+    the manifest."""
+    files = sorted(path for path in ((folder / part), *(folder / part).rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): _facts(path) for path in files}
+
+
+def _facts(file: Path) -> list[Any]:
+    total, size = hashlib.sha256(), 0
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 20):
+            total.update(part)
+            size += len(part)
+    return [size, total.hexdigest()]
+
+
+def _damage(folder: Path, said: Any) -> str | None:
+    """What is wrong with the files that a manifest names; None where all are as they were made."""
+    if not isinstance(said, dict):
+        return f"{MANIFEST} has no sizes and hashes of its files: compile again"
+    for name, facts in said.items():
+        file = folder / name
+        try:
+            # the size first: it tells most copies that were cut, at once
+            size = file.stat().st_size if file.is_file() else None
+            whole = isinstance(facts, list) and len(facts) == 2 and size == facts[0] and _facts(file) == facts
+        except (OSError, ValueError) as why:
+            return f"{name} can't be read: {getattr(why, 'strerror', None) or why}"
+        if size is None:
+            return f"{name} is missing: copy the folder again"
+        if not whole:
+            return f"{name} is not the file that was compiled ({size} bytes): copy the folder again"
+    return None
 
 
 def abi() -> str:
@@ -100,15 +137,13 @@ def read_manifest(folder: Path, name: str = "folder") -> dict[str, Any]:
     """
     file = folder / MANIFEST
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except FileNotFoundError:
         raise ValueError(
             f"{name} is {str(folder)!r}, which has no {MANIFEST}: make one with `bitfuse compile`"
         ) from None
-    except (OSError, UnicodeDecodeError) as why:
-        raise ValueError(f"{name}: {file} can't be read: {getattr(why, 'strerror', None) or why}") from None
-    except json.JSONDecodeError as why:
-        raise ValueError(f"{name}: {file} is not JSON (line {why.lineno}): compile again") from None
+    except JsonError as why:
+        raise ValueError(f"{name}: {file} {why}: compile again") from None
     if not isinstance(found, dict) or found.get("layout") != LAYOUT:
         said = found.get("layout") if isinstance(found, dict) else None
         raise ValueError(f"{name}: {file} has layout {said!r}, expected {LAYOUT}: compile again")
@@ -161,7 +196,11 @@ def load_kernels(folder: str | os.PathLike[str]) -> Loaded:
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder is a {type(folder).__name__}, expected a path")
-    path = Path(folder).resolve()
+    try:
+        path = Path(folder).resolve()
+    except (OSError, RuntimeError, ValueError) as why:  # links in a circle, a zero byte
+        said = getattr(why, "strerror", None) or str(why).splitlines()[0]
+        raise ValueError(f"folder is {str(folder)!r}, which is no path: {said}") from None
     manifest = read_manifest(path)
     used: list[str] = []
     refused: dict[str, str] = {}
@@ -170,7 +209,7 @@ def load_kernels(folder: str | os.PathLike[str]) -> Loaded:
     ):  # fmt: skip
         if (said := manifest.get(part)) is None:
             continue
-        if (why := mismatch(said) or take(path, said)) is None:
+        if (why := mismatch(said) or _damage(path, said.get("files")) or take(path, said)) is None:
             used.append(part)
         else:
             refused[part] = why
@@ -200,6 +239,8 @@ def _take_extension(folder: Path, said: dict[str, Any]) -> str | None:
 
     package: Any = sys.modules[PACKAGE.name]
     file = folder / f"_cuda{abi()}"
+    if file.name not in said["files"]:
+        return f"{MANIFEST} has no size and hash of {file.name}: compile again"
     # a name of its own: pybind11 answers a known one with the module that it made first
     name = f"{PACKAGE.name}.{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}._cuda"
     try:
@@ -207,8 +248,8 @@ def _take_extension(folder: Path, said: dict[str, Any]) -> str | None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except ImportError as why:
-        return f"{file.name} does not load: {str(why).splitlines()[0]}"
+    except Exception as why:  # whatever an extension of another make raises: this one stays
+        return f"{file.name} does not load: {(str(why) or type(why).__name__).splitlines()[0]}"
     sys.modules[f"{PACKAGE.name}._cuda"] = module
     package._cuda = module
     for swap in _swap:
@@ -219,8 +260,6 @@ def _take_extension(folder: Path, said: dict[str, Any]) -> str | None:
 def _take_triton(folder: Path, said: dict[str, Any]) -> str | None:
     from .triton_cache import add
 
-    if not (folder / "triton").is_dir():
-        return "its folder triton/ is missing: compile again"
     add(folder / "triton")
     return None
 
