@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import html.parser
 import json
 import os
+import random
 import re
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bitfuse.bench import results
+from bitfuse.bench import SUITES, compare, results
 from bitfuse.cli import app
 from bitfuse.report import ResultsError, load, render, rewrite
 from bitfuse.report.charts import Log, figures_of, styles
@@ -321,10 +324,103 @@ def damaged(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     return put(tmp_path / "machine", found) / "lowbit_linear.json"
 
 
+HOSTILE: tuple[Any, ...] = (
+    None, True, 0, -1, 10**400, 1 << 63, 1e308, -1e308, 5e-324, 1e-300, float("nan"), float("inf"), "", "x",
+    "\ud800", "\0", "../../x", "a b\"'<c>&", "x" * 100_000, [], {}, [[]], {"a": 1}, {"": None}, {"\ud800": 1},
+)  # fmt: skip
+
+
+def places(found: Any) -> list[tuple[Any, Any]]:
+    """Every value inside, as its container and its key."""
+    here = list(found.items() if isinstance(found, dict) else enumerate(found))
+    below = [place for _, value in here if isinstance(value, dict | list) for place in places(value)]
+    return [(found, key) for key, _ in here] + below
+
+
+def mutated(found: Any, dice: random.Random) -> str:
+    """A file's text with one thing wrong, or a few."""
+    found = copy.deepcopy(found)
+    for _ in range(dice.choice((1, 1, 1, 3))):
+        # most of a file is rows: its head and its rows shall be hit as often
+        holder, key = dice.choice(dice.choice((places(found), [p for p in places(found) if len(p[0]) < 20])))
+        how = dice.randrange(5)
+        if how == 0:
+            del holder[key]
+        elif how == 1 and isinstance(holder, dict):
+            holder[dice.choice(("", "x", "\ud800", "x" * 2000, "rows"))] = holder.pop(key)
+        elif how == 2:
+            other, place = dice.choice(places(found))
+            holder[key] = copy.deepcopy(other[place])
+        else:
+            holder[key] = dice.choice(HOSTILE)
+    with int_digits():
+        text = json.dumps(found)
+    how = dice.randrange(12)
+    if how == 0:
+        text = text[: dice.randrange(len(text))]
+    elif how == 1:
+        at = text.index(":", dice.randrange(len(text) // 2)) + 1
+        text = text[:at] + dice.choice(("[", '{"a":')) * dice.choice((100, 100_000)) + text[at:]
+    elif how == 2:
+        at = dice.randrange(len(text))
+        text = text[:at] + dice.choice(("\0", '"', "9" * 5000, "é", "\u2028")) + text[at + 1 :]
+    return text
+
+
+@contextlib.contextmanager
+def int_digits() -> Iterator[None]:
+    """Numbers of any length can be written."""
+    before = sys.get_int_max_str_digits() if hasattr(sys, "get_int_max_str_digits") else None
+    if before is None:
+        yield
+        return
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: path.stem)
+def test_hostile_files(path: Path, tmp_path: Path) -> None:
+    """Real files of results, changed in many ways: each gives a sound page, or an error of one line."""
+    dice = random.Random(path.name)
+    real = json.loads(path.read_text())
+    for part in (real, *real.get("runs", ())):  # the first rows say as much as all
+        part.update({name: part[name][:6] for name in ("rows", "not_timed") if name in part})
+    file = tmp_path / path.name
+    drawn = 0
+    for _ in range(40):
+        text = mutated(real, dice)
+        file.write_bytes(text.encode(errors="surrogatepass"))
+        try:
+            devices = load([file])
+            Page(render(devices).encode().decode())
+            drawn += 1
+        except ResultsError as error:
+            assert str(error) and "\n" not in str(error) and len(str(error)) < 400, error
+        for other in (
+            lambda: compare.compare(*2 * [compare.read(str(file), list(SUITES), tmp_path)]),
+            lambda: results.migrate(file),
+            lambda: results.check(file, "A machine"),
+        ):
+            with contextlib.suppress(ResultsError):
+                other()
+    assert drawn  # some changes do no harm
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
         (lambda r: r.pop("schema"), "layout before schema 2"),
+        (lambda r: r["runs"][0]["rows"][0].update(median_ms=1e308), "median_ms is 1e+308"),
+        (lambda r: r["runs"][0]["rows"][0].update(median_ms=10**30), "holds the number 100000000000"),
+        (lambda r: r["runs"][0]["rows"][0].update(case="\ud800"), "surrogate"),
+        (lambda r: r["runs"][0]["rows"][0].update(sizes={"m": []}), "sizes of 'm' is []"),
+        (lambda r: r["runs"][0]["rows"][0].update(why=float("nan")), "not JSON compliant"),
+        (lambda r: r["runs"][0].update(versions=[]), "versions is []"),
+        (lambda r: r["runs"][0].update(limits={"bytes_per_s": 1e9, "flop_per_s": {"x": 0}}), "is 0"),
+        (lambda r: r["runs"][0].update(x=json.loads("[" * 70 + "]" * 70)), "nested deeper"),
         (lambda r: r.update(schema=3), "upgrade bitfuse"),
         (lambda r: r["runs"][0].pop("limits"), "damaged"),
         (lambda r: r["runs"][0]["limits"].update(bytes_per_s=0), "bytes_per_s is 0"),

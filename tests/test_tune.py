@@ -50,7 +50,16 @@ def test_file(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{", "truncated"), ('{"schema": 7}', "layout 7, expected 1"), ("[]", "no policy")]
+    ("text", "said"),
+    [
+        ("{", "is not JSON"),
+        ('{"schema": 7}', "layout 7, expected 1"),
+        ("[]", "truncated or no policy"),
+        ("[" * 100_000, "nested deeper"),
+        ('{"schema": 1, "devices": {"x": 3}}', "truncated or no policy"),
+        ('{"schema": 1, "devices": {"x": {"backends": {"a": {"cuda": "fast"}}}}}', "no policy"),
+        ('{"schema": 1, "devices": {"x": {"configs": {"a": [1, "x"]}}}}', "no policy"),
+    ],
 )
 def test_a_file_that_is_none(cache: Path, caplog: pytest.LogCaptureFixture, text: str, said: str) -> None:
     cache.write_text(text)

@@ -77,13 +77,21 @@ def finite(name: str, value: Any, least: float = 0.0, most: float = 1e15) -> flo
     Raises:
         ValueError: it is none, no finite one, or not from least to most; the message says so.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {_brief(value)}, expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        raise ValueError(f"{name} is {brief(value)}, expected a number")
     if not least <= value <= most:
-        raise ValueError(f"{name} is {_brief(value)}, expected {least:g} to {most:g}")
+        raise ValueError(f"{name} is {brief(value)}, expected {least:g} to {most:g}")
     return value
 
 
-def _brief(value: Any) -> str:
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more digits than a float has
+        return False
+
+
+def brief(value: Any) -> str:
+    """A value in an error's words, not longer than a part of a line."""
     said = repr(value)
     return said if len(said) <= 40 else said[:39] + "…"

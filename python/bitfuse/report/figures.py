@@ -76,7 +76,7 @@ class Row:
     @property
     def intensity(self) -> float | None:
         """Floating-point operations a byte; None for a row that does none, or moves none."""
-        if self.tflop_per_s <= 0 or self.gb_per_s <= 0:
+        if self.tflop_per_s < 1e-12 or self.gb_per_s < 1e-9:  # one a second
             return None
         return 1e3 * self.tflop_per_s / self.gb_per_s
 
@@ -137,7 +137,9 @@ class OpFigures:
         """Rows that differ in nothing but `axis`, by it: a line each."""
         found: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
-            if isinstance(row.place.get(axis), int | float):
+            value = row.place.get(axis)
+            # what is drawn is drawn on a scale of powers
+            if isinstance(value, int | float) and not isinstance(value, bool) and value > 1e-9:
                 rest = tuple(row.place.get(key) for key in self.varying if key != axis)
                 found.setdefault((row.case, row.dtype, rest), []).append(row)
         return {key: sorted(line, key=lambda row: row.place[axis]) for key, line in found.items()}

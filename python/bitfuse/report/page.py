@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -45,6 +46,16 @@ def render(devices: Sequence[Device]) -> str:
     Args:
         devices: what `sources.load` found.
     """
+    cases = sum(len(figures.rows) for device in devices for figures in device.ops)
+    context = {
+        "version": __version__,
+        "devices": [_device(device, at, cases <= SPOKEN) for at, device in enumerate(devices)],
+    }
+    return str(_template().render(context)) + "\n"
+
+
+@functools.cache
+def _template() -> Any:
     # here, so that the README's tables need no templates
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -55,12 +66,7 @@ def render(devices: Sequence[Device]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    cases = sum(len(figures.rows) for device in devices for figures in device.ops)
-    context = {
-        "version": __version__,
-        "devices": [_device(device, at, cases <= SPOKEN) for at, device in enumerate(devices)],
-    }
-    return environment.get_template("page.html.j2").render(context) + "\n"
+    return environment.get_template("page.html.j2")
 
 
 def _device(device: Device, at: int, spoken: bool) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bench import results
 from ..bench.results import ResultsError, shown
+from ..json_files import brief, finite, read_json
 from .figures import Device, OpFigures, Row, Setting, in_order, peer
 
 DEMO = "demo.json"  # what `bitfuse demo` wrote, put beside a device's results
@@ -77,8 +76,8 @@ def _device(slug: str, files: Sequence[Path]) -> Device | None:
         name = found["device"]
         try:
             figures = _op(found)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            said = f"{error} is missing" if isinstance(error, KeyError) else error
+        except KeyError as error:  # of what `bitfuse bench --compare` does without
+            said = f"{error} is missing"
             raise ResultsError(f"{shown(file)} is damaged: {said}; measure again, or move it away") from None
         if figures.rows:
             ops.append(figures)
@@ -97,10 +96,8 @@ def _op(found: dict[str, Any]) -> OpFigures:
 
 
 def _row(row: dict[str, Any], run: int) -> Row:
+    """Of a row whose fields `results.load` has checked, where they are there."""
     place = {key: row[key] for key in ("model", "layer") if row.get(key) is not None}
-    for name in ("median_ms", "p20_ms", "p80_ms"):
-        _finite(name, row[name], positive=True)
-    ratio = {peer(n): _finite(f"ratio to {n}", value, positive=True) for n, value in row["ratio"].items()}
     return Row(
         case=row["case"],
         dtype=row["dtype"],
@@ -109,12 +106,12 @@ def _row(row: dict[str, Any], run: int) -> Row:
         median_ms=row["median_ms"],
         p20_ms=row["p20_ms"],
         p80_ms=row["p80_ms"],
-        gb_per_s=_finite("gb_per_s", row["gb_per_s"]),
-        tflop_per_s=_finite("tflop_per_s", row["tflop_per_s"]),
-        share=_maybe("share_of_limit", row.get("share_of_limit")),
-        ratio=ratio,
-        error=_maybe("error", row.get("error")),
-        peak_bytes=_maybe("peak_bytes", row.get("peak_bytes")),
+        gb_per_s=row["gb_per_s"],
+        tflop_per_s=row["tflop_per_s"],
+        share=row.get("share_of_limit"),
+        ratio={peer(name): value for name, value in row["ratio"].items()},
+        error=row.get("error"),
+        peak_bytes=row.get("peak_bytes"),
         run=run,
     )
 
@@ -127,45 +124,44 @@ def _setting(run: dict[str, Any]) -> Setting:
         driver=run.get("driver"),
         isa=run.get("isa"),
         threads=run.get("threads"),
-        versions={name: str(version) for name, version in run["versions"].items() if version},
-        bytes_per_s=_finite("bytes_per_s", limits["bytes_per_s"], positive=True),
-        flop_per_s={
-            d: _finite(f"flop_per_s of {d}", f, positive=True) for d, f in limits["flop_per_s"].items()
-        },
-        overhead_us={name: _finite(name, us) for name, us in (run.get("overhead_us") or {}).items()},
+        versions={name: version for name, version in run["versions"].items() if version},
+        bytes_per_s=limits["bytes_per_s"],
+        flop_per_s=dict(limits["flop_per_s"]),
+        overhead_us=dict(run.get("overhead_us") or {}),
     )
-
-
-def _finite(name: str, value: Any, positive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, expected a number")
-    if value < 0 or (positive and value == 0):
-        raise ValueError(f"{name} is {value!r}, expected more than zero")
-    return value
-
-
-def _maybe(name: str, value: Any) -> float | None:
-    return None if value is None else _finite(name, value)
 
 
 def _demo(file: Path) -> dict[str, Any]:
     """What `bitfuse demo` wrote, as far as it is told here."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
+        languages = set(found["rows"][0]["quality"])
+        if not found["rows"] or "English" not in languages:
+            raise ValueError("no row has the quality in English")
         for row in found["rows"]:
-            _finite("linear_bytes", row["linear_bytes"])
-            _finite("batch_ms", row["batch_ms"]["median"], positive=True)
-            _finite("sentence_ms", row["sentence_ms"]["median"], positive=True)
+            _word("name", row["name"])
+            finite("linear_bytes", row["linear_bytes"])
+            finite("batch_ms", row["batch_ms"]["median"], least=1e-9)
+            finite("sentence_ms", row["sentence_ms"]["median"], least=1e-9)
+            if set(row["quality"]) != languages:
+                raise ValueError("the rows have not the same languages")
             for quality in row["quality"].values():
-                _finite("cosine_mean", abs(quality["cosine_mean"]))
-                _finite("cosine_worst", abs(quality["cosine_worst"]))
-        for name in ("model", "threads", "batch_size", "batch_tokens", "created"):
-            found[name]
-        found["machine"]["commit"], found["rows"][0]["quality"]["English"]
-    except OSError as error:
-        raise ResultsError(f"{shown(file)} can't be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                finite("cosine_mean", quality["cosine_mean"], -1.01, 1.01)
+                finite("cosine_worst", quality["cosine_worst"], -1.01, 1.01)
+        for name in ("model", "created"):
+            _word(name, found[name])
+        for name in ("threads", "batch_size", "batch_tokens"):
+            finite(name, found[name])
+        _word("commit", found["machine"]["commit"] or "unknown")
+    except FileNotFoundError:
+        raise ResultsError(f"{shown(file)} is not there") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ResultsError(
-            f"{shown(file)} is not a whole record of `bitfuse demo` ({error!r:.60}); `bitfuse demo` makes one"
+            f"{shown(file)} is not a whole record of `bitfuse demo` ({brief(error)}); `bitfuse demo` makes one"
         ) from None
-    return found
+    return dict(found)
+
+
+def _word(name: str, value: Any) -> None:
+    if not isinstance(value, str) or len(value) > 1000:
+        raise ValueError(f"{name} is {brief(value)}, expected a word")
