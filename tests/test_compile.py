@@ -499,7 +499,7 @@ def test_a_damaged_extension_is_never_mapped(how: str, tmp_path: Path) -> None:
     whole = (bundle.PACKAGE / f"_cuda{bundle.abi()}").read_bytes()
     file = tmp_path / f"_cuda{bundle.abi()}"
     file.write_bytes(whole)
-    said = {"abi": bundle.abi(), "sources": bundle.source_hash(bundle.cuda_sources())}
+    said: dict[str, Any] = {"abi": bundle.abi(), "sources": bundle.source_hash(bundle.cuda_sources())}
     said["files"] = bundle.file_facts(tmp_path, file.name)
     manifest = {"layout": bundle.LAYOUT, "archs": ["sm_90a"], "cuda": said}
     (tmp_path / bundle.MANIFEST).write_text(json.dumps(manifest))

@@ -209,10 +209,11 @@ def load_kernels(folder: str | os.PathLike[str]) -> Loaded:
     ):  # fmt: skip
         if (said := manifest.get(part)) is None:
             continue
-        if (why := mismatch(said) or _damage(path, said.get("files")) or take(path, said)) is None:
+        reason = mismatch(said) or _damage(path, said.get("files")) or take(path, said)
+        if reason is None:
             used.append(part)
         else:
-            refused[part] = why
+            refused[part] = reason
     loaded = Loaded(path, tuple(map(str, manifest["archs"])), tuple(used), refused)
     LOADED.append(loaded)
     for part, why in refused.items():

@@ -111,7 +111,7 @@ def load(path: Path) -> dict[str, Any]:
         )
     if schema != SCHEMA:
         raise ResultsError(
-            f"{name} has schema {brief(schema)}, this bitfuse reads {SCHEMA}; upgrade bitfuse or move the file"
+            f"{name} has schema {brief(schema)}, bitfuse here reads {SCHEMA}; upgrade bitfuse or move it"
         )
     if reason := _fault(found):
         raise ResultsError(f"{name} is damaged: {reason}; {_way_out(path)}")

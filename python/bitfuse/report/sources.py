@@ -157,7 +157,7 @@ def _demo(file: Path) -> dict[str, Any]:
         raise ResultsError(f"{shown(file)} is not there") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ResultsError(
-            f"{shown(file)} is not a whole record of `bitfuse demo` ({brief(error)}); `bitfuse demo` makes one"
+            f"{shown(file)} is no whole record of `bitfuse demo` ({brief(error)}); `bitfuse demo` makes one"
         ) from None
     return dict(found)
 
