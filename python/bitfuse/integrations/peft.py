@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 
 from ..nn import Linear
-from ..ops.lora_linear import MAX_RANK
 from . import bitsandbytes as bnb
 
 _Config = TypeVar("_Config")
@@ -71,8 +70,14 @@ def fuse_peft_(model: torch.nn.Module) -> FuseReport:
     needs `unfuse_peft_` first. In training, dropout draws other masks than `torch.nn.Dropout`, and in DoRA
     it acts on the adapter's input only.
 
-    Conv and embedding layers, other variants of LoRA, merged layers and what has hooks inside are left as
-    they are and named in the report with the reason.
+    Conv and embedding layers, other variants of LoRA, merged layers, float64 and what is hooked or replaced
+    inside are left as they are and named in the report with the reason. What a fused layer meets later (a
+    hook on its base, lora_A, lora_B or dropout, a replaced forward, offloading, a learnable scaling, float64,
+    rank 600) makes it call PEFT's forward, as long as it is there.
+
+    DoRA's norms are found at each call over a dense base. Over few bits they are kept in eval mode, under
+    `no_grad`, while the weight, A, B and scaling are what they were: a write to the codes through `.data` is
+    not seen and needs `clear_norms()` of the layer.
 
     Args:
         model: a `peft.PeftModel`, or any module that holds PEFT's LoRA layers.
@@ -178,8 +183,6 @@ def _refusal(module: Any, kinds: Any, shared: set[int]) -> str | None:
     for name in module.lora_A:
         if reason := kinds.unsupported(module, name):
             return f"adapter {name!r}: {reason}"
-        if module.r[name] > MAX_RANK:
-            return f"adapter {name!r} has rank {module.r[name]}, above {MAX_RANK}"
     if inside := _hooked(module):
         return f"{inside} has hooks, which a fused layer would not call"
     base = module.base_layer
@@ -188,7 +191,7 @@ def _refusal(module: Any, kinds: Any, shared: set[int]) -> str | None:
     if "forward" in base.__dict__:
         return "the forward of its base_layer is replaced on the instance"
     if type(base) in (torch.nn.Linear, Linear):
-        return None
+        return kinds.unsupported_base(base)
     if isinstance(base, torch.nn.Linear) and type(base).__module__.startswith("torch."):
         return f"its base is a {type(base).__name__}, a subclass of Linear"
     if base.weight.numel() and base.weight.untyped_storage().data_ptr() in shared:
@@ -198,7 +201,12 @@ def _refusal(module: Any, kinds: Any, shared: set[int]) -> str | None:
 
 def _hooked(module: torch.nn.Module) -> str | None:
     for name, inner in module.named_modules():
-        hooks: Sequence[Any] = (inner._forward_hooks, inner._forward_pre_hooks, inner._backward_hooks)
+        hooks: Sequence[Any] = (
+            inner._forward_hooks,
+            inner._forward_pre_hooks,
+            inner._backward_hooks,
+            inner._backward_pre_hooks,
+        )
         if inner is not module and any(hooks):
             return name
     return None

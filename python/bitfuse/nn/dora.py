@@ -83,9 +83,16 @@ class RowNorms:
 
     Over a few-bit W it is the root of ||W_n||^2 + 2 scaling (W A^T)_n . B_n + scaling^2 B_n (A A^T) B_n^T:
     the first term is kept, the second is one call of the few-bit product. A dense W is read in slices.
+
+    Args:
+        compare_scales: let the CPU compare also the content of a few-bit weight's scales, a copy of which is
+            kept, so that a write to them through `.data` is seen.
     """
 
-    def __init__(self) -> None:
+    _compare_scales = False  # of layers that were pickled before it was an option
+
+    def __init__(self, compare_scales: bool = False) -> None:
+        self._compare_scales = compare_scales
         self._squares = Kept()
         self._norms: dict[str, Kept] = {}
 
@@ -103,8 +110,9 @@ class RowNorms:
         if training or is_compiling() or torch.is_grad_enabled():
             return self.fresh(base, lora_A, lora_B, scaling)
         kept = self._norms.get(name)
-        compared = [t for t in (scaling, lora_A, lora_B) if isinstance(t, torch.Tensor)]
-        found = None if kept is None else kept.get([*_tensors(base), *compared], scaling)
+        versioned, compared = self._seen(base)
+        compared += [t for t in (scaling, lora_A, lora_B) if isinstance(t, torch.Tensor)]
+        found = None if kept is None else kept.get([*versioned, *compared], scaling)
         return self.renew(name, base, lora_A, lora_B, scaling) if found is None else found
 
     def renew(
@@ -118,8 +126,9 @@ class RowNorms:
         """Find the norms and keep them, in the storage that held the last ones."""
         norm = self.fresh(base, lora_A, lora_B, scaling)
         kept = self._norms.setdefault(name, Kept())
-        compared = [t for t in (scaling, lora_A, lora_B) if isinstance(t, torch.Tensor)]
-        kept.keep(norm, _tensors(base), compared, scaling)
+        versioned, compared = self._seen(base)
+        compared += [t for t in (scaling, lora_A, lora_B) if isinstance(t, torch.Tensor)]
+        kept.keep(norm, versioned, compared, scaling)
         return kept.value if kept.valid and kept.value is not None else norm
 
     def holds(self, name: str) -> bool:
@@ -150,19 +159,29 @@ class RowNorms:
     @torch.no_grad()
     def squares(self, base: torch.nn.Linear | Linear) -> torch.Tensor:
         """||W_n||^2 of each row, float64; kept while a few-bit W is what it was."""
-        tensors = _tensors(base)
+        versioned, compared = self._seen(base)
         # compiled code can't look: what changes the base as torch knows it calls `clear`, then this
         if is_compiling():
             kept = self._squares.value if self._squares.valid else None
         else:
-            kept = self._squares.get(tensors)
+            kept = self._squares.get([*versioned, *compared])
         if kept is not None:
             return kept
         rows = [w.double().square().sum(1) for _, w in float_rows(base)]
-        squares = torch.cat(rows) if rows else tensors[0].new_empty(0, dtype=torch.float64)
+        squares = torch.cat(rows) if rows else versioned[0].new_empty(0, dtype=torch.float64)
         if not is_compiling() and isinstance(base, Linear):
-            self._squares.keep(squares, tensors, [])
+            self._squares.keep(squares, versioned, compared)
         return squares
+
+    def _seen(self, base: torch.nn.Linear | Linear) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The weight's tensors whose versions are looked at, and those whose content is compared too."""
+        versioned: list[torch.Tensor] = []
+        compared: list[torch.Tensor] = []
+        for name, p in base._parameters.items():
+            if p is not None and name != "bias":
+                scales = self._compare_scales and name not in ("weight", "qweight")
+                (compared if scales else versioned).append(p)
+        return versioned, compared
 
     def clear(self) -> None:
         """Forget all that is kept."""
@@ -173,10 +192,6 @@ class RowNorms:
     def forget(self, name: str) -> None:
         """Forget an adapter."""
         self._norms.pop(name, None)
-
-
-def _tensors(base: torch.nn.Linear | Linear) -> list[torch.Tensor]:
-    return [p for name, p in base._parameters.items() if p is not None and name != "bias"]
 
 
 def dora_scale(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
