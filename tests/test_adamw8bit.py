@@ -327,10 +327,10 @@ def test_state_is_two_bytes_a_parameter() -> None:
     p.grad, small.grad = torch.randn_like(p), torch.randn_like(small)
     optimizer.step()
     assert {k: t.dtype for k, t in optimizer.state[p].items()} == {
-        "step": torch.float32, "exp_avg": torch.uint8, "exp_avg_sq": torch.uint8,
+        "step_8bit": torch.float32, "exp_avg_8bit": torch.uint8, "exp_avg_sq_8bit": torch.uint8,
         "exp_avg_absmax": torch.float32, "exp_avg_sq_absmax": torch.float32,
     }  # fmt: skip
-    held = sum(t.nbytes for k, t in optimizer.state[p].items() if k != "step")
+    held = sum(t.nbytes for k, t in optimizer.state[p].items() if k != "step_8bit")
     assert held == 2 * p.numel() + 2 * 4 * (p.numel() // 256)
     assert sum(t.nbytes for k, t in optimizer.state[small].items() if k != "step") == 8 * small.numel()
 
@@ -469,6 +469,6 @@ def test_paged_state_lives_in_host_memory() -> None:
             p.grad = grad
             optimizer.step()
             optimizer.load_state_dict(optimizer.state_dict())
-        assert optimizer.state[p]["exp_avg"].is_pinned() == (paged and gpu)
-        found.append((p.detach(), optimizer.state_dict()["state"][0]["exp_avg"].cpu()))
+        assert optimizer.state[p]["exp_avg_8bit"].is_pinned() == (paged and gpu)
+        found.append((p.detach(), optimizer.state_dict()["state"][0]["exp_avg_8bit"].cpu()))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
