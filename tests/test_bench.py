@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bitfuse import bench
-from bitfuse.bench import compare, measure, results, shapes, timing
+from bitfuse.bench import compare, limits, measure, results, shapes, timing
 from bitfuse.bench.cases import Contender, Layer, Problem, relative_error
 from bitfuse.cli import app
 from typer.testing import CliRunner
@@ -169,6 +169,46 @@ def test_ceilings_are_measured_on_both_sides_of_a_table() -> None:
     measured = found["limits"]["measured"]
     assert list(measured) == ["before", "after", "rows"]
     assert found["limits"]["bytes_per_s"] == max(c["bytes_per_s"] for c in measured.values())
+
+
+def test_a_machine_has_one_ceiling(tmp_path: Path) -> None:
+    """The most that anybody reached there, whatever was measured beside a run; it rises, and never falls."""
+    folder = tmp_path / "here"
+    peer = row("torch", who="torch", tflop_per_s=0.5, gb_per_s=7.0, in_cache=False)
+    cached = row("bitfuse 1", tflop_per_s=0.25, gb_per_s=99.0, in_cache=True)
+    results.append(folder / "rope.json", "rope", "here", run_of(peer, cached))
+    results.append(folder / "sample.json", "sample", "here", run_of(row(tflop_per_s=0.125, gb_per_s=1.0)))
+    found = limits.keep(folder)
+    assert found.bytes_per_s is not None and found.bytes_per_s.value == 7e9
+    assert found.bytes_per_s.by == "torch, rope" and found.flop_per_s["float32"].value == 5e11
+    assert (
+        limits.load(folder) == found == limits.of_folder(folder)
+        and limits.load(tmp_path / "x") == limits.Limits()
+    )
+    assert (
+        found.share(3.5, 0.1, "float32") == (0.5, "memory")
+        and found.share(0.7, 0.5, "float32")[1] == "arithmetic"
+    )
+    (folder / "rope.json").unlink()  # what was seen once stays
+    assert limits.keep(folder).bytes_per_s == found.bytes_per_s
+    loops = run_of(row(tflop_per_s=0.0, gb_per_s=0.0))
+    loops["limits"]["measured"] = {"before": {"bytes_per_s": 8e9, "flop_per_s": {}}}
+    results.append(folder / "sample.json", "sample", "here", loops)
+    raised = limits.keep(folder).bytes_per_s
+    assert raised is not None and (raised.value, raised.by) == (8e9, "the loops timed beside sample")
+    for text in ("[]", "{", '{"schema": 1, "devices": {"here": {"bytes_per_s": 3}}}', "[" * 10**5):
+        (tmp_path / limits.FILE).write_text(text)
+        with pytest.raises(bench.ResultsError, match="delete it|move it away") as told:
+            limits.load(folder)
+        assert "\n" not in str(told.value)
+
+
+def test_a_run_divides_by_what_the_machine_did_before() -> None:
+    known = timing.Ceiling(1e15, {"float32": 1e18})
+    session = bench.Session(tiny(), EFFORT, known=known)
+    found = session.run("merge_attention")
+    assert found["limits"]["bytes_per_s"] == 1e15 and list(found["limits"]["measured"])[-1] == "known"
+    assert all((r["share_of_limit"] or 0) < 1e-3 for r in found["rows"])
 
 
 def test_errors_are_relative_and_see_a_nan() -> None:
@@ -362,6 +402,13 @@ def test_comparison_looks_beyond_the_noise(tmp_path: Path) -> None:
     assert cli("--compare", tmp_path / "a", tmp_path / "b").exit_code == 0
     assert cli("--compare", tmp_path / "a", tmp_path / "a" / "rope.json", "--fail").exit_code == 0
     assert cli("--compare", tmp_path / "a", tmp_path / "b", "sample").exit_code == 2
+    # the folder of a device's folder will do, as for `bitfuse report`; that of several will not
+    for name in ("one", "two"):
+        (tmp_path / name / "device").mkdir(parents=True)
+        (tmp_path / name / "device" / "rope.json").write_text((tmp_path / "a" / "rope.json").read_text())
+    assert cli("--compare", tmp_path / "one", tmp_path / "two").exit_code == 0
+    done = cli("--compare", tmp_path / "a", tmp_path)
+    assert done.exit_code == 2 and "several devices' results: name one of a, b in it" in done.stderr
 
 
 def test_comparison_of_commits_and_of_machines(tmp_path: Path) -> None:

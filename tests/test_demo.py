@@ -133,6 +133,8 @@ def test_real_model(tmp_path: Path) -> None:
         (["--model", "."], "config.json"),
         (["--dtype", "int8"], "'int8'"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--seconds", "-4"], "--seconds is -4, expected 0 or more"),
+        (["--seconds", "nan"], "--seconds is nan"),
         (["--threads", "0"], "--threads"),
         (["--out", f"{os.devnull}/x"], "not a folder"),
     ],
@@ -298,3 +300,13 @@ def test_sentences() -> None:
     for t in TRIPLES:
         for s in (t.anchor, t.paraphrase, t.near_miss):
             assert s.isascii() == (t.language == "English")
+
+
+def test_errors_of_many_lines_are_told_whole() -> None:
+    many = (
+        "Couldn't instantiate the backend tokenizer from one of: \n(1) a `tokenizers` file,\n(2) a slow one."
+    )
+    said = embedder.one_line(ValueError(many))
+    assert said.endswith("(1) a `tokenizers` file,; (2) a slow one.") and "\n" not in said
+    assert embedder.one_line(ValueError("")) == "ValueError"
+    assert len(embedder.one_line(ValueError("x" * 1000))) == 300

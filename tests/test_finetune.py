@@ -289,3 +289,13 @@ def test_memory_counts_what_is_shared_once() -> None:
 
 def test_smoothed() -> None:
     assert smoothed([4.0, 2.0, 3.0, 1.0], window=2) == [4.0, 3.0, 2.5, 2.0]
+
+
+def test_layers_of_odd_sizes_stay_as_they_are() -> None:
+    """The command has no --skip and no --group-size to point to."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 20), torch.nn.Linear(100, 64))
+    few_bit, _ = training.few_bit(model, "nf4")
+    assert isinstance(few_bit[0], bitfuse.nn.Linear) and type(few_bit[2]) is torch.nn.Linear
+    with pytest.raises(embedder.DemoError, match="none of the linear layers can be quantised: ") as told:
+        training.few_bit(model[2:], "nf4")
+    assert "skip=" not in str(told.value)

@@ -17,6 +17,7 @@ RANK = {
         (
             "_sources",
             "_version",
+            "_interrupt",
             "_cpu",
             "_cuda",
             "op",
@@ -70,6 +71,7 @@ PEERS = {
     "arch": 0,
     "_sources": 0,
     "_version": 0,
+    "_interrupt": 0,
     "policy": 1,
     "cost": 1,
     "op": 2,

@@ -181,9 +181,47 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert figures.rows[0].intensity == pytest.approx(150 / 43)
     assert figures.where(figures.rows[1]) == "M = 16"
     text = render([device])
-    assert "<td>16<td>3.20<td>3.04<td>4.00<td>43.0<td>0.150<td>95<td>5.0" in text
+    assert "<td>16<td>3.20<td>3.04<td>4.00<td>43.0<td>0.150<td>91<td>5.0" in text
     kinds = [figure.kind for figure in figures_of(figures)]
     assert kinds == ["roofline", "latency", "speedup"]
+
+
+def test_shares_are_of_the_machines_one_ceiling(tmp_path: Path) -> None:
+    """The most that anything reached, peers and other ops included; beyond it a cache, and the page says so."""
+    low = {"bytes_per_s": 1e10, "flop_per_s": {"bfloat16": 1e11}}
+    fast = row("peer", who="peer", gb_per_s=86.0, tflop_per_s=0.3, in_cache=False)
+    folder = put(
+        tmp_path / "machine",
+        record([row(in_cache=True, tflop_per_s=0.21), row(m=16), row(m=32, gb_per_s=200.0)], limits=low),
+        record([row("bitfuse (cpp)"), fast], op="rope", limits=low),
+    )
+    (device,) = load([folder])
+    shares = {(f.op, r.case, r.place["m"]): r.share for f in device.ops for r in f.rows}
+    assert shares["lowbit_linear", "bitfuse int4 (cpp)", 16] == shares["rope", "bitfuse (cpp)", 1] == 0.5
+    assert shares["rope", "peer", 1] == 1.0 and device.ops[0].setting.bytes_per_s == 8.6e10
+    # bound by arithmetic: where the data lay is no matter
+    assert shares["lowbit_linear", "bitfuse int4 (cpp)", 1] == pytest.approx(0.7)
+    assert shares["lowbit_linear", "bitfuse int4 (cpp)", 32] is None and device.ops[0].rows[2].cached
+    text = render([device])
+    assert "<td>in cache" in text and "by peer, rope" in text and text.count("the most measured here") == 2
+    (real,) = load([RESULTS], ["amd-epyc"])
+    assert all((r.share or 0) <= 1 for f in real.ops for r in f.rows)
+    assert {f.setting.bytes_per_s for f in real.ops} == {real.limits.bytes_per_s.value}  # type: ignore[union-attr]
+
+
+def test_peers_that_are_faster_are_told(tmp_path: Path) -> None:
+    """Also of a file from before their ratios were taken: of the medians then."""
+    peer = row("bitsandbytes NF4", median_ms=0.1)
+    rows = [
+        row(),
+        peer,
+        row("onnxruntime int4 (float32 activations)", median_ms=0.4),
+        row("bitsandbytes NF4", m=2),
+    ]
+    (device,) = load([put(tmp_path / "machine", record(rows))])
+    ratio = device.ops[0].rows[0].ratio
+    assert ratio == {"torch bf16": 5.0, "bitsandbytes": 0.5, "onnxruntime fp32": 2.0}
+    assert "bitsandbytes <b>0.50×</b>" in render([device])
 
 
 def test_only_the_last_measurement_counts(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ reference."""
 from __future__ import annotations
 
 from . import (
+    _interrupt,  # noqa: F401  before torch is imported: it answers Ctrl-C meanwhile
     _sources,  # noqa: F401  the first of them: it tells where bitfuse.kernels is
     compat,
     nn,

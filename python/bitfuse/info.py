@@ -18,11 +18,13 @@ from . import policy
 from ._version import __version__
 from .arch import bundle
 from .formats import FORMATS
-from .op import Backend, simulated_gpu
-from .ops.lowbit_linear import forward_op
+from .op import BACKENDS, Backend, asked_backend, explain, simulated_gpu
+from .ops.lowbit_linear import forward_op, lowbit_linear
 from .weight import quantize
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "pybind11")
+PACKAGES = (
+    "torch", "triton", "numpy", "transformers", "safetensors", "peft", "bitsandbytes", "accelerate", "pybind11",
+)  # fmt: skip
 _ROOT = Path(__file__).resolve().parents[2]  # of the source tree, when this is one
 
 
@@ -66,18 +68,55 @@ def collect(probe: bool = True) -> dict[str, Any]:
             {"archs": list(k.archs), "used": list(k.used), "refused": dict(k.refused)} for k in bundle.LOADED
         ],
         "caches": caches(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k in _ENVIRONMENT},
+        "environment": environment(),
     }
     if probe:
-        facts["backends"] = [asdict(check_backend(backend)) for backend in forward_op.backends]
+        checks = [check_backend(backend) for backend in forward_op.backends]
+        facts["backends"] = [asdict(check) for check in checks]
+        facts["asked_backend"] = asked_backend_fault(checks)
     return facts
 
 
-# what changes the outcome and holds no path or secret
+# what changes the outcome: variables that hold no path or secret, and those that do
 _ENVIRONMENT = (
-    "BITFUSE_BACKEND", "BITFUSE_CUDA", "BITFUSE_CUDA_ARCHS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
+    "BITFUSE_BACKEND", "BITFUSE_CHECK", "BITFUSE_CPU_ISA", "BITFUSE_CUDA", "BITFUSE_CUDA_ARCHS",
+    "BITFUSE_CCACHE", "BITFUSE_JOBS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
 )  # fmt: skip
+_PATHS = ("BITFUSE_KERNEL_PATH", "BITFUSE_CACHE")
+
+
+def environment() -> dict[str, str]:
+    """The variables that are set and change what runs; of paths only that they are, and how many."""
+    found = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    for name in _PATHS:
+        if folders := [folder for folder in os.environ.get(name, "").split(os.pathsep) if folder]:
+            there = sum(Path(folder).is_dir() for folder in folders)
+            found[name] = f"{len(folders)} folder{'s' * (len(folders) > 1)}, {there} there"
+    return dict(sorted(found.items()))
+
+
+def asked_backend_fault(checks: list[BackendCheck]) -> str | None:
+    """Why every call of this process fails: BITFUSE_BACKEND asks for a backend that serves none here. None
+    where it is not set, or does."""
+    asked = os.environ.get("BITFUSE_BACKEND")
+    if not asked:
+        return None
+    if asked not in BACKENDS:
+        return f"it is none of {', '.join(BACKENDS)}"
+    here = next((check for check in checks if check.name == asked), None)
+    return None if here is None or here.alive else here.reason
+
+
+def require_asked_backend(device: torch.device) -> None:
+    """What BITFUSE_BACKEND asks for, if anything, tried on a small call: before a model is loaded.
+
+    Raises:
+        BackendError: it does not run on this device.
+        ValueError: it is no backend.
+    """
+    if asked_backend() is not None:
+        w = quantize(torch.zeros(8, 128), "int8").to(device)
+        explain(lowbit_linear, torch.zeros(1, 128, device=device), w)
 
 
 def versions() -> dict[str, str | None]:
@@ -275,6 +314,8 @@ def as_text(facts: dict[str, Any]) -> str:
     )
     lines += [("tuned", f"{gpu}: {said}") for gpu, said in kept["tuned"].items()]
     lines += [("env", f"{k}={v}") for k, v in facts["environment"].items()]
+    if fault := facts.get("asked_backend"):
+        lines.append(("", f"BITFUSE_BACKEND can't be served here, so every call fails: {fault}"))
     for b in facts.get("backends", ()):
         if not b["alive"]:
             lines.append((b["name"], f"not here: {b['reason']}"))

@@ -15,7 +15,7 @@ import torch
 from ..formats import FORMATS
 from ..kv_cache import CACHE_FORMATS
 from ..op import BACKENDS
-from . import compare, results, table
+from . import compare, limits, results, table
 from .cases import Setting, split_format
 from .measure import Session, effort_for
 from .shapes import DEFAULT, find
@@ -179,11 +179,13 @@ def run(options: Options) -> Outcome:
         into = results.folder(device)
     elif into is not None:
         into = into / results.folder(device).name
+    known = limits.of_folder(into or results.folder(device))
     with _progress() as (bar, task):
         session = Session(
             setting,
             effort_for(setting.device, options.quick, rounds=options.rounds),
             lambda text, done: bar.update(task, description=text, completed=done),
+            known.ceiling(),
         )
         ops = _measurable(session, ops, bool(options.ops))
         if into is not None:
@@ -203,6 +205,7 @@ def run(options: Options) -> Outcome:
                 records.append({"schema": results.SCHEMA, "op": op, "device": device, "runs": [found]})
                 if into is not None:
                     results.append(into / f"{op}.json", op, device, found)
+                    limits.keep(into)
                     print(f"written: {results.shown(into / f'{op}.json')}", file=screen, flush=True)
             if outcome.interrupted:
                 break

@@ -66,6 +66,12 @@ def read(where: str, ops: list[str], results: Path) -> Measurements:
         files, commit = [path], ""
     elif path.is_dir():
         files, commit = _files(path, ops), ""
+        if not files:  # the folder of all devices, as `bitfuse report` takes it
+            devices = sorted(below for below in path.iterdir() if below.is_dir() and _files(below, ops))
+            if len(devices) > 1:
+                names = ", ".join(below.name for below in devices)
+                raise ResultsError(f"{where} holds several devices' results: name one of {names} in it")
+            files = [file for below in devices for file in _files(below, ops)]
     else:
         files, commit = _files(results, ops) if results.is_dir() else [], where
     found: Measurements = {}
@@ -118,10 +124,15 @@ def _machine(row: dict[str, Any], before: dict[str, Any], after: dict[str, Any])
     """The ratio of what a machine was measured to do, of the rate that bounds a row."""
 
     def rate(run: dict[str, Any]) -> float | None:
+        # the loops beside that run: the ceiling is the machine's, of any moment
         limits = run.get("limits", {})
-        if row.get("bound", "memory") == "memory":
-            return limits.get("bytes_per_s")
-        return limits.get("flop_per_s", {}).get(row["dtype"])
+        loops = [limits["measured"][n] for n in ("before", "after") if n in limits.get("measured", {})]
+        memory = row.get("bound", "memory") == "memory"
+        rates = [
+            each.get("bytes_per_s") if memory else each.get("flop_per_s", {}).get(row["dtype"])
+            for each in loops or [limits]
+        ]
+        return max((found for found in rates if found), default=None)
 
     old, new = rate(before), rate(after)
     return new / old if old and new else None

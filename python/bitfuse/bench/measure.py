@@ -200,12 +200,15 @@ class Session:
     Args:
         setting, effort: what to measure, and for how long.
         watch: told what comes next, and how many of `steps` are behind.
+        known: the machine's ceiling, where it was measured before; none that is lower is divided by.
 
     Raises:
         ValueError: BITFUSE_BACKEND is set, which would decide for every case.
     """
 
-    def __init__(self, setting: Setting, effort: Effort, watch: Watch | None = None) -> None:
+    def __init__(
+        self, setting: Setting, effort: Effort, watch: Watch | None = None, known: Ceiling | None = None
+    ) -> None:
         if asked_backend() is not None:
             raise ValueError(
                 "BITFUSE_BACKEND is set, or use_backend is at work: backends are named by --backend"
@@ -217,6 +220,7 @@ class Session:
         self._watch = watch or (lambda text, done: None)
         self._done = 0
         self._ceiling: Ceiling | None = None
+        self.known = known
 
     def cases(self, op: str) -> list[tuple[Problem, list[Contender]]]:
         """Of an op, with this setting.
@@ -354,7 +358,10 @@ class Session:
             if chain.working_set >= 2 * cache:  # only its own bytes came from memory for certain
                 rows.bytes_per_second = max(rows.bytes_per_second, chain.own_bytes / median)
         ceilings["rows"] = rows
-        return found.joined(rows)
+        if self.known is not None:
+            ceilings["known"] = self.known
+        self.known = functools.reduce(Ceiling.joined, ceilings.values())
+        return self.known
 
     def _row(self, problem: Problem, chain: Chain, chains: list[Chain], ceiling: Ceiling) -> dict[str, Any]:
         c = chain.contender

@@ -16,7 +16,8 @@ A run, the newest last:
                     cold_mb (MiB that a chain of layers streams)
     cache_bytes     of the last-level cache
     limits          bytes_per_s and flop_per_s (by dtype): the shares' ceiling, the largest of those in
-                    `measured` (before, after: a sum, a copy and matmuls beside the table; rows: the best row)
+                    `measured` (before, after: a sum, a copy and matmuls beside the table; rows: the best row;
+                    known: the machine's ceiling so far, as limits.py keeps it)
     overhead_us     microseconds of a tiny call, by who makes it
     interrupted     whether Ctrl-C ended it
     rows            see below
@@ -34,7 +35,8 @@ A row:
     rounds_ms       the median of each round
     gb_per_s, tflop_per_s      of the bytes that a layer must move, and of its FLOPs
     bytes, flops    these
-    share_of_limit  of the ceiling; None where the bytes are what bounds it, but lie in a cache
+    share_of_limit  of the ceiling as it was known then; None where the bytes are what bounds it, but lie in a
+                    cache. `bitfuse report` divides by the machine's ceiling of now instead
     bound           "memory" or "arithmetic"
     in_cache        whether a chain reads less than twice what the last-level cache holds
     timed_by        "wall clock", "CUDA graph" or "CUDA events"
@@ -143,6 +145,15 @@ def _read(path: Path) -> Any:
         raise ResultsError(f"{shown(path)} {said}; {_way_out(path)}") from None
 
 
+def read_if_there(path: Path) -> Any:
+    """What a file of JSON holds; None where there is none.
+
+    Raises:
+        ResultsError: it can't be read, or is not whole.
+    """
+    return _read(path) if path.exists() else None
+
+
 def _way_out(path: Path) -> str:
     return f"`git checkout -- {shown(path)}` may have it whole, else move it away"
 
@@ -196,6 +207,15 @@ def _check_limits(where: str, limits: Any) -> None:
             _limits(name, each)
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{where}: limits: {error}") from None
+
+
+def finite_rate(name: str, value: Any) -> float:
+    """Bytes or FLOP a second.
+
+    Raises:
+        ValueError: none of them.
+    """
+    return finite(name, value, 1, 1e21)
 
 
 def _limits(name: str, limits: Any) -> None:

@@ -5,6 +5,7 @@ A command imports what it needs inside, so that `--help` and a wrong option answ
 
 from __future__ import annotations
 
+from .._interrupt import imported
 from . import bench, compile, demo, explain, finetune, info, report, tune  # in the order of `bitfuse --help`
 from .app import app
 
@@ -13,4 +14,5 @@ __all__ = ["app", "bench", "compile", "demo", "explain", "finetune", "info", "ma
 
 def main() -> None:
     """The `bitfuse` script, and `python -m bitfuse`."""
+    imported()
     app(prog_name="bitfuse")

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+import os
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from .._version import __version__
+from ..op import BackendError, asked_backend
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; what BITFUSE_BACKEND asks for and this machine can't do ends any of them in a line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        asked = os.environ.get("BITFUSE_BACKEND")
+        try:
+            return super().invoke(ctx)
+        except BackendError as error:
+            fail(ctx.invoked_subcommand, f"{error} (BITFUSE_BACKEND is {asked!r})" if asked else error)
+        except ValueError as error:
+            if not str(error).startswith("BITFUSE_BACKEND is "):
+                raise
+            fail(ctx.invoked_subcommand, error)
+        except KeyboardInterrupt:  # of a command that keeps nothing
+            typer.echo(f"bitfuse {ctx.invoked_subcommand}: interrupted", err=True)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     name="bitfuse",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,6 +44,16 @@ def fail(command: str, message: object) -> NoReturn:
     """End with one line on stderr and exit code 2."""
     typer.echo(f"bitfuse {command}: {message}", err=True)
     raise typer.Exit(2)
+
+
+def refuse_asked_backend(command: str) -> None:
+    """For commands that try every backend in turn.
+
+    Raises:
+        typer.Exit: BITFUSE_BACKEND is set, which would decide for every call.
+    """
+    if (asked := asked_backend()) is not None:
+        fail(command, f"BITFUSE_BACKEND is {asked!r}, which would decide for every call: unset it")
 
 
 def _version(asked: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import app, fail
+from .app import app, fail, refuse_asked_backend
 
 
 @app.command()
@@ -83,6 +83,7 @@ def compile(
         bitfuse compile --arch native --shapes llama3-8b --format nf4 --dtype bfloat16
         bitfuse compile --arch b200 --backend triton --each --strict
     """
+    refuse_asked_backend("compile")
     try:
         import torch
 

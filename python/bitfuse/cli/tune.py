@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .app import app, fail
+from .app import app, fail, refuse_asked_backend
 
 
 @app.command()
@@ -42,6 +42,7 @@ def tune(
     """
     import torch
 
+    refuse_asked_backend("tune")
     if not torch.cuda.is_available():
         fail("tune", "torch sees no GPU here, and there is nothing to tune on a CPU")
 

@@ -77,6 +77,7 @@ def run(options: Options, console: Console | None = None) -> Results:
     _check(options)
     need_extra()
     device = _device(options.device)
+    info.require_asked_backend(device)
     folder = find_model(options.model)
     check_writable(options.out)
     from .chart import write_chart
@@ -100,6 +101,8 @@ def _check(options: Options) -> None:
             raise DemoError(f"--formats has {name!r}: {error}") from error
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise DemoError(f"--dtype is {options.dtype!r}, expected auto, {', '.join(DTYPES)}")
+    if not 0 <= options.seconds < float("inf"):
+        raise DemoError(f"--seconds is {options.seconds:g}, expected 0 or more")
     if options.batch_size < 1:
         raise DemoError(f"--batch-size is {options.batch_size}, expected at least 1")
     if options.threads is not None and options.threads < 1:

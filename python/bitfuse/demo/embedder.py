@@ -149,6 +149,13 @@ def _pool(hidden: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), at]
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line: lists below a colon too, cut where it gets long."""
+    said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    said = said.replace(":; ", ": ")
+    return said if len(said) <= 300 else said[:299] + "…"
+
+
 def _pooling(folder: Path) -> tuple[str, ...]:
     """What 1_Pooling/config.json says; the mean when the model has none."""
     file = folder / "1_Pooling" / "config.json"
@@ -179,7 +186,7 @@ def load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, Embedder]
                 folder, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first = one_line(error)
             raise DemoError(f"transformers can't load {folder}: {first}") from error
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
@@ -195,6 +202,6 @@ def load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, Embedder]
     try:
         embedder.embed(model, embedder.tokens(["A short sentence."]))
     except Exception as error:  # a model of images or sound raises whatever it likes
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = one_line(error)
         raise DemoError(f"{folder}: a {type(model).__name__} does not embed text: {first}") from error
     return model, embedder

@@ -62,18 +62,24 @@ def parse_format(text: str) -> Format:
     return get_format(name, group_size=int(group) if colon else None)
 
 
+def unfit(base: torch.nn.Module, format: Format) -> tuple[list[str], str]:
+    """Linear layers that a format can't have, which stay as they are, and why the last of them."""
+    skip, reason = [], "there are none"
+    for name in linear_names(base):
+        linear = base.get_submodule(name)
+        try:
+            check_shape((int(linear.out_features), int(linear.in_features)), format)  # type: ignore[arg-type]
+        except ValueError as error:
+            skip.append(name)
+            reason = str(error)
+    return skip, reason
+
+
 def few_bit_variant(base: torch.nn.Module, format: str, dtype: torch.dtype) -> Variant:
     """A copy with few-bit linear layers. The codes come from the float32 weights, whatever dtype runs."""
     fmt = parse_format(format)
     names = linear_names(base)
-    skip, reason = [], "there are none"
-    for name in names:
-        linear = base.get_submodule(name)
-        try:
-            check_shape((int(linear.out_features), int(linear.in_features)), fmt)  # type: ignore[arg-type]
-        except ValueError as error:
-            skip.append(name)
-            reason = str(error)
+    skip, reason = unfit(base, fmt)
     model = copy.deepcopy(base)
     try:
         report = bitfuse.quantize_(model, fmt, skip=skip, progress=False)

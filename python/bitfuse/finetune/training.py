@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from ..demo.embedder import DemoError, Embedder
-from ..demo.measure import parse_format
+from ..demo.measure import parse_format, unfit
 from ..lora import ALL_LINEAR, add_lora_, lora_parameters
+from ..nn import Linear
 from ..optim import AdamW8bit
 from ..quantization import quantize_
 from . import task
@@ -84,10 +85,13 @@ def few_bit(base: torch.nn.Module, format: str) -> tuple[torch.nn.Module, str]:
     if fmt.scale_dtype is torch.float32 and fmt.group_size != -1:
         fmt = replace(fmt, nested=True)
     model = copy.deepcopy(base)
+    skip, reason = unfit(base, fmt)
     try:
-        quantize_(model, fmt, progress=False)
+        quantize_(model, fmt, skip=skip, progress=False)
     except (TypeError, ValueError) as error:
         raise DemoError(f"--format {format}: {str(error).splitlines()[0]}") from error
+    if not any(isinstance(module, Linear) for module in model.modules()):
+        raise DemoError(f"--format {format}: none of the linear layers can be quantised: {reason}")
     return model, str(fmt)
 
 

@@ -234,7 +234,7 @@ class _Pen:
         for dtype, peak in roofs.items():
             start = max(peak / bandwidth, x.low)
             parts.append(_line(x(start), y(peak), x.end, y(peak), "roof"))
-            words = f"{short(dtype)} matmul {three(peak)} TFLOP/s"
+            words = f"{short(dtype)}, best {three(peak)} TFLOP/s"
             names.append(_text(x.end, y(peak) - 5, words, "end roofname"))
         for row in self.behind(rows):
             assert row.intensity is not None
@@ -283,7 +283,7 @@ class _Pen:
                     y += 16
             if ceiling:
                 parts.append(_line(x(ceiling), 14, x(ceiling), y + 4, "roof"))
-                words = f"measured {three(ceiling)} GB/s"
+                words = f"most measured {three(ceiling)} GB/s"
                 parts.append(_text(min(x(ceiling), WIDTH), 10, words, "end roofname"))
             return _svg(y + 8, f"Bandwidth of {self.figures.op}, {len(chosen)} cases.", parts)
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..bench.limits import Limits
+
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # peers whose name in the files says little without the file around it
 PEERS = {
@@ -51,7 +53,8 @@ class Row:
         place: everything else that tells this row from another: sizes, direction, options.
         median_ms, p20_ms, p80_ms: milliseconds a call.
         gb_per_s, tflop_per_s: 1e9 bytes and 1e12 floating-point operations a second.
-        share: of the ceiling that was measured beside it; None where none was.
+        share: of the machine's ceiling; None where none is known, or the data lay in a cache.
+        cached: whether they did: the memory's bandwidth does not bound it.
         ratio: how often it runs while a peer runs once, by the peer as `peer` names it.
         error: against float64, relative; None where it was not taken.
         peak_bytes: of memory; None where it was not taken.
@@ -72,6 +75,7 @@ class Row:
     error: float | None = None
     peak_bytes: float | None = None
     run: int = 0
+    cached: bool = False
 
     @property
     def intensity(self) -> float | None:
@@ -83,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """Under what a run was made: what the page's header says."""
+    """Under what a run was made: what the page's header says; and the ceiling of the machine."""
 
     date: str | None
     commit: str
@@ -166,12 +170,13 @@ class OpFigures:
 
 @dataclass
 class Device:
-    """A machine, its ops and, where `bitfuse demo` was run there, the demo's record."""
+    """A machine, its ops, its ceiling and, where `bitfuse demo` was run there, the demo's record."""
 
     slug: str
     name: str
     ops: list[OpFigures]
     demo: dict[str, Any] | None = None
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def setting(self) -> Setting | None:

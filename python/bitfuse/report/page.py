@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from .._version import __version__
+from ..bench.limits import Reached
 from .charts import Figure, figures_of, styles
 from .figures import Device, OpFigures, Row, number, percent, said, short, spread, three, times
 
@@ -37,7 +38,7 @@ class OpSection:
     rows: list[str]
     figures: list[Figure]
     legend: list[dict[str, str]]
-    beyond: bool
+    cached: bool
 
 
 def render(devices: Sequence[Device]) -> str:
@@ -110,20 +111,20 @@ def _range(dates: Sequence[str]) -> str:
     return "" if not dates else dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
 
 
-def _ceilings(device: Device) -> list[tuple[str, str, str]]:
-    """What was measured beside the ops: name, figure, unit; from least to most over the ops."""
-    reads = [f.setting.bytes_per_s / 1e9 for f in device.ops if f.setting.bytes_per_s]
-    found = [("memory bandwidth", _span(reads), "GB/s")] if reads else []
-    dtypes = dict.fromkeys(dtype for f in device.ops for dtype in f.setting.flop_per_s)
-    for dtype in dtypes:
-        rates = [f.setting.flop_per_s[dtype] / 1e12 for f in device.ops if dtype in f.setting.flop_per_s]
-        found.append((f"{short(dtype)} matmul", _span(rates), "TFLOP/s"))
+def _ceilings(device: Device) -> list[tuple[str, str, str, str]]:
+    """The most that was seen on this machine: name, figure, unit, and who reached it when."""
+
+    def who(reached: Reached) -> str:
+        return ", ".join(part for part in (short(reached.by), (reached.date or "")[:10]) if part)
+
+    limits = device.limits
+    found = []
+    if limits.bytes_per_s is not None:
+        read = limits.bytes_per_s
+        found.append(("memory bandwidth", three(read.value / 1e9), "GB/s", who(read)))
+    for dtype, reached in limits.flop_per_s.items():
+        found.append((f"{short(dtype)} products", three(reached.value / 1e12), "TFLOP/s", who(reached)))
     return found
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = three(min(values)), three(max(values))
-    return low if low == high else f"{low}–{high}"
 
 
 def _overview(figures: OpFigures, section: OpSection) -> dict[str, Any]:
@@ -136,12 +137,13 @@ def _overview(figures: OpFigures, section: OpSection) -> dict[str, Any]:
             span = f"{times(low)}–{times(high)}×" if times(low) != times(high) else f"{times(low)}×"
             gains.append({"peer": name, "span": span, "median": f"{times(middle)}×"})
     shares = [row.share for row in figures.own if row.share is not None]
+    cached = bool(figures.own) and all(row.cached for row in figures.own)
     return {
         "key": section.key,
         "op": figures.op,
         "cases": len(figures.rows),
         "gains": gains,
-        "share": f"{percent(spread(shares)[1])}" if shares else "",
+        "share": f"{percent(spread(shares)[1])}" if shares else "in cache" if cached else "not measured",
         "best": percent(max(shares)) if shares else "",
     }
 
@@ -164,7 +166,7 @@ def _section(figures: OpFigures, key: str, spoken: bool) -> OpSection:
         legend=[
             {"classes": style.classes, "mark": style.mark, "name": style.name} for style in look.values()
         ],
-        beyond=any((row.share or 0) > 1 for row in figures.rows),
+        cached=any(row.cached for row in figures.rows),
     )
 
 
@@ -179,7 +181,7 @@ def _table(figures: OpFigures) -> tuple[list[Column], list[str]]:
     columns += [Column("median", "ms", "lower"), Column("p20", "ms", "lower"), Column("p80", "ms", "lower")]
     columns.append(Column("bandwidth", "GB/s", "higher"))
     computes = any(row.tflop_per_s > 0 for row in rows)
-    shares = any(row.share is not None for row in rows)
+    shares = any(row.share is not None or row.cached for row in rows)
     errors = any(row.error is not None for row in rows)
     peaks = any(row.peak_bytes is not None for row in rows)
     columns += [Column("rate", "TFLOP/s", "higher")] * computes
@@ -193,8 +195,8 @@ def _table(figures: OpFigures) -> tuple[list[Column], list[str]]:
         cells = [row.case, short(row.dtype), *(_place(row.place.get(key)) for key in figures.varying)]
         cells += [three(row.median_ms), three(row.p20_ms), three(row.p80_ms), three(row.gb_per_s)]
         cells += [three(row.tflop_per_s)] * computes
-        cells += ["" if row.share is None else f"{100 * row.share:.0f}"] * shares
-        cells += ["" if row.error is None else f"{row.error:.1e}"] * errors
+        cells += [_share(row)] * shares
+        cells += ["" if row.error is None else f"{row.error:.1e}" if row.error else "exact"] * errors
         cells += ["" if row.peak_bytes is None else three(row.peak_bytes / 1e6)] * peaks
         cells += [times(row.ratio[name]) if name in row.ratio else "" for name in every]
         # </td> and </tr> may be left out
@@ -204,6 +206,10 @@ def _table(figures: OpFigures) -> tuple[list[Column], list[str]]:
         return head + "".join(tag + escape(cell) for tag, cell in zip(tags, cells[1:], strict=True))
 
     return columns, [line(at, row) for at, row in enumerate(rows)]
+
+
+def _share(row: Row) -> str:
+    return "in cache" if row.cached else "" if row.share is None else f"{100 * row.share:.0f}"
 
 
 def _place(value: Any) -> str:

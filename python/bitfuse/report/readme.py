@@ -111,6 +111,18 @@ def _share(row: Row) -> str:
     return percent(row.share)
 
 
+def _ceilings(device: Device) -> str:
+    """What shares are of, in a sentence."""
+    read, rates = device.limits.bytes_per_s, device.limits.flop_per_s
+    if read is None or not rates:
+        raise LookupError("no ceiling of the machine is known")
+    said = [f"{three(rate.value / 1e12)} TFLOP/s with x in {short(dtype)}" for dtype, rate in rates.items()]
+    return (
+        f"Shares are of the most that anything reached on this machine, peers included: "
+        f"{three(read.value / 1e9)} GB/s, {' and '.join(said)}."
+    )
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, *rows]
     made = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) + "\n" for line in lines]
@@ -131,12 +143,21 @@ def _bold(words: str, strong: bool) -> str:
 SIZES = (1, 16, 128)
 
 
-def _by_m(figures: OpFigures, lines: Sequence[tuple[str, str, str, str]]) -> list[list[Row]]:
-    """The rows of (words, case, dtype, direction) at each M."""
+Line = tuple[str, str, str, str]  # words, case, dtype, direction
+
+
+def _by_m(figures: OpFigures, lines: Sequence[Line]) -> list[list[Row]]:
+    """The rows of each line at each M."""
     return [
         [_row(figures, case, dtype, direction=way, m=m, n=4096, k=4096) for m in SIZES]
         for _, case, dtype, way in lines
     ]
+
+
+def _measured(figures: OpFigures, lines: Sequence[Line]) -> list[Line]:
+    """The lines less those of packages that were not there."""
+    cases = {row.case for row in figures.rows}
+    return [line for line in lines if line[1] in cases or line[1].startswith(("bitfuse", "torch"))]
 
 
 def _fastest(rows: Sequence[Sequence[Row]]) -> list[Row]:
@@ -160,11 +181,12 @@ def lowbit_linear(device: Device) -> str:
         ("bitfuse int8, x bf16", "bitfuse int8 (cpp)", bf16, way),
         ("bitfuse fp8, x bf16", "bitfuse fp8 (cpp)", bf16, way),
     ]
+    lines = _measured(figures, lines)
     rows = _by_m(figures, lines)
     best = _fastest(rows)
     noted = {
-        id(best[0]): lambda row: f" ({_share(row)} of the read bandwidth)",
-        id(best[2]): lambda row: f" ({_share(row)} of torch's matmul rate)",
+        id(best[0]): lambda row: f" ({_share(row)} of the bandwidth)",
+        id(best[2]): lambda row: f" ({_share(row)} of the best rate)",
     }
 
     def cell(row: Row) -> str:
@@ -175,18 +197,40 @@ def lowbit_linear(device: Device) -> str:
         ["", *(f"M = {m}" for m in SIZES)],
         [[line[0], *map(cell, at)] for line, at in zip(lines, rows, strict=True)],
     )
-    x32, x16 = rows[5], rows[6]
+    x32, x16, nf4 = _by_m(figures, [line for line in lines if line[1] == "bitfuse int4 (cpp)"]) + _by_m(
+        figures, [line for line in lines if line[1] == "bitfuse nf4 (cpp)"]
+    )
     over = sorted(_over(row, "torch bf16") for row in (x32[0], x16[0]))
     calls = figures.setting.overhead_us
     for name in ("bitfuse.lowbit_linear", "compiled function", "torch.nn.functional.linear"):
         if name not in calls:
             raise LookupError(f"no overhead of {name!r}")
     python = calls["bitfuse.lowbit_linear"] - calls["compiled function"]
+
+    def each(own: str, rows: Sequence[Row], peer: str, words: str) -> list[str]:
+        """The ratios to a peer at every M, whichever way they go; nothing where it was not there."""
+        if not all(peer in row.ratio for row in rows):
+            return []
+        *first, last = (times(row.ratio[peer]) for row in rows)
+        return [f"{own} {', '.join(first)} and {last} times while {words}"]
+
+    beside = [
+        *each("nf4 (x bf16) runs", nf4, "bitsandbytes", "bitsandbytes' NF4 runs once"),
+        *each("int4 (x fp32)", x32, "onnxruntime fp32", "onnxruntime's int4 does"),
+        *each(
+            "int4 (x fp32)", x32, "onnxruntime int8", "that with x rounded to int8 does, which is less exact"
+        ),
+    ]
+    *sizes, largest = map(str, SIZES)
+    peers = f"At M = {', '.join(sizes)} and {largest} {'; '.join(beside)}." if beside else ""
     return table + _prose(
         "The ratios are taken within a round of one process: int4 runs M = 1 at",
         f"{times(_over(x32[0], 'torch fp32'))} times torch fp32 (x fp32) and {times(over[0])} to",
         f"{times(over[1])} times torch bf16, M = 16 at {times(_over(x16[1], 'torch bf16'))} and M = 128 at",
-        f"{times(_over(x16[2], 'torch bf16'))} times torch bf16. A call costs {python:.1f} µs of Python over",
+        f"{times(_over(x16[2], 'torch bf16'))} times torch bf16.",
+        peers,
+        _ceilings(device),
+        f"A call costs {python:.1f} µs of Python over",
         "the compiled function; `torch.nn.functional.linear` of the same tiny size takes",
         f"{calls['torch.nn.functional.linear']:.1f} in all.",
     )
@@ -278,7 +322,7 @@ def attention(device: Device) -> str:
             line(
                 "prefill, 32 heads, 1024 tokens, causal",
                 "prefill",
-                lambda row: f"; {_share(row)} of torch's matmul rate",
+                lambda row: f"; {_share(row)} of the best rate",
                 strong=True,
             ),
             line("the same, not causal", "full", lambda row: f"; {_share(row)}"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bench import results
+from ..bench import limits, results
+from ..bench.limits import Limits
 from ..bench.results import ResultsError, shown
 from ..json_files import brief, finite, read_json
-from .figures import Device, OpFigures, Row, Setting, in_order, peer
+from .figures import Device, OpFigures, Row, Setting, in_order, peer, short
 
 DEMO = "demo.json"  # what `bitfuse demo` wrote, put beside a device's results
-UNITS = "gpu.json"  # what `make gpu` has done there: no figures
+OTHERS = ("gpu.json", limits.FILE)  # what `make gpu` has done there, and the machine's ceiling: no rows
 
 
 def default_folder() -> Path:
@@ -35,7 +37,7 @@ def load(paths: Sequence[Path], wanted: Sequence[str] = ()) -> list[Device]:
     by_folder: dict[Path, list[Path]] = {}
     for file in files:
         by_folder.setdefault(file.parent, []).append(file)
-    devices = [device for folder, inside in by_folder.items() if (device := _device(folder.name, inside))]
+    devices = [device for folder, inside in by_folder.items() if (device := _device(folder, inside))]
     if not devices:
         said = ", ".join(map(shown, paths))
         raise ResultsError(
@@ -58,45 +60,74 @@ def load(paths: Sequence[Path], wanted: Sequence[str] = ()) -> list[Device]:
 def _files(path: Path) -> Iterable[Path]:
     if path.is_dir():
         files = path.glob("**/*.json")
-        return [file for file in files if not file.name.startswith(".") and file.name != UNITS]
+        return [file for file in files if not file.name.startswith(".") and file.name not in OTHERS]
     if not path.exists():
         raise ResultsError(f"{shown(path)} is not there; name files or folders of results")
     return [path]
 
 
-def _device(slug: str, files: Sequence[Path]) -> Device | None:
-    ops: list[OpFigures] = []
-    name = slug
+def _device(folder: Path, files: Sequence[Path]) -> Device | None:
     demo = None
+    records: dict[Path, dict[str, Any]] = {}
     for file in files:
         if file.name == DEMO:
             demo = _demo(file)
-            continue
-        found = results.load(file)
-        name = found["device"]
+        else:
+            records[file] = results.load(file)
+    # one ceiling for all ops of a machine, whichever of its files are shown
+    ceiling = limits.of_records(records.values(), limits.load(folder))
+    ops: list[OpFigures] = []
+    for file, found in records.items():
         try:
-            figures = _op(found)
+            figures = _op(found, ceiling)
         except KeyError as error:  # of what `bitfuse bench --compare` does without
             said = f"{error} is missing"
             raise ResultsError(f"{shown(file)} is damaged: {said}; measure again, or move it away") from None
         if figures.rows:
             ops.append(figures)
     ops.sort(key=lambda figures: in_order(figures.op))
-    return Device(slug, name, ops, demo) if ops or demo else None
+    name = next((found["device"] for found in records.values()), folder.name)
+    return Device(folder.name, name, ops, demo, ceiling) if ops or demo else None
 
 
-def _op(found: dict[str, Any]) -> OpFigures:
+def _op(found: dict[str, Any], ceiling: Limits) -> OpFigures:
     """The last measurement of each case, with the runs that these come from."""
     runs = found["runs"]
     newest = {id(run): len(runs) - 1 - at for at, run in enumerate(runs)}
     latest = results.latest(runs).values()
     used = sorted({newest[id(run)] for _, run in latest})
-    rows = [_row(row, used.index(newest[id(run)])) for row, run in latest]
-    return OpFigures(found["op"], rows, [_setting(runs[len(runs) - 1 - at]) for at in used])
+    rows = [
+        _row(
+            {**row, "ratio": _ratios(row, (other for other, of in latest if of is run))},
+            used.index(newest[id(run)]),
+            ceiling,
+        )
+        for row, run in latest
+    ]
+    return OpFigures(found["op"], rows, [_setting(runs[len(runs) - 1 - at], ceiling) for at in used])
 
 
-def _row(row: dict[str, Any], run: int) -> Row:
+def _ratios(row: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The ratios of a row by peer; to a package that was measured beside it in a file from before its ratio
+    was taken round by round, that of the medians. Whoever was measured is told, also where it is faster."""
+    found = {peer(name): value for name, value in row["ratio"].items()}
+    if row["who"] != "bitfuse":
+        return found
+    known = " ".join(found).lower()
+    for other in rows:
+        beside = all(other.get(key) == row.get(key) for key in ("dtype", "sizes", "model", "layer"))
+        if beside and other["who"] not in ("bitfuse", "torch") and other["who"] not in known:
+            mode = re.search(r"\((\w+) activations\)", other["case"])
+            name = short(f"{other['who']} {mode[1]}") if mode else other["who"]
+            found[name] = other["median_ms"] / row["median_ms"]
+    return found
+
+
+def _row(row: dict[str, Any], run: int, ceiling: Limits) -> Row:
     """Of a row whose fields `results.load` has checked, where they are there."""
+    share, bound = ceiling.share(row["gb_per_s"], row["tflop_per_s"], row["dtype"])
+    # a row from before schema 2 does not say where its data lay; beyond the ceiling it was a cache
+    cached = bound == "memory" and (row.get("in_cache") is True or (share or 0) > 1)
     place = {key: row[key] for key in ("model", "layer") if row.get(key) is not None}
     return Row(
         case=row["case"],
@@ -108,16 +139,17 @@ def _row(row: dict[str, Any], run: int) -> Row:
         p80_ms=row["p80_ms"],
         gb_per_s=row["gb_per_s"],
         tflop_per_s=row["tflop_per_s"],
-        share=row.get("share_of_limit"),
-        ratio={peer(name): value for name, value in row["ratio"].items()},
+        share=None if cached else share,
+        cached=cached,
+        ratio=row["ratio"],
         error=row.get("error"),
         peak_bytes=row.get("peak_bytes"),
         run=run,
     )
 
 
-def _setting(run: dict[str, Any]) -> Setting:
-    limits = run["limits"]
+def _setting(run: dict[str, Any], ceiling: Limits) -> Setting:
+    run["limits"]["bytes_per_s"], run["limits"]["flop_per_s"]
     return Setting(
         date=run.get("date"),
         commit=run.get("commit") or "unknown",
@@ -125,8 +157,8 @@ def _setting(run: dict[str, Any]) -> Setting:
         isa=run.get("isa"),
         threads=run.get("threads"),
         versions={name: version for name, version in run["versions"].items() if version},
-        bytes_per_s=limits["bytes_per_s"],
-        flop_per_s=dict(limits["flop_per_s"]),
+        bytes_per_s=ceiling.bytes_per_s.value if ceiling.bytes_per_s else None,
+        flop_per_s={dtype: reached.value for dtype, reached in ceiling.flop_per_s.items()},
         overhead_us=dict(run.get("overhead_us") or {}),
     )
 
