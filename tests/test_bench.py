@@ -198,7 +198,7 @@ def test_a_machine_has_one_ceiling(tmp_path: Path) -> None:
     assert raised is not None and (raised.value, raised.by) == (8e9, "the loops timed beside sample")
     for text in ("[]", "{", '{"schema": 1, "devices": {"here": {"bytes_per_s": 3}}}', "[" * 10**5):
         (tmp_path / limits.FILE).write_text(text)
-        with pytest.raises(bench.ResultsError, match="delete it|move it away") as told:
+        with pytest.raises(bench.ResultsError, match=r"delete it|move it away") as told:
             limits.load(folder)
         assert "\n" not in str(told.value)
 

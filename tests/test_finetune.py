@@ -295,7 +295,8 @@ def test_layers_of_odd_sizes_stay_as_they_are() -> None:
     """The command has no --skip and no --group-size to point to."""
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 20), torch.nn.Linear(100, 64))
     few_bit, _ = training.few_bit(model, "nf4")
-    assert isinstance(few_bit[0], bitfuse.nn.Linear) and type(few_bit[2]) is torch.nn.Linear
+    first, last = few_bit.get_submodule("0"), few_bit.get_submodule("2")
+    assert isinstance(first, bitfuse.nn.Linear) and type(last) is torch.nn.Linear
     with pytest.raises(embedder.DemoError, match="none of the linear layers can be quantised: ") as told:
         training.few_bit(model[2:], "nf4")
     assert "skip=" not in str(told.value)

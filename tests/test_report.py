@@ -187,7 +187,7 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def test_shares_are_of_the_machines_one_ceiling(tmp_path: Path) -> None:
-    """The most that anything reached, peers and other ops included; beyond it a cache, and the page says so."""
+    """The most that anything reached, other ops included; beyond it a cache, in words."""
     low = {"bytes_per_s": 1e10, "flop_per_s": {"bfloat16": 1e11}}
     fast = row("peer", who="peer", gb_per_s=86.0, tflop_per_s=0.3, in_cache=False)
     folder = put(

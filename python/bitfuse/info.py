@@ -23,7 +23,8 @@ from .ops.lowbit_linear import forward_op, lowbit_linear
 from .weight import quantize
 
 PACKAGES = (
-    "torch", "triton", "numpy", "transformers", "safetensors", "peft", "bitsandbytes", "accelerate", "pybind11",
+    "torch", "triton", "numpy", "transformers", "safetensors", "peft", "bitsandbytes", "accelerate",
+    "pybind11",
 )  # fmt: skip
 _ROOT = Path(__file__).resolve().parents[2]  # of the source tree, when this is one
 

@@ -216,8 +216,8 @@ def load_kernels(folder: str | os.PathLike[str]) -> Loaded:
             refused[part] = reason
     loaded = Loaded(path, tuple(map(str, manifest["archs"])), tuple(used), refused)
     LOADED.append(loaded)
-    for part, why in refused.items():
-        log.warning("bitfuse leaves the %s kernels of %s: %s", part, path.name, why)
+    for part, reason in refused.items():
+        log.warning("bitfuse leaves the %s kernels of %s: %s", part, path.name, reason)
     return loaded
 
 

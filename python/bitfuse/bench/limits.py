@@ -1,5 +1,5 @@
-"""The ceiling of each machine: one, for all its ops. The best bandwidth and the best rates that anything reached
-there, bitfuse, its peers or the loops that are timed beside them; they lie beside the folders of results.
+"""The ceiling of each machine: one, for all its ops. The best bandwidth and the best rates that anything
+reached there, bitfuse, its peers or the loops that are timed beside them; they lie beside the results.
 
     benchmarks/results/limits.json
 
