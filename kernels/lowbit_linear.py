@@ -1073,9 +1073,12 @@ def _run(
         zeros is not None, scale_scales is not None, scale_offset is not None, scale_by is not None,
         seed is not None, out_scale is not None, bias is not None, previous is not None,
     )  # fmt: skip
+    scale_dtype = scales.dtype
+    if scale_dtype is torch.uint8 and scale_offset is None:  # the bytes of the format's eight-bit floats
+        scale_dtype = FORMATS[format].scale_dtype
     plan = _plan(
         _device(x.device), grad_x, m, n, k, x.stride(0) if m > 1 else depth, format, group_size, x.dtype,
-        scales.dtype, given, 0 if h is None else h.shape[1], None if factor is None else factor.dtype,
+        scale_dtype, given, 0 if h is None else h.shape[1], None if factor is None else factor.dtype,
     )  # fmt: skip
     if scales.dtype.itemsize == 1:
         scales = scales.view(torch.uint8)  # Triton takes no eight-bit floats that the GPU lacks

@@ -14,7 +14,7 @@ import pytest
 import torch
 from bitfuse.nn import Linear
 from safetensors.torch import load_file, save_file
-from test_weight import EVERY, name_of
+from test_weight import EVERY, LATER, name_of
 
 
 def make(**options: Any) -> Linear:
@@ -29,7 +29,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 ACT_ORDER = torch.randperm(128, generator=torch.Generator().manual_seed(1)) // 32
-ALL = [*EVERY, dict(format="int4", group_size=32, g_idx=ACT_ORDER)]
+ALL = [*EVERY, *LATER, dict(format="int4", group_size=32, g_idx=ACT_ORDER)]
 
 
 @pytest.mark.parametrize("options", ALL, ids=name_of)

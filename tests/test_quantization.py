@@ -88,7 +88,7 @@ def test_an_error_changes_nothing() -> None:
     with pytest.raises(
         ValueError, match=r"1, 2: group_size 128 does not divide in_features 64.*skip=\['1', '2'\]"
     ):
-        bitfuse.quantize_(model, "int4", progress=False)
+        bitfuse.quantize_(model, "int4", group_size=128, progress=False)
     with torch.no_grad():
         model.get_parameter("2.weight")[3, 3] = float("inf")
     with pytest.raises(ValueError, match=r"2\.weight holds a NaN or Inf"):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import bitfuse
 import pytest
 import torch
-from bitfuse.formats import FORMATS, Format, get_format, nested_code
+from accuracy import assert_accurate
+from backends import Target, targets
+from bitfuse.formats import FIXED_SCALE_DTYPES, FORMATS, SCALE_DTYPES, Format, get_format, nested_code
+from bitfuse.ops.lowbit_linear import forward_op, lowbit_linear_grad_x
 from bitfuse.packing import unpack
 
 EVERY: list[dict[str, Any]] = [
@@ -179,13 +183,224 @@ def test_empty() -> None:
     w.check_values()
 
 
+STRIDED = {
+    "transposed": lambda: torch.randn(256, 64).t(),
+    "columns": lambda: torch.randn(64, 400)[:, 5:261],
+    "every second row": lambda: torch.randn(128, 256)[::2],
+    "chunk": lambda: torch.randn(64, 512).chunk(2, 1)[1],
+    "expanded": lambda: torch.randn(1, 256).expand(64, 256),
+    "expert": lambda: torch.randn(3, 256, 64)[1].t(),
+}
+
+
+@pytest.mark.parametrize("options", [*EVERY, *LATER], ids=name_of)
+def test_a_matrix_of_any_strides(options: dict[str, Any]) -> None:
+    for name, make in STRIDED.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = make().to(dtype) if name != "expanded" else make()
+            got, want = (bitfuse.quantize(w, **options).tensors() for w in (weight, weight.contiguous()))
+            assert all(torch.equal(t, want[key]) for key, t in got.items()), name
+
+
+def test_groups_fit_in_features_by_default() -> None:
+    for name, k, group in (
+        ("int4", 576, 64), ("int4", 4104, 8), ("int4", 256, 128), ("int4", 96, 32), ("nf4", 2880, 64),
+        ("nf4", 24, 8), ("mxfp4", 2880, 32), ("nvfp4", 40, 8), ("int3", 192, 64), ("int8", 576, -1),
+    ):  # fmt: skip
+        w = bitfuse.quantize(torch.randn(8, k), name)
+        assert w.format.group_size == bitfuse.nn.Linear(k, 8, format=name).format.group_size == group
+        assert w.relative_error(w.dequantize()) == 0
+        if group not in (FORMATS[name].group_size, -1):
+            with pytest.raises(ValueError, match="does not divide"):
+                bitfuse.quantize(torch.randn(8, k), name, group_size=FORMATS[name].group_size)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [*SCALE_DTYPES, *FIXED_SCALE_DTYPES], ids=str)
+def test_a_scale_dtype_that_is_taken_runs(name: str, dtype: torch.dtype) -> None:
+    fixed = FORMATS[name].scale_dtype in FIXED_SCALE_DTYPES
+    if dtype == FORMATS[name].scale_dtype or not (fixed or dtype in FIXED_SCALE_DTYPES):
+        w = bitfuse.quantize(torch.randn(8, 128), name, scale_dtype=dtype)
+        assert bool(torch.isfinite(bitfuse.lowbit_linear(torch.randn(2, 128), w)).all())
+        return
+    for make in (
+        lambda: bitfuse.quantize(torch.randn(8, 128), name, scale_dtype=dtype),
+        lambda: bitfuse.nn.Linear(128, 8, format=name, scale_dtype=dtype),
+        lambda: bitfuse.quantize_(torch.nn.Sequential(torch.nn.Linear(8, 8)), name, scale_dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match=f"scale_dtype is {dtype}, expected"):
+            make()
+
+
+@pytest.mark.parametrize("options", [*EVERY, *LATER], ids=name_of)
+def test_numbers_at_the_ends_of_their_range(options: dict[str, Any]) -> None:
+    """Finite weights whose sum or sum of magnitudes is not: served, or refused by what can't hold them."""
+    for weight in (
+        torch.full((8, 128), 3e38), torch.full((8, 128), -3e38), torch.full((8, 128), 60000.0).half(),
+        torch.cat([torch.full((8, 64), 3e38), torch.full((8, 64), -3e38)], 1), torch.full((8, 128), 1e-40),
+    ):  # fmt: skip
+        try:
+            w = bitfuse.quantize(weight, **options)
+        except ValueError as why:
+            assert "can't hold the scales" in str(why) and w_dtype(options) != torch.float32, why
+            continue
+        error = (w.dequantize().double() - weight.double()).norm() / weight.double().norm()
+        assert bool(torch.isfinite(w.dequantize()).all()) and float(error) < 0.6, (weight[0, 0], error)
+
+
+def w_dtype(options: dict[str, Any]) -> torch.dtype:
+    return options.get("scale_dtype") or FORMATS[options["format"]].scale_dtype
+
+
+SMALL: list[dict[str, Any]] = [
+    *(o for o in (*EVERY, *LATER) if o.get("nested") or w_dtype(o) not in (torch.float32, torch.float8_e8m0fnu)),
+    *(dict(format=name, scale_dtype=torch.float16) for name in ("int8", "nf4", "fp8")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SMALL, ids=name_of)
+def test_what_is_lost_in_the_scales_is_told(options: dict[str, Any]) -> None:
+    """A row of 1e-9 in a matrix of 0.02 is nothing in float16; 1e-4 all over is held well enough."""
+    weight = torch.randn(16, 256) * 0.02
+    weight[3] = 1e-9
+    with pytest.warns(UserWarning, match=r"the first in row 3 \(largest magnitude there 1e-09"):
+        bitfuse.quantize(weight, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bitfuse.quantize(torch.randn(16, 256) * 0.02, **options)
+        if FORMATS[options["format"]].bits <= 4:
+            small = torch.rand(16, 256) * 1e-4 + 5e-5
+            assert bitfuse.quantize(small, **options).relative_error(small) < 0.5
+
+
+EIGHT_BITS = [name for name, f in FORMATS.items() if f.scale_dtype in FIXED_SCALE_DTYPES]
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"), ids=str)
+def test_scales_of_eight_bits_are_read_from_floats_and_bytes(target: Target, name: str) -> None:
+    w = target.place_weight(bitfuse.quantize(torch.randn(40, 96), name))
+    held = replace(w, scales=w.scales.view(torch.uint8))
+    assert torch.equal(held.dequantize(), w.dequantize())
+    held.check_values()
+    x, grad = target.place(torch.randn(3, 96).bfloat16(), torch.randn(3, 40).bfloat16())
+    for op, t in ((forward_op, x), (lowbit_linear_grad_x, grad)):
+        bias = (None,) if op is forward_op else ()
+        if all(b.name != target.backend for b in op.backends) or target.reason(op, t, w.op_args, *bias):
+            continue
+        got = target.run(op, t, held.op_args, *bias)
+        assert torch.equal(got, target.run(op, t, w.op_args, *bias))
+        exact = w.dequantize().double().cpu()
+        exact = t.double().cpu() @ (exact.T if op is forward_op else exact)
+        plain = w.dequantize(t.dtype).cpu()
+        assert_accurate(got.cpu(), exact, t.cpu() @ (plain.T if op is forward_op else plain))
+
+
+@pytest.mark.parametrize("options", [*EVERY, *LATER], ids=name_of)
+def test_stands_in_for_a_tensor(options: dict[str, Any]) -> None:
+    dense = torch.randn(64, 128, dtype=torch.bfloat16)
+    w = bitfuse.quantize(dense, **options)
+    for question in (
+        "dtype", "device", "ndim", "is_meta", "is_cuda", "is_cpu", "requires_grad", "is_leaf", "grad", "layout",
+        "itemsize", "size()", "size(1)", "dim()", "numel()", "stride()", "is_contiguous()", "element_size()",
+        "is_floating_point()",
+    ):  # fmt: skip
+        got, want = (eval(f"t.{question}", {"t": t}) for t in (w, dense))
+        assert got == want, question
+    assert w.shape == dense.shape and len(w) == 64 and "\n" not in repr(w) and len(repr(w)) < 100
+    full, x = w.dequantize(torch.bfloat16), torch.randn(3, 128, dtype=torch.bfloat16, requires_grad=True)
+    for expression in (
+        "w @ x.T", "x @ w.T", "x @ w.t()", "torch.matmul(x, w.mT)", "w[3:5]", "w.abs().sum()", "2 * w + w", "w.to(x)",
+        "w.clone()", "torch.cat([w, x])", "torch.mean(w, axis=0)", "w.T.contiguous()", "w.type_as(x)",
+        "torch.empty_like(w).copy_(w)", "-w", "torch.stack(list(w))", "torch.einsum('mk,nk->mn', x, w)",
+    ):  # fmt: skip
+        got, want = (eval(expression, {"w": t, "x": x, "torch": torch}) for t in (w, full))
+        assert torch.equal(got, want) and got.dtype == want.dtype, expression
+    assert torch.equal(w.float(), w.dequantize()) and torch.equal(
+        w.to(torch.float32, copy=True), w.dequantize()
+    )
+    got = torch.nn.functional.linear(x, w)
+    assert torch.equal(got, bitfuse.lowbit_linear(x, w))
+    got.sum().backward()
+    assert x.grad is not None and w.data is w and w.detach() is w and w.requires_grad_(False) is w
+    assert not hasattr(w, "quant_state") and not hasattr(w, "SCB")
+
+
+def test_what_would_write_into_a_weight_is_refused_by_name() -> None:
+    w, dense = bitfuse.quantize(torch.randn(64, 128), "nf4"), torch.randn(64, 128)
+    before = w.dequantize()
+    for statement, words in (
+        ("w.copy_(d)", "copy_ would write"), ("w.data.normal_()", "normal_ would write"),
+        ("torch.nn.init.xavier_uniform_(w)", " uniform_ would|^uniform_ would"), ("w.fill_(0)", "fill_ would write"),
+        ("w.detach().zero_()", "zero_ would write"), ("torch.add(d, 1, out=w)", "add would write"),
+        ("w.__setitem__(0, 1)", "__setitem__ would write"), ("w.__iadd__(d)", "__iadd__ would write"),
+        ("w.requires_grad_()", "which is frozen"), ("w.mul_(3)", "a power of two"), ("w.div_(0)", "a power of two"),
+        ("torch._foreach_mul_([w], 2)", "_foreach_mul_ would write"), ("w.mul_(d)", "a power of two"),
+        ("torch.nn.functional.relu(w, inplace=True)", "relu would write"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=words):
+            eval(statement, {"w": w, "d": dense, "torch": torch})
+    for name in ("data", "requires_grad"):
+        with pytest.raises(AttributeError):
+            setattr(w, name, dense)
+    assert torch.equal(w.dequantize(), before)
+
+
+@pytest.mark.parametrize("options", [*EVERY, *LATER], ids=name_of)
+def test_a_power_of_two_is_exact_in_place(options: dict[str, Any]) -> None:
+    w = bitfuse.quantize(torch.randn(64, 128), **options)
+    before = w.dequantize()
+    w.mul_(4).div_(8)
+    assert torch.equal(w.dequantize(), before / 2)
+    with pytest.raises(TypeError, match="that its scales can hold"):
+        w.mul_(2.0**300)
+    assert torch.equal(w.dequantize(), before / 2)
+
+
+@pytest.mark.parametrize("options", [*EVERY, *LATER], ids=name_of)
+def test_a_weight_survives_pickle_and_copies(options: dict[str, Any]) -> None:
+    w = bitfuse.quantize(torch.randn(16, 128).bfloat16(), **options)
+    for other in (pickle.loads(pickle.dumps(w)), copy.deepcopy(w), copy.copy(w)):
+        assert torch.equal(other.dequantize(), w.dequantize()) and other.scales.dtype == w.scales.dtype
+        assert other.dtype == torch.bfloat16 and other.format == w.format
+
+
+def test_every_tensor_has_its_own_memory() -> None:
+    """safetensors refuses a view of a larger storage."""
+    for options in (*EVERY, *LATER, dict(format="int8", nested=True), dict(format="fp4", nested=True)):
+        for t in bitfuse.quantize(torch.randn(24, 384), **options).tensors().values():
+            assert t.untyped_storage().nbytes() == t.nbytes, options
+
+
+def test_a_perm_that_is_none_is_refused() -> None:
+    g_idx = torch.arange(64).flip(0).int() // 32
+    w = bitfuse.quantize(torch.randn(16, 64), "int4", group_size=32, g_idx=g_idx)
+    assert w.perm is not None
+    for perm in (torch.zeros(64, dtype=torch.int64), torch.arange(64), w.perm[:32], w.perm.int(), [1]):
+        with pytest.raises(ValueError, match="perm is .*expected torch.argsort"):
+            replace(w, perm=perm)
+    with pytest.raises(ValueError, match="perm is given without g_idx"):
+        replace(w, g_idx=None)
+    assert torch.equal(replace(w, perm=w.perm.clone()).dequantize(), w.dequantize())
+
+
+def test_the_device_that_is_wrong_is_named() -> None:
+    w = bitfuse.quantize(torch.randn(16, 128), "int4")
+    with pytest.raises(ValueError, match="qweight is on cpu, expected meta, where x is"):
+        bitfuse.lowbit_linear(torch.randn(2, 128, device="meta"), w)
+    with pytest.raises(ValueError, match="bias is on meta, expected cpu, where x is"):
+        bitfuse.lowbit_linear(torch.randn(2, 128), w, torch.randn(16, device="meta"))
+    with pytest.raises(ValueError, match="v is on meta, expected cpu$"):
+        bitfuse.attention(*(torch.randn(1, 2, 1, 8, device=d) for d in ("cpu", "cpu", "meta")))
+
+
 BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([[1.0]], {}, TypeError, "weight is a list, expected a tensor"),
     (torch.zeros(8, 128, dtype=torch.int32), {}, TypeError, "weight has dtype torch.int32"),
     (torch.zeros(8, dtype=torch.float32), {}, ValueError, r"weight has shape \[8\]"),
     (torch.zeros(8, 100), {}, ValueError, r"shape is \(8, 100\), expected .* multiples of 8"),
     (torch.zeros(7, 128), {}, ValueError, r"shape is \(7, 128\)"),
-    (torch.zeros(8, 96), {}, ValueError, "group_size 128 does not divide in_features 96"),
+    (torch.zeros(8, 96), dict(group_size=128), ValueError, "group_size 128 does not divide in_features 96"),
     (torch.zeros(8, 96), dict(group_size=12), ValueError, "group_size is 12, expected"),
     (torch.zeros(8, 128), dict(format="int5"), ValueError, "format is 'int5', expected one of 'int8'"),
     (torch.zeros(8, 128), dict(format=4), TypeError, "format is a int"),
@@ -193,6 +408,7 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (torch.zeros(8, 128), dict(scale_dtype=torch.int8), ValueError, "scale_dtype is torch.int8"),
     (torch.full((8, 128), float("nan")), {}, ValueError, "weight .* is nan, expected finite"),
     (torch.full((8, 128), float("inf")), {}, ValueError, "weight .* is inf, expected finite"),
+    (torch.zeros(8, 128, device="meta"), {}, ValueError, "weight is on the meta device"),
     (torch.full((8, 128), 1e7), {}, ValueError, "can't hold the scales .* scale_dtype=torch.float32"),
     (torch.full((8, 128), 1e-7), {}, ValueError, "can't hold the scales .* scale_dtype=torch.float32"),
     (torch.zeros(8, 128), dict(g_idx=torch.zeros(128)), ValueError, "expected an int tensor"),

@@ -120,6 +120,18 @@ class Format:
         """The zero point of a symmetric integer format; 0 for a codebook."""
         return 2 ** (self.bits - 1) if self.is_integer else 0
 
+    def fitted(self, in_features: int) -> Format:
+        """The format with groups that divide in_features: where the name's own size does not, the largest
+        power of two below it that does. A group_size that differs from the name's own stays as it is."""
+        known = FORMATS.get(self.name)
+        group = self.group_size
+        if group == -1 or in_features <= 0 or in_features % group == 0:
+            return self
+        if known is None or known.group_size != group:
+            return self
+        power = min(in_features & -in_features, 1 << (group.bit_length() - 1))
+        return replace(self, group_size=power) if power >= 8 else self
+
     def values(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The 2**bits values of the codes, float32, before zero point and scale."""
         return _values(self.codebook or tuple(map(float, range(2**self.bits))), str(device))
@@ -158,7 +170,7 @@ def get_format(format: str | Format, **changes: object) -> Format:
     """The `Format` of a name, with fields replaced (None leaves a field as it is).
 
     Raises:
-        ValueError: no such name, or a field that does not fit the format.
+        ValueError: no such name, a field that does not fit the format, or a scale_dtype that no op reads.
     """
     if isinstance(format, str):
         if format not in FORMATS:
@@ -167,7 +179,22 @@ def get_format(format: str | Format, **changes: object) -> Format:
     elif not isinstance(format, Format):
         raise TypeError(f"format is a {type(format).__name__}, expected a name or a bitfuse.Format")
     changed = {k: v for k, v in changes.items() if v is not None}
+    check_scale_dtype(format, changed.get("scale_dtype", format.scale_dtype))
     return replace(format, **changed) if changed else format  # type: ignore[arg-type]
+
+
+def check_scale_dtype(format: Format, scale_dtype: object) -> None:
+    """Raise ValueError for scales that no op reads: the MX and NVFP4 formats have one dtype of scales, the
+    others one of SCALE_DTYPES."""
+    known = FORMATS.get(format.name)
+    if known is None or scale_dtype == known.scale_dtype:
+        return
+    expected = (known.scale_dtype,) if known.scale_dtype in FIXED_SCALE_DTYPES else SCALE_DTYPES
+    if scale_dtype not in expected:
+        raise ValueError(
+            f"scale_dtype is {scale_dtype}, expected {' or '.join(map(str, expected))} "
+            f"for format {format.name!r}"
+        )
 
 
 def register_format(format: Format) -> Format:

@@ -24,7 +24,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         return codes.contiguous()
     if bits == 4:
         return codes[:, 0::2] | (codes[:, 1::2] << 4)
-    eight = codes.view(rows, columns // 8, 8).to(torch.int64)
+    eight = codes.reshape(rows, columns // 8, 8).to(torch.int64)
     word = (eight << torch.arange(0, 8 * bits, bits, device=codes.device)).sum(-1, keepdim=True)
     octets = (word >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 0xFF
     return octets.to(torch.uint8).view(rows, packed_width(columns, bits))
@@ -37,7 +37,7 @@ def unpack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
         return qweight
     if bits == 4:
         return torch.stack((qweight & 0xF, qweight >> 4), dim=-1).view(rows, 2 * width)
-    octets = qweight.view(rows, width // bits, bits).to(torch.int64)
+    octets = qweight.reshape(rows, width // bits, bits).to(torch.int64)
     word = (octets << torch.arange(0, 8 * bits, 8, device=qweight.device)).sum(-1, keepdim=True)
     codes = (word >> torch.arange(0, 8 * bits, bits, device=qweight.device)) & (2**bits - 1)
     return codes.to(torch.uint8).view(rows, width * 8 // bits)

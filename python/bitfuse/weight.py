@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from .formats import (
     NESTED_BLOCK,
     SCALE_DTYPES,
     Format,
+    check_scale_dtype,
     get_format,
     nested_code,
     same_codes,
 )
 from .packing import pack, packed_width, unpack
+from .stand_in import StandIn
 
 # weights that are quantised or read back at once: bounds the float32 temporaries to some 64 MiB
 CHUNK = 1 << 22
@@ -47,20 +50,26 @@ class WeightTensors(NamedTuple):
 
     def dequantize(self) -> torch.Tensor:
         """Float32 [out_features, in_features] in qweight's column order."""
-        scales = resolve_scales(self.scales, self.scale_scales, self.scale_offset)
-        return dequantize_rows(self.qweight, scales, self.zeros, get_format(self.format))
+        format = get_format(self.format)
+        scales = resolve_scales(self.scales, self.scale_scales, self.scale_offset, format.scale_dtype)
+        return dequantize_rows(self.qweight, scales, self.zeros, format)
 
 
 @dataclass(frozen=True, eq=False)
-class LowBitWeight:
+class LowBitWeight(StandIn):
     """A matrix [out_features, in_features] in few bits.
 
     ``w[n, k] = (values[code[n, k]] - zeros[n, g]) * scales[n, g]`` with g = k // group_size.
 
+    It stands where a tensor is expected: it has the methods of `torch.Tensor`, torch's functions take it (as
+    a float copy of its `dtype` that lives for the call; `torch.nn.functional.linear` reads the codes). It is
+    frozen: it requires no gradient, and what would write into it raises TypeError.
+
     Attributes:
         qweight: codes, uint8 [out_features, in_features*bits/8], row-major, low bits first.
         scales: float32, float16 or bfloat16 [out_features, groups]; uint8 codes of the same shape when
-            nested; the MX and NVFP4 formats fix the dtype to float8_e8m0fnu and float8_e4m3fn.
+            nested; the MX and NVFP4 formats fix the dtype to float8_e8m0fnu and float8_e4m3fn, or hold the
+            same bytes as uint8.
         format: the `Format`, its group_size and options those of this weight.
         shape: (out_features, in_features).
         zeros: zero points, uint8 [out_features, groups]; None when the format is symmetric.
@@ -70,10 +79,12 @@ class LowBitWeight:
         scale_scales: nested: scale of each 256 scales, float32 [ceil(out_features*groups / 256)]; with a
             tensor scale: that scale, float32 [1].
         scale_offset: nested only: mean of the scales, float32 [1].
+        dtype: what it is read as where a tensor is expected: that of the matrix it was made from, or what its
+            layer was cast to.
 
     Raises:
         TypeError, ValueError: a tensor that does not fit the format and the shape, or that is on another
-            device.
+            device; a perm that is not what g_idx says.
     """
 
     qweight: torch.Tensor
@@ -86,6 +97,7 @@ class LowBitWeight:
     scale_offset: torch.Tensor | None = None
     # columns sorted by group: x[..., perm] meets qweight's columns; derived from g_idx
     perm: torch.Tensor | None = field(default=None, repr=False)
+    dtype: torch.dtype = torch.float32
     # the weight as the ops take it
     op_args: WeightTensors = field(init=False, repr=False)
 
@@ -94,10 +106,13 @@ class LowBitWeight:
         known = FORMATS.get(self.format.name)
         if known is None or not same_codes(known, self.format):
             raise ValueError(f"format {self.format.name!r} is not registered: see bitfuse.register_format")
+        check_scale_dtype(self.format, self.format.scale_dtype)
         for name, dtypes, shape in self.expected(self.format, self.shape):
-            check_tensor(name, getattr(self, name), dtypes, shape, self.qweight.device)
+            check_tensor(name, getattr(self, name), dtypes, shape, self.qweight.device, "qweight")
+        if self.perm is not None:
+            check_perm(self.perm, self.g_idx, self.shape[1])
         if self.g_idx is not None:
-            check_tensor("g_idx", self.g_idx, (torch.int32,), (self.shape[1],), self.qweight.device)
+            check_tensor("g_idx", self.g_idx, (torch.int32,), (self.shape[1],), self.device, "qweight")
             if self.perm is None:
                 object.__setattr__(self, "perm", torch.argsort(self.g_idx, stable=True))
         tensors = (self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset)
@@ -112,7 +127,8 @@ class LowBitWeight:
         n, k = check_shape(shape, format)
         groups = k // (k if format.group_size == -1 else format.group_size)
         yield "qweight", (torch.uint8,), (n, packed_width(k, format.bits))
-        dtypes = (format.scale_dtype,) if format.scale_dtype in FIXED_SCALE_DTYPES else SCALE_DTYPES
+        fixed = format.scale_dtype in FIXED_SCALE_DTYPES
+        dtypes = (format.scale_dtype, torch.uint8) if fixed else SCALE_DTYPES
         yield "scales", (torch.uint8,) if format.nested else dtypes, (n, groups)
         if not format.symmetric:
             yield "zeros", (torch.uint8,), (n, groups)
@@ -133,7 +149,8 @@ class LowBitWeight:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint keeps, by name."""
-        names = [f.name for f in fields(self) if f.name not in ("format", "shape", "perm", "op_args")]
+        derived = ("format", "shape", "perm", "dtype", "op_args")
+        names = [f.name for f in fields(self) if f.name not in derived]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
@@ -141,12 +158,75 @@ class LowBitWeight:
         """Bytes of codes, scales, zero points and the group index."""
         return sum(t.nbytes for t in self.tensors().values())
 
-    def to(self, device: torch.device | str) -> LowBitWeight:
-        """The weight on another device; itself when it is there already."""
-        if torch.device(device) == self.device:
-            return self
-        moved: dict[str, Any] = {k: t.to(device) for k, t in self.tensors().items()}
-        return replace(self, perm=None, **moved)
+    def ordered(self, g_idx: torch.Tensor, perm: torch.Tensor) -> LowBitWeight:
+        """This weight, just made, with the order of its columns; perm is known to be what g_idx says."""
+        object.__setattr__(self, "g_idx", g_idx)
+        object.__setattr__(self, "perm", perm)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.Tensor.to`: the weight on another device, itself when it is there already; with a dtype
+        (or another tensor) the matrix as floats."""
+        kwargs = {k: v for k, v in kwargs.items() if k != "copy"}
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+        moved = self
+        if device is not None and device != self.device:
+            parts: dict[str, Any] = {k: t.to(device) for k, t in self.tensors().items()}
+            moved = replace(self, perm=None, **parts)
+        return moved if dtype is None else moved.dequantize(dtype)
+
+    def cpu(self) -> LowBitWeight:
+        return self.to("cpu")
+
+    def cuda(self, device: int | str | torch.device | None = None) -> LowBitWeight:
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        return f"LowBitWeight({n} x {k}, {self.format}, {self.device}, {self.nbytes / 1e6:.3g} MB)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch has no pickle of eight-bit floats: their bytes, then
+        parts: dict[str, Any] = {name: as_bytes(t) for name, t in self.tensors().items()}
+        parts |= {"format": self.format, "shape": tuple(self.shape), "dtype": self.dtype}
+        return _remade, (parts, self.scales.dtype)
+
+    def mul_(self, factor: float) -> LowBitWeight:
+        """Multiply by a power of two, in place, which is exact: the scales take it. (RWKV rescales so.)
+
+        Raises:
+            TypeError: another factor, or scales that can't hold the product.
+        """
+        return self._scaled_(factor, f"mul_({factor!r})")
+
+    def div_(self, divisor: float) -> LowBitWeight:
+        """Divide by a power of two, in place; see `mul_`."""
+        number = isinstance(divisor, (int, float)) and divisor != 0
+        return self._scaled_(1 / divisor if number else divisor, f"div_({divisor!r})")
+
+    @torch.no_grad()
+    def _scaled_(self, factor: object, said: str) -> LowBitWeight:
+        exact = isinstance(factor, (int, float)) and math.isfinite(factor) and math.frexp(factor)[0] == 0.5
+        parts = (self.scales,) if self.scale_scales is None else (self.scale_scales, self.scale_offset)
+        made = []
+        for t in parts if exact else ():
+            assert isinstance(factor, (int, float))
+            if t is not None and t.dtype not in SCALE_DTYPES:  # powers of two: the exponent is the byte
+                moved = t.view(torch.uint8).to(torch.int32) + (math.frexp(factor)[1] - 1)
+                exact &= bool(((moved >= 0) & (moved < 255)).all())
+                made.append((t.view(torch.uint8), moved))
+            elif t is not None:
+                product = t * factor
+                exact &= bool((product / factor == t).all())
+                made.append((t, product))
+        if not exact:
+            raise TypeError(
+                f"{said} would write into {self!r}, which is frozen: only a factor that is a power of two, "
+                "and that its scales can hold, is taken"
+            )
+        for t, product in made:
+            t.copy_(product)
+        return self
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out_features, in_features] as floats: products in float32, then rounded to `dtype`."""
@@ -177,26 +257,39 @@ class LowBitWeight:
 
     def float_scales(self) -> torch.Tensor:
         """The scales as float32 [out_features, groups], nested ones resolved."""
-        return resolve_scales(self.scales, self.scale_scales, self.scale_offset)
+        return resolve_scales(self.scales, self.scale_scales, self.scale_offset, self.format.scale_dtype)
 
     def check_values(self) -> None:
         """Raise ValueError for a number that no quantiser writes: a scale that is not finite, a NaN code, a
         g_idx whose groups are not group_size columns each. Reads every tensor (and waits for the device)."""
         for name in ("scales", "scale_scales", "scale_offset"):
-            t = getattr(self, name)
+            t = _own_shard(getattr(self, name))
+            if t is not None and name == "scales" and self.scale_offset is None:
+                t = as_floats(t, self.format.scale_dtype)
             if t is not None and t.is_floating_point():
                 check_finite(name, t.float())
-        if self.zeros is not None and self.zeros.numel() and int(self.zeros.max()) >= 2**self.format.bits:
+        zeros = _own_shard(self.zeros)
+        if zeros is not None and zeros.numel() and int(zeros.max()) >= 2**self.format.bits:
             raise ValueError(
-                f"zeros holds {int(self.zeros.max())}, expected codes below 2**bits = {2**self.format.bits}"
+                f"zeros holds {int(zeros.max())}, expected codes below 2**bits = {2**self.format.bits}"
             )
         bad = [i for i, v in enumerate(self.format.values().tolist()) if v != v]
-        if bad and any(bool((unpack(self.qweight, self.format.bits) == code).any()) for code in bad):
+        if bad and any(bool((unpack(_own_shard(self.qweight), self.format.bits) == c).any()) for c in bad):
             raise ValueError(
                 f"qweight holds a code that is NaN in {self.format.name} ({', '.join(map(hex, bad))})"
             )
         if self.g_idx is not None:
-            check_g_idx(self.g_idx, self.group_size)
+            check_g_idx(whole(self.g_idx), self.group_size)
+
+
+def _own_shard(t: Any) -> Any:
+    """What of a tensor this process holds: all of it, unless it is a DTensor."""
+    return getattr(t, "_local_tensor", t)
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    """A tensor, of a DTensor all of it."""
+    return t.full_tensor() if hasattr(t, "_local_tensor") else t  # type: ignore[attr-defined, no-any-return]
 
 
 def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:
@@ -212,8 +305,15 @@ def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:
 
 
 def check_tensor(
-    name: str, t: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
+    name: str,
+    t: object,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+    beside: str = "",
 ) -> None:
+    """Raise TypeError or ValueError for what is no tensor of one of the dtypes, of the shape and on the
+    device, where `beside` names another argument that is."""
     if not isinstance(t, torch.Tensor):
         found = "missing" if t is None else f"a {type(t).__name__}"
         raise TypeError(f"{name} is {found}, expected a tensor {list(shape)}")
@@ -222,7 +322,8 @@ def check_tensor(
     if t.shape != shape:
         raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
     if t.device != device:
-        raise ValueError(f"{name} is on {t.device}, expected {device}, where qweight is")
+        where = f", where {beside} is" if beside else ""
+        raise ValueError(f"{name} is on {t.device}, expected {device}{where}")
 
 
 def check_finite(name: str, t: torch.Tensor) -> None:
@@ -246,15 +347,50 @@ def check_g_idx(g_idx: torch.Tensor, group_size: int) -> None:
         )
 
 
+def check_perm(perm: object, g_idx: torch.Tensor | None, columns: int) -> None:
+    """Raise ValueError for a perm that does not sort g_idx's columns."""
+    if g_idx is None:
+        raise ValueError("perm is given without g_idx, whose order it is")
+    fits = isinstance(perm, torch.Tensor) and perm.dtype == torch.int64 and perm.shape == g_idx.shape
+    if fits and not g_idx.is_meta:
+        assert isinstance(perm, torch.Tensor)
+        fits = perm.device == g_idx.device and torch.equal(perm, torch.argsort(g_idx, stable=True))
+    if not fits:
+        found = list(perm.shape) if isinstance(perm, torch.Tensor) else type(perm).__name__
+        raise ValueError(f"perm is {found}, expected torch.argsort(g_idx, stable=True), int64 [{columns}]")
+
+
+def as_bytes(t: torch.Tensor) -> torch.Tensor:
+    """Eight-bit floats as uint8, the same memory; other tensors as they are. torch's pickle, gloo and many
+    an op take no eight-bit floats, so layers hold them so."""
+    return t.view(torch.uint8) if t.dtype in FIXED_SCALE_DTYPES else t
+
+
+def as_floats(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `as_bytes`, for scales of a format with this scale_dtype; not for nested ones."""
+    if scales.dtype == torch.uint8 and dtype in FIXED_SCALE_DTYPES:
+        return scales.view(dtype)
+    return scales
+
+
+def _remade(parts: dict[str, Any], scale_dtype: torch.dtype) -> LowBitWeight:
+    if scale_dtype in FIXED_SCALE_DTYPES:
+        parts = parts | {"scales": parts["scales"].view(scale_dtype)}
+    return LowBitWeight(**parts)
+
+
 def resolve_scales(
-    scales: torch.Tensor, scale_scales: torch.Tensor | None, scale_offset: torch.Tensor | None
+    scales: torch.Tensor,
+    scale_scales: torch.Tensor | None,
+    scale_offset: torch.Tensor | None,
+    scale_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Scales as float32; nested ones are ``nested_code[scales] * scale_scales[block of 256] +
     scale_offset``."""
-    if scale_scales is None:
-        return scales.float()
     if scale_offset is None:
-        return scales.float() * scale_scales
+        scales = as_floats(scales, scale_dtype).float()
+        return scales if scale_scales is None else scales * scale_scales
+    assert scale_scales is not None
     first = nested_code(scales.device)[scales.flatten().int()]
     return (first * scale_scales.repeat_interleave(NESTED_BLOCK)[: first.numel()] + scale_offset).view(
         scales.shape
@@ -290,29 +426,32 @@ def quantize(
     dynamic map), each scale at its nearest code. FP8 scales each group's largest magnitude to 448.
 
     Args:
-        weight: [out_features, in_features], float32, float16 or bfloat16, both sizes multiples of 8.
-        format: a name ("int8", "int4", "nf4", "fp8") or a `Format`.
+        weight: [out_features, in_features], float32, float16 or bfloat16, any strides, both sizes multiples
+            of 8.
+        format: a name ("int8", "int4", "nf4", "fp8", ...) or a `Format`.
         group_size: input columns that share a scale, a multiple of 8 that divides in_features; -1 is the
-            whole row.
+            whole row. By default the format's, or where that does not divide in_features the largest power of
+            two below it that does.
         symmetric: integers: False stores a zero point a group.
         nested: double quantisation: the scales in 8 bits.
         scale_dtype: dtype of the scales.
         g_idx: group of each input column, int [in_features], group_size columns a group (GPTQ's act-order).
 
+    Warns:
+        UserWarning: groups that are so much smaller than the matrix's largest that their scales are rounded
+            to nothing, or far off; where that is all of the matrix it is a ValueError.
+
     Raises:
         TypeError: a weight that is not a float tensor.
-        ValueError: a NaN or Inf in it, a size or group size that does not fit, an unknown format, scales
-            outside scale_dtype.
+        ValueError: a NaN or Inf in it, a size or group size that does not fit, an unknown format, a
+            scale_dtype that the format does not have, scales outside scale_dtype.
     """
     format = get_format(
         format, group_size=group_size, symmetric=symmetric, nested=nested, scale_dtype=scale_dtype
     )
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"weight is a {type(weight).__name__}, expected a tensor")
-    if weight.dtype not in SCALE_DTYPES:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {' or '.join(map(str, SCALE_DTYPES))}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [out_features, in_features]")
+    check_float_weight(weight)
+    if group_size is None:
+        format = format.fitted(weight.shape[1])
     weight = weight.detach()
     n, k = check_shape((weight.shape[0], weight.shape[1]), format)
     group = k if format.group_size == -1 else format.group_size
@@ -325,66 +464,137 @@ def quantize(
         g_idx = g_idx.to(weight.device, torch.int32)
         check_g_idx(g_idx, group)
         perm = torch.argsort(g_idx, stable=True)
-
-    tensor_scale = 1.0
-    if format.tensor_scale and n:
-        low, high = torch.aminmax(weight)
-        absmax = max(-float(low), float(high))
-        tensor_scale = absmax / (E2M1_MAX * E4M3_MAX) if math.isfinite(absmax) and absmax else 1.0
+    scales, zeros, tensor_scale, lost = find_scales(weight, format, perm)
+    if lost:
+        warnings.warn(f"weight: {lost}", stacklevel=2)
     qweight = torch.empty(n, packed_width(k, format.bits), dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(n, k // group, dtype=format.scale_dtype, device=weight.device)
-    zeros = None if format.symmetric else torch.empty_like(scales, dtype=torch.uint8)
-    step = max(1, CHUNK // k)
-    for at in range(0, n, step):
-        rows = slice(at, at + step)
-        w = weight[rows].float()
-        check_finite(f"weight (rows from {at})", w)
-        w = (w if perm is None else w[:, perm]).view(-1, group)
-        s, z = _group_scales(w, format, tensor_scale)
-        codes = _codes(w, s.float() * tensor_scale, z, format)
-        qweight[rows] = pack(codes.view(-1, k), format.bits)
-        scales[rows] = s.view(-1, k // group)
-        if zeros is not None:
-            zeros[rows] = z.view(-1, k // group)
-    if format.scale_dtype in SCALE_DTYPES and n:
-        largest = float(scales.abs().amax())
-        if not math.isfinite(largest) or (
-            largest < torch.finfo(scales.dtype).tiny and bool((weight != 0).any())
-        ):
-            raise ValueError(
-                f"scale_dtype {format.scale_dtype} can't hold the scales of this weight (largest magnitude "
-                f"{float(weight.abs().max()):.3g}): pass scale_dtype=torch.float32"
-            )
+    for rows, w in _grouped(weight, group, perm):
+        s = scales[rows].reshape(-1, 1).float() * tensor_scale
+        z = torch.full_like(s, format.zero_point) if zeros is None else zeros[rows].reshape(-1, 1).float()
+        qweight[rows] = pack(_codes(w, s, z, format).view(-1, k), format.bits)
     scale_scales = scale_offset = None
     if format.nested:
         scales, scale_scales, scale_offset = nest_scales(scales)
     elif format.tensor_scale:
         scale_scales = torch.full((1,), tensor_scale, dtype=torch.float32, device=weight.device)
-    return LowBitWeight(qweight, scales, format, (n, k), zeros, g_idx, scale_scales, scale_offset)
+    return LowBitWeight(
+        qweight, scales, format, (n, k), zeros, g_idx, scale_scales, scale_offset, dtype=weight.dtype
+    )
 
 
-def _group_scales(w: torch.Tensor, format: Format, tensor_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales as they are stored and zero points, each [groups, 1], of float32 groups [groups, group_size]."""
-    zero = torch.full_like(w[:, :1], format.zero_point)
+def check_float_weight(weight: object) -> None:
+    """Raise TypeError or ValueError for what can't be quantised, whatever the format."""
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}, expected a tensor")
+    if weight.dtype not in SCALE_DTYPES:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {' or '.join(map(str, SCALE_DTYPES))}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [out_features, in_features]")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device: load the model before quantising it")
+
+
+def _grouped(
+    weight: torch.Tensor, group: int, perm: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices of rows with their float32 groups [groups, group_size], a bounded number of weights at a time."""
+    step = max(1, CHUNK // weight.shape[1])
+    for at in range(0, weight.shape[0], step):
+        rows = slice(at, at + step)
+        w = weight[rows].float().contiguous()
+        yield rows, (w if perm is None else w[:, perm]).reshape(-1, group)
+
+
+def find_scales(
+    weight: torch.Tensor, format: Format, perm: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, float, str]:
+    """What `quantize` rounds against, in one pass over a weight that fits the format.
+
+    Returns:
+        scales as they are stored (before nesting), [out_features, groups]; zero points of that shape, uint8,
+        or None; the scale of the tensor; what of the weight is lost in its scales, "" when nothing is.
+
+    Raises:
+        ValueError: a NaN or Inf, scales that scale_dtype can't hold.
+    """
+    n, k = weight.shape
+    group = k if format.group_size == -1 else format.group_size
+    dtype, device = format.scale_dtype, weight.device
+    tensor_scale = 1.0
+    if format.tensor_scale and n:
+        low, high = torch.aminmax(weight)
+        absmax = max(-float(low), float(high))
+        tensor_scale = absmax / (E2M1_MAX * E4M3_MAX) if math.isfinite(absmax) and absmax else 1.0
+    scales = torch.empty(n, k // group, dtype=dtype, device=device)
+    exact = torch.empty(n, k // group, dtype=torch.float32, device=device)
+    zeros = None if format.symmetric else torch.empty_like(scales, dtype=torch.uint8)
+    for rows, w in _grouped(weight, group, perm):
+        check_finite(f"weight (rows from {rows.start})", weight[rows])
+        found = _group_scales(w, format, tensor_scale)
+        exact[rows] = found.view(-1, k // group)
+        scales[rows] = exact[rows].to(dtype)
+        if zeros is not None:
+            # against the scale that is stored; a group of zeros has scale 0
+            stored = scales[rows].float().view(-1, 1)
+            zero = -w.amin(1, keepdim=True).clamp(max=0) / _divisor(stored)
+            zeros[rows] = zero.round().clamp(0, 2**format.bits - 1).view(-1, k // group)
+    return scales, zeros, tensor_scale, _lost_in(scales, exact, weight, format) if n else ""
+
+
+def _lost_in(scales: torch.Tensor, exact: torch.Tensor, weight: torch.Tensor, format: Format) -> str:
+    """What groups of a weight are lost because their scales, as they are stored, are far from the exact ones;
+    ValueError when the largest are."""
+    dtype = format.scale_dtype
+    remedy = "" if dtype in (*FIXED_SCALE_DTYPES, torch.float32) else ": pass scale_dtype=torch.float32"
+    stored, size = scales.float(), exact.abs()
+    # rounding a scale may move its largest value by a quarter of a step
+    error, allowed = (stored - exact).abs(), max(2.0 ** -(format.bits + 1), torch.finfo(dtype).eps)
+    off = error > allowed * size
+    if format.nested:
+        off |= ((resolve_scales(*nest_scales(scales), dtype) - exact).abs() > 0.5 * size) & (size > 0)
+    if bool((size < torch.finfo(torch.float32).tiny).any()):  # zeros, or numbers too small for any scale
+        levels = (format.values() - format.zero_point).abs().nan_to_num(0)
+        least = float(levels[levels > 0].min()) / 2
+        for rows, w in _grouped(weight, weight.shape[1] // exact.shape[1], None):
+            largest = w.abs().amax(1).view(-1, exact.shape[1])
+            off[rows] |= (largest > 0) & (largest < least * size[rows]) | (largest > 0) & (size[rows] == 0)
+    if not bool(torch.isfinite(stored).all()) or bool(off.flatten()[size.argmax()]):
+        raise ValueError(
+            f"scale_dtype {dtype} can't hold the scales of this weight (largest magnitude "
+            f"{float(weight.abs().max()):.3g}){remedy}"
+        )
+    count = int(off.sum())
+    if not count:
+        return ""
+    row = int(off.any(1).nonzero()[0])
+    return (
+        f"{count} of {off.numel()} groups, the first in row {row} (largest magnitude there "
+        f"{float(weight[row].abs().max()):.3g}, of all {float(weight.abs().max()):.3g}), are too small for "
+        f"their scales in {'8 bits' if format.nested else dtype}, and are lost or far off{remedy}"
+    )
+
+
+def _group_scales(w: torch.Tensor, format: Format, tensor_scale: float) -> torch.Tensor:
+    """The scales, float32 [groups, 1], of float32 groups [groups, group_size]."""
     if not format.symmetric:
         top = 2**format.bits - 1
         low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / top).to(format.scale_dtype)
-        # the zero point is found against the scale that is stored; a group of zeros has scale 0
-        return scale, (-low / _divisor(scale.float())).round().clamp(0, top)
+        scale = (high - low) / top
+        return torch.where(torch.isfinite(scale), scale, high / top - low / top)
     if format.is_integer:
         # the extreme value, sign and all, becomes the lowest code: there is one more of them on that side
-        return (w.gather(1, w.abs().argmax(1, keepdim=True)) / -format.zero_point).to(
-            format.scale_dtype
-        ), zero
+        return w.gather(1, w.abs().argmax(1, keepdim=True)) / -format.zero_point
     if format.scale_rule == "absmean":
-        return w.abs().mean(1, keepdim=True).to(format.scale_dtype), zero
+        mean = w.abs().mean(1, keepdim=True)
+        if bool(torch.isfinite(mean).all()):
+            return mean
+        return w.double().abs().mean(1, keepdim=True).float()  # the sum does not fit
     absmax = w.abs().amax(1, keepdim=True) / tensor_scale
     largest = format.values(w.device).nan_to_num(0).abs().max()
     if format.scale_dtype == torch.float8_e8m0fnu:  # the OCP MX rule: powers of two, the top saturates
         exponent = absmax.clamp(min=2.0**-126).log2().floor() - largest.log2().floor()
-        return exponent.clamp(-127, 127).exp2().to(format.scale_dtype), zero
-    return (absmax / largest).to(format.scale_dtype), zero
+        return exponent.clamp(-127, 127).exp2()
+    return absmax / largest
 
 
 def _codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, format: Format) -> torch.Tensor:
@@ -398,7 +608,10 @@ def _codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, format: For
         : int(torch.isfinite(values).sum())
     ]  # NaN, a code not in use, sorts last
     ascending = values[order]
-    ratio = w * torch.where(scale == 0, 0.0, 1.0 / scale)
+    inverse = 1.0 / scale
+    ratio = w * torch.where(scale == 0, 0.0, inverse)
+    if bool(torch.isinf(inverse).any()):  # of no scale, or of one too small to have an inverse
+        ratio = torch.where(torch.isinf(inverse) & (scale != 0), w / _divisor(scale), ratio)
     return order[torch.bucketize(ratio, (ascending[1:] + ascending[:-1]) / 2)].to(torch.uint8)
 
 
@@ -411,6 +624,8 @@ def nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     value."""
     flat = scales.flatten()
     offset = flat.mean().view(1)
+    if not bool(torch.isfinite(offset)):  # the sum does not fit
+        offset = flat.double().mean().float().view(1)
     centred = flat - offset
     blocks = -(-flat.numel() // NESTED_BLOCK)
     padded = torch.nn.functional.pad(centred, (0, blocks * NESTED_BLOCK - flat.numel())).view(
@@ -420,4 +635,5 @@ def nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     code = nested_code(scales.device)
     ratio = padded / torch.where(block_scale == 0, 1.0, block_scale).unsqueeze(1)
     codes = torch.bucketize(ratio, (code[1:] + code[:-1]) / 2).to(torch.uint8)
-    return codes.flatten()[: flat.numel()].view(scales.shape), block_scale, offset
+    # of its own memory: a view of what is padded is refused by safetensors
+    return codes.flatten()[: flat.numel()].view(scales.shape).clone(), block_scale, offset

@@ -107,7 +107,10 @@ def _call(function: Any, x: torch.Tensor, weight: WeightTensors, n: int, k: int,
     Copies of what is not contiguous live until the function returns."""
     qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
     code_kind, values, zero_point = _code(format)  # type: ignore[misc]
-    scale_kind = _SCALES[scales.dtype]
+    scale_dtype = scales.dtype
+    if scale_dtype is torch.uint8 and scale_offset is None:  # the bytes of the format's eight-bit floats
+        scale_dtype = FORMATS[format].scale_dtype
+    scale_kind = _SCALES[scale_dtype]
     stride = x.shape[-1]
     rows = x.numel() // stride if stride else 0
     if not x.is_contiguous():
@@ -123,7 +126,7 @@ def _call(function: Any, x: torch.Tensor, weight: WeightTensors, n: int, k: int,
     function(
         x.data_ptr(), _DTYPES[x.dtype], rows, stride,
         qweight.data_ptr(), scales.data_ptr(), scale_kind, 0 if zeros is None else zeros.data_ptr(),
-        _scale_table(scales.dtype) if scale_kind >= 3 else 0,
+        _scale_table(scale_dtype) if scale_kind >= 3 else 0,
         0 if scale_scales is None else scale_scales.data_ptr(),
         0 if scale_offset is None else scale_offset.data_ptr(),
         values, code_kind, zero_point, n, k, group_size, *rest,

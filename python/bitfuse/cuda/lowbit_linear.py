@@ -114,6 +114,12 @@ def _rows_apart(t: torch.Tensor) -> bool:
     return t.is_contiguous() or (t.stride(1) == 1 and t.stride(0) >= t.shape[1])
 
 
+def _scale_dtype(scales: torch.Tensor, scale_offset: torch.Tensor | None, format: str) -> torch.dtype:
+    """What the scales are: bytes that are not nested are the format's eight-bit floats."""
+    bytes_of_floats = scales.dtype is torch.uint8 and scale_offset is None
+    return FORMATS[format].scale_dtype if bytes_of_floats else scales.dtype
+
+
 def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
     """None when `run` can serve the call, else the reason."""
     qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
@@ -126,8 +132,9 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
     k = x.shape[-1]
     if x.numel() > MAX_TOKENS * k:
         return f"M = {x.numel() // k} is above {MAX_TOKENS}: the Triton kernel serves it"
-    if scales.dtype not in _SCALES or (scale_scales is None) != (scale_offset is None):
-        return f"it has no kernel for scales in {str(scales.dtype)[6:]}"
+    scale_dtype = _scale_dtype(scales, scale_offset, format)
+    if scale_dtype not in _SCALES or (scale_scales is None) != (scale_offset is None):
+        return f"it has no kernel for scales in {str(scale_dtype)[6:]}"
     if group_size % SPAN and group_size != k:
         return f"group_size {group_size} is not a multiple of {SPAN} (nor in_features)"
     if not qweight.is_contiguous() and not (_rows_apart(qweight) and qweight.stride(0) % 4 == 0):
@@ -219,6 +226,6 @@ def prepare(
         0 if counters is None else counters.data_ptr() + 4 * more_counters,
         x.stride(0) if x.dim() == 2 else k, qweight.stride(0), scales.stride(0),
         0 if zeros is None else zeros.stride(0), m, n, k, group_size, FORMATS[format].zero_point,
-        _SCALES[scales.dtype], _FLOATS[x.dtype], code, plan, index, stream,
+        _SCALES[_scale_dtype(scales, scale_offset, format)], _FLOATS[x.dtype], code, plan, index, stream,
     )  # fmt: skip
     return Call(y, plan, arguments, counters, (x, bias, partial))

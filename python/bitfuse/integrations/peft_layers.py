@@ -209,6 +209,11 @@ class _Fused:
         see."""
         self.__dict__.pop(_NORMS, None)
 
+    def _replicate_for_data_parallel(self: Any) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica.__dict__.pop(_NORMS, None)  # its own, on its own device
+        return replica
+
     def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.__dict__.pop(_NORMS, None)
         return super()._apply(*args, **kwargs)  # type: ignore[misc]

@@ -50,7 +50,7 @@ def refusal(base: object) -> str | None:
     assert isinstance(base, torch.nn.Module)
     if "forward" in base.__dict__:
         return "its forward is replaced on the instance"
-    if isinstance(base, torch.nn.Linear) and "weight" not in base._parameters:
+    if type(base) is torch.nn.Linear and "weight" not in base._parameters:
         return "its weight is computed by a hook"
     if isinstance(base, torch.nn.Linear) and base.weight.dtype not in FLOATS:
         return f"its weight is {base.weight.dtype}, expected {' or '.join(map(str, FLOATS))}"
@@ -263,7 +263,7 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
             self._check_unmerged("load a state")
         for name, adapter in self.adapters.items():
             _check_adapter_state(adapter, state_dict, f"{prefix}adapters.{name}.")
-        if isinstance(self.base_layer, torch.nn.Linear):  # a bitfuse layer checks its own
+        if not isinstance(self.base_layer, Linear):  # that checks its own
             for name, own in self.base_layer.named_parameters():
                 found = state_dict.get(f"{prefix}base_layer.{name}", own)
                 if getattr(found, "shape", None) != own.shape:

@@ -146,7 +146,7 @@ class RowNorms:
         """The norms, whatever is kept."""
         with torch.autocast(lora_A.device.type, enabled=False):
             lora_A, lora_B = lora_A.float(), lora_B.float() * scaling
-            if isinstance(base, torch.nn.Linear):
+            if not isinstance(base, Linear):
                 rows = [(w + lora_B[at] @ lora_A).norm(dim=1) for at, w in float_rows(base)]
                 return torch.cat(rows) if rows else lora_B.new_empty(0)
             # summed in float64, because the terms may cancel
@@ -177,7 +177,10 @@ class RowNorms:
         """The weight's tensors whose versions are looked at, and those whose content is compared too."""
         versioned: list[torch.Tensor] = []
         compared: list[torch.Tensor] = []
-        for name, p in base._parameters.items():
+        held: dict[str, Any] = base._parameters
+        if "qweight" not in held and "weight" not in held:  # a replica of nn.DataParallel
+            held = {name: t for name, t in base.__dict__.items() if isinstance(t, torch.Tensor)}
+        for name, p in held.items():
             if p is not None and name != "bias":
                 scales = self._compare_scales and name not in ("weight", "qweight")
                 (compared if scales else versioned).append(p)

@@ -97,7 +97,8 @@ class IA3Linear(AdapterLinear):
             product = product * self.adapter(name).ia3_l
         return product
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input
         if not self.enabled or not self.active_adapters:
             return self.base_layer.forward(x)
         if self.merged_layer is not None:

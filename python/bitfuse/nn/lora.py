@@ -14,8 +14,12 @@ from ..cost import Cost, moved
 from ..lora_args import LoraArgs
 from ..op import Explanation, explain
 from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear, new_seed
+<<<<<<< HEAD
 from ..ops.lowbit_linear import FLOATS, check_float
 from ..weight import WeightTensors
+=======
+from ..ops.lowbit_linear import check_float
+>>>>>>> 3bc3eea (A few-bit weight stands in for a tensor; scales of eight bits are held as bytes; quantize_ looks at all before it changes any, and says what it leaves)
 from .adapters import AdapterLinear, options_from_bytes, options_to_bytes
 from .dora import RowNorms, dora_scale
 from .linear import Linear
@@ -160,9 +164,10 @@ def adapted_linear(
 ) -> torch.Tensor:
     """A linear layer under one or several adapters; a DoRA one scales the sum of those before it too, as in
     PEFT. One adapter, or several without dropout and DoRA, are one fused call."""
-    bias = base._parameters["bias"]
+    p: dict[str, Any] = base._parameters
+    bias = p["bias"] if "bias" in p else base.bias  # replicas of nn.DataParallel have no parameters
     if bias is not None and bias.dtype is not x.dtype:
-        bias = bias.to(x.dtype)  # type: ignore[assignment]
+        bias = bias.to(x.dtype)
     first, *others = adapters
     if not others:
         return _fused(x, base, first, bias)
@@ -189,16 +194,15 @@ def _fused(
 ) -> torch.Tensor:
     """`bitfuse.lora_linear` of a layer, whose tensors need no second look: a third of a small call's time."""
     lora_A, lora_B, scaling, dropout, out_scale = a
-    p = base._parameters
+    p: dict[str, Any] = base._parameters
     if isinstance(base, Linear):
         perm = base._buffers["perm"]
-        tensors = (p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"])
-        weight: Any = WeightTensors._make((*tensors, base.format.name, base.group_size))
+        weight: Any = base.op_args()
         if perm is not None:
             check_float(x, "x", perm.shape[0])
             x, lora_A = x.index_select(-1, perm), lora_A.index_select(1, perm)
     else:
-        weight = p["weight"]
+        weight = p["weight"] if "weight" in p else base.weight
     number, tensor = (1.0, scaling) if isinstance(scaling, torch.Tensor) else (scaling, None)
     seed = new_seed(x) if dropout else None
     args = LoraArgs(weight, lora_A, lora_B, number, tensor, bias, out_scale, seed)
@@ -351,12 +355,17 @@ class LoRALinear(AdapterLinear):
         if self._norms.holds(name):  # renewed where they stand, for captured graphs
             self._norms.renew(name, self.base_layer, adapter.lora_A, adapter.lora_B, adapter.scale())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.enabled or not self.active_adapters:
-            return self.base_layer.forward(x)
+            return self.base_layer.forward(input)
         if self.merged_layer is not None:
-            return self.merged_layer.forward(x)
-        return adapted_linear(x, self.base_layer, [self._low_rank(name) for name in self.active_adapters])
+            return self.merged_layer.forward(input)
+        return adapted_linear(input, self.base_layer, [self._low_rank(name) for name in self.active_adapters])
+
+    def _replicate_for_data_parallel(self) -> LoRALinear:
+        replica: LoRALinear = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._norms = RowNorms()  # its own, on its own device
+        return replica
 
     def _low_rank(self, name: str) -> LowRank:
         a = self.adapters._modules[name]

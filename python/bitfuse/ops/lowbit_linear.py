@@ -15,6 +15,7 @@ from ..formats import get_format
 from ..kernels import lowbit_linear as triton
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
+from ..stand_in import fused
 from ..tensors import as_rows
 from ..weight import LowBitWeight, WeightTensors, check_tensor
 
@@ -29,7 +30,7 @@ def _check(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) ->
     if bias is not None:
         n = (weight.qweight.shape[0],)
         if bias.dtype is not dtype or bias.shape != n or bias.device != device:
-            check_tensor("bias", bias, (dtype,), n, device)
+            check_tensor("bias", bias, (dtype,), n, device, "x")
 
 
 def check_float(x: torch.Tensor, name: str, columns: int) -> None:
@@ -62,7 +63,7 @@ def check_weight(weight: WeightTensors, k: int, device: torch.device) -> None:
             if t is not None:
                 raise ValueError(f"scale_offset is given, which format {format!r} has no place for")
         elif t is None or t.dtype not in expected[1] or t.shape != expected[2] or t.device != device:
-            check_tensor(expected[0], t, expected[1], expected[2], device)
+            check_tensor(expected[0], t, expected[1], expected[2], device, "x")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -231,6 +232,17 @@ def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = 
     if not (isinstance(w, LowBitWeight) and isinstance(x, torch.Tensor)):
         _check_types(x, w)
     return apply_lowbit(x, w.op_args, w.perm, bias)
+
+
+def _functional_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """`torch.nn.functional.linear` of a module that reads its layer's weight."""
+    plain = isinstance(input, torch.Tensor) and isinstance(weight, LowBitWeight)
+    if not plain or not (bias is None or isinstance(bias, torch.Tensor)):
+        return NotImplemented
+    return lowbit_linear(input, weight, bias)
+
+
+fused[torch.nn.functional.linear] = _functional_linear
 
 
 def _check_types(x: object, w: object) -> None:
