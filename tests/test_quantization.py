@@ -48,7 +48,8 @@ def test_replaces_every_linear() -> None:
     report = bitfuse.quantize_(model, "int8", progress=False)
     assert [r.name for r in report.layers] == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
     assert report.skipped == {"head": "its weight is tied to embed.weight"}
-    assert isinstance(model.shared, Linear) and model.shared.qweight is model.blocks[1].up.qweight
+    assert isinstance(model.shared, Linear)
+    assert model.shared.qweight is model.get_parameter("blocks.1.up.qweight")
     assert model.again is model.blocks[0] and isinstance(model.again.up, Linear)
     assert model.head.weight is model.embed.weight
     assert (

@@ -72,7 +72,9 @@ def _weight(s: Sizes, make: Make) -> torch.Tensor | LowBitWeight:
     if s.format == DENSE:
         return make(s.n, s.k)
     format = get_format(s.format, group_size=s.group_size)
-    tensors = {
+    if s.group_size is None:
+        format = format.fitted(s.k)
+    tensors: dict[str, Any] = {
         name: make(*shape, dtype=format.scale_dtype if name == "scales" and not format.nested else dtypes[0])
         for name, dtypes, shape in LowBitWeight.expected(format, (s.n, s.k))
     }

@@ -379,10 +379,10 @@ class _SavePretrained:
         )
         if few_bit and not checkpoint:
             raise ValueError(
-                f"save_pretrained: {type(model).__name__} holds bitfuse.nn.Linear layers, which from_pretrained "
-                "would make at random. Save model.state_dict() (torch.save, or save_file of safetensors); to "
-                "load: build the model, bitfuse.quantize_ it with the same options, load_state_dict. Adapters "
-                "alone: bitfuse.save_peft"
+                f"save_pretrained: {type(model).__name__} holds bitfuse.nn.Linear layers, which "
+                "from_pretrained would make at random. Save model.state_dict() (torch.save, or save_file of "
+                "safetensors); to load: build the model, bitfuse.quantize_ it with the same options, "
+                "load_state_dict. Adapters alone: bitfuse.save_peft"
             )
         return type(model).save_pretrained(model, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
 

@@ -13,15 +13,18 @@ import torch
 fused: dict[Any, Callable[..., Any]] = {}
 
 # what is asked about the codes, not about the numbers that they stand for
-_OF_CODES = frozenset(
-    "is_cpu is_cuda is_xpu is_mps is_meta is_sparse is_nested is_mkldnn layout data_ptr untyped_storage "
-    "get_device is_shared is_pinned is_inference".split()
-)
+_OF_CODES = (
+    "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_nested", "is_mkldnn", "layout",
+    "data_ptr", "untyped_storage", "get_device", "is_shared", "is_pinned", "is_inference",
+)  # fmt: skip
 _OPERATORS = (
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __matmul__ __rmatmul__ __truediv__ __rtruediv__ "
-    "__pow__ __neg__ __abs__ __lt__ __le__ __gt__ __ge__ __getitem__"
-).split()
-_WRITERS = "__iadd__ __isub__ __imul__ __imatmul__ __itruediv__ __ipow__ __setitem__".split()
+    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__matmul__", "__rmatmul__",
+    "__truediv__", "__rtruediv__", "__pow__", "__neg__", "__abs__", "__lt__", "__le__", "__gt__", "__ge__",
+    "__getitem__",
+)  # fmt: skip
+_WRITERS = (
+    "__iadd__", "__isub__", "__imul__", "__imatmul__", "__itruediv__", "__ipow__", "__setitem__",
+)  # fmt: skip
 
 
 class StandIn:

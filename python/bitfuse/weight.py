@@ -168,7 +168,7 @@ class LowBitWeight(StandIn):
         """As `torch.Tensor.to`: the weight on another device, itself when it is there already; with a dtype
         (or another tensor) the matrix as floats."""
         kwargs = {k: v for k, v in kwargs.items() if k != "copy"}
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         moved = self
         if device is not None and device != self.device:
             parts: dict[str, Any] = {k: t.to(device) for k, t in self.tensors().items()}
@@ -289,7 +289,7 @@ def _own_shard(t: Any) -> Any:
 
 def whole(t: torch.Tensor) -> torch.Tensor:
     """A tensor, of a DTensor all of it."""
-    return t.full_tensor() if hasattr(t, "_local_tensor") else t  # type: ignore[attr-defined, no-any-return]
+    return t.full_tensor() if hasattr(t, "_local_tensor") else t  # type: ignore[attr-defined]
 
 
 def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:
@@ -497,7 +497,7 @@ def check_float_weight(weight: object) -> None:
 def _grouped(
     weight: torch.Tensor, group: int, perm: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of rows with their float32 groups [groups, group_size], a bounded number of weights at a time."""
+    """Slices of rows with their float32 groups [groups, group_size], a bounded number at a time."""
     step = max(1, CHUNK // weight.shape[1])
     for at in range(0, weight.shape[0], step):
         rows = slice(at, at + step)

@@ -23,7 +23,7 @@ class _Uncast(torch.Tensor):
 
     FSDP2 asks the local tensor of a sharded parameter for these methods (its extension points)."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
@@ -166,6 +166,9 @@ class Linear(torch.nn.Linear):
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: t for name in _TENSORS if (t := getattr(self, name)) is not None}
 
+    def _device(self) -> torch.device:
+        return self._tensors()["qweight"].device
+
     def op_args(self) -> WeightTensors:
         """The weight as the ops take it."""
         # the dict, not attributes: Module.__getattr__ costs more than the checks of the op
@@ -218,7 +221,7 @@ class Linear(torch.nn.Linear):
             made = fn(t)
             return made if id(t) not in few_bit or made.dtype == t.dtype else t.to(made.device)
 
-        self._dtype = fn(torch.zeros(1, dtype=self._dtype, device=self.qweight.device)).dtype
+        self._dtype = fn(torch.zeros(1, dtype=self._dtype, device=self._device())).dtype
         super()._apply(without_rounding, recurse)
         for name in _FLOAT_TENSORS:
             _keep_uncast(self._parameters.get(name))

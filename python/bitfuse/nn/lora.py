@@ -14,12 +14,7 @@ from ..cost import Cost, moved
 from ..lora_args import LoraArgs
 from ..op import Explanation, explain
 from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear, new_seed
-<<<<<<< HEAD
 from ..ops.lowbit_linear import FLOATS, check_float
-from ..weight import WeightTensors
-=======
-from ..ops.lowbit_linear import check_float
->>>>>>> 3bc3eea (A few-bit weight stands in for a tensor; scales of eight bits are held as bytes; quantize_ looks at all before it changes any, and says what it leaves)
 from .adapters import AdapterLinear, options_from_bytes, options_to_bytes
 from .dora import RowNorms, dora_scale
 from .linear import Linear
@@ -164,8 +159,9 @@ def adapted_linear(
 ) -> torch.Tensor:
     """A linear layer under one or several adapters; a DoRA one scales the sum of those before it too, as in
     PEFT. One adapter, or several without dropout and DoRA, are one fused call."""
-    p: dict[str, Any] = base._parameters
-    bias = p["bias"] if "bias" in p else base.bias  # replicas of nn.DataParallel have no parameters
+    # replicas of nn.DataParallel have plain attributes for parameters
+    held: dict[str, Any] = base._parameters if "bias" in base._parameters else base.__dict__
+    bias = held["bias"]
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
     first, *others = adapters
@@ -202,7 +198,7 @@ def _fused(
             check_float(x, "x", perm.shape[0])
             x, lora_A = x.index_select(-1, perm), lora_A.index_select(1, perm)
     else:
-        weight = p["weight"] if "weight" in p else base.weight
+        weight = (p if "weight" in p else base.__dict__)["weight"]
     number, tensor = (1.0, scaling) if isinstance(scaling, torch.Tensor) else (scaling, None)
     seed = new_seed(x) if dropout else None
     args = LoraArgs(weight, lora_A, lora_B, number, tensor, bias, out_scale, seed)
@@ -363,7 +359,7 @@ class LoRALinear(AdapterLinear):
         return adapted_linear(input, self.base_layer, [self._low_rank(name) for name in self.active_adapters])
 
     def _replicate_for_data_parallel(self) -> LoRALinear:
-        replica: LoRALinear = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: LoRALinear = super()._replicate_for_data_parallel()
         replica._norms = RowNorms()  # its own, on its own device
         return replica
 
