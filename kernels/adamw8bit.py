@@ -13,12 +13,12 @@ csrc/cpu/adamw8bit.cpp).
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from bitfuse.blockwise import ZERO, blocks_of, segments
 from bitfuse.op import simulated_gpu
+from bitfuse.tensors import table
 
 try:
     import triton
@@ -109,7 +109,7 @@ def _kernel(
     _store(v, exp_avg_sq, exp_avg_sq_absmax, unsigned, at, inside, rows, rows_inside, False, 0)
 
 
-@functools.cache
+@table
 def _table(signed: bool, device: str) -> torch.Tensor:
     """Rows of ENTRIES: step, base by the exponent of a code; top, scale, base, last code by segment."""
     rows = [[0.0] * ENTRIES for _ in range(6)]

@@ -41,6 +41,7 @@ from bitfuse import dropout, policy
 from bitfuse.codebook import unbiased_levels
 from bitfuse.formats import E2M1, FORMATS, NESTED_BLOCK, NF4, nested_code
 from bitfuse.op import pretended_gpu, simulated_gpu
+from bitfuse.tensors import aside
 from bitfuse.weight import WeightTensors
 
 try:
@@ -79,7 +80,8 @@ class Wide:
 
     def two(self, low: float, high: float) -> str:
         """The register that holds two of it."""
-        bits = torch.tensor([low, high], dtype=self.dtype).view(torch.int16).tolist()
+        with aside():
+            bits = torch.tensor([low, high], dtype=self.dtype, device="cpu").view(torch.int16).tolist()
         return f"{bits[0] & 0xFFFF | (bits[1] & 0xFFFF) << 16:#010x}"
 
 
@@ -183,7 +185,7 @@ def _table(to: Wide, values: tuple[float, ...]) -> str:
     prmt picks four of eight bytes by four 3-bit selectors, and four packed codes are just that: once on each
     half of the table, once more to take the half that each code's top bit names. No memory is touched.
     """
-    rounded = unbiased_levels(torch.tensor(values), to.dtype)
+    rounded = unbiased_levels(torch.tensor(values, dtype=torch.float32, device="cpu"), to.dtype)
     bits = [word & 0xFFFF for word in rounded.view(torch.int16).tolist()]
     lines = [
         "and.b32 code, $4, 0x77777777",
@@ -241,6 +243,7 @@ CODES = {
 
 
 @functools.cache
+@aside()
 def _decoding(format: str, dtype: torch.dtype) -> str:
     """The PTX that decodes a format; none to float32, which reads Format's table."""
     wide = next((w for w in (HALF, BFLOAT) if w.dtype == dtype), None)

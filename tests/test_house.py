@@ -79,6 +79,7 @@ PEERS = {
     "op": 2,
     "weight": 3,
     "lora_args": 4,
+    "multi_lora_args": 4,
     "kv_cache": 4,
 }
 

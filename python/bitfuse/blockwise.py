@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from .formats import nested_code
+from .tensors import table
 
 DECADES = 7
 ZERO = {True: 127, False: 0}  # the code of 0 in the signed and in the unsigned map
@@ -64,7 +65,7 @@ def segments(signed: bool) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-@functools.cache
+@table
 def _unsigned(device: str) -> torch.Tensor:
     values = [s.base + k * s.step for s in segments(False) for k in range(s.last - s.first + 1)]
     return torch.tensor(values, dtype=torch.float32, device=device)

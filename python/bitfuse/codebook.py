@@ -43,9 +43,12 @@ def unbiased_levels(levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     error of a sum over some 4096 weights, whose mean counts by 4096 and whose scatter by its root."""
     exact = levels.double().cpu()
     down, up = _around(exact, dtype)
-    choices = (torch.arange(2**16).unsqueeze(1) >> torch.arange(16)) & 1 == 1
+    choices = (
+        torch.arange(2**16, dtype=torch.int64, device="cpu").unsqueeze(1)
+        >> torch.arange(16, dtype=torch.int64, device="cpu")
+    ) & 1 == 1
     error = torch.where(choices, up.double(), down.double()) - exact
-    beliefs = torch.tensor(_beliefs(exact.tolist()), dtype=torch.double)
+    beliefs = torch.tensor(_beliefs(exact.tolist()), dtype=torch.double, device="cpu")
     means = torch.cat((error @ beliefs.T, (error * exact) @ beliefs.T), dim=1)
     best = (4096 * means.square().sum(1) + error.square() @ beliefs[0]).argmin()
     return torch.where(choices[best], up, down)
@@ -85,7 +88,7 @@ def pairs_of_levels(levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             for place in range(first, first + ups):
                 rounded[code, other, place % PLACES] = up[code]
             first += ups
-    byte = torch.arange(256)
+    byte = torch.arange(256, dtype=torch.int64, device="cpu")
     low, high = byte & 15, byte >> 4
     # the high nibble takes the places in the opposite order, so as not to repeat the low one's decisions
     return torch.stack((rounded[low, high], rounded[high, low].flip(1)), dim=-1)

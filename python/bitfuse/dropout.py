@@ -32,7 +32,7 @@ def keep(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Tensor:
         rows, columns: of the matrix; leading dimensions are flattened into rows.
         p: probability to drop, 0 <= p < 1.
     """
-    return keep_rows(seed, torch.arange(rows, device=seed.device), columns, p)
+    return keep_rows(seed, torch.arange(rows, dtype=torch.int64, device=seed.device), columns, p)
 
 
 def keep_rows(seed: torch.Tensor, rows: torch.Tensor, columns: int, p: float) -> torch.Tensor:
@@ -41,7 +41,7 @@ def keep_rows(seed: torch.Tensor, rows: torch.Tensor, columns: int, p: float) ->
     low, high = seed & _WORD, (seed >> 32) & _WORD
     a = _mix((rows + low) & _WORD)
     b = _mix(a ^ high ^ GOLDEN)
-    v = torch.arange(columns, device=seed.device) ^ a.unsqueeze(1)
+    v = torch.arange(columns, dtype=torch.int64, device=seed.device) ^ a.unsqueeze(1)
     v = _times(v ^ (v >> 16), FIRST)
     v = _times(v ^ (v >> 15) ^ b.unsqueeze(1), SECOND)
     return v ^ (v >> 16) >= threshold(p)

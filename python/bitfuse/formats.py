@@ -10,7 +10,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
+
+from .tensors import table
 
 # The 16 levels of NF4 (Dettmers et al., QLoRA, 2023), the quantiles of a normal distribution, as bitsandbytes
 # has them.
@@ -132,16 +135,21 @@ class Format:
         power = min(in_features & -in_features, 1 << (group.bit_length() - 1))
         return replace(self, group_size=power) if power >= 8 else self
 
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """`values` as numbers."""
+        return self.codebook or tuple(map(float, range(2**self.bits)))
+
     def values(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The 2**bits values of the codes, float32, before zero point and scale."""
-        return _values(self.codebook or tuple(map(float, range(2**self.bits))), str(device))
+        return _values(self.levels, str(device))
 
     def __str__(self) -> str:
         parts = [self.name, "per channel" if self.group_size == -1 else f"g{self.group_size}"]
         return ", ".join(parts + ["asymmetric"] * (not self.symmetric) + ["double quantised"] * self.nested)
 
 
-@functools.lru_cache(maxsize=64)
+@table
 def _values(table: tuple[float, ...], device: str) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.float32, device=device)
 
@@ -215,14 +223,21 @@ def same_codes(a: Format, b: Format) -> bool:
     return (a.bits, a.codebook, a.tensor_scale) == (b.bits, b.codebook, b.tensor_scale)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _dynamic_map() -> tuple[float, ...]:
     """The signed 8-bit dynamic map (Dettmers, 8-bit Approximations, 2015): 7 decades, finer near each
-    decade's top."""
+    decade's top.
+
+    Its bits are those of bitsandbytes on any machine with fused multiply-add, where `torch.linspace` rounds
+    once an element, from the nearer end. In NumPy, because torch's would depend on the machine.
+    """
+    first, last = np.float32(0.1), np.float32(1)
     positive: list[float] = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
-        positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        count = 2**decade
+        step, i = np.float64((last - first) / np.float32(count)), np.arange(count + 1)
+        edges = np.where(i < (count + 1) // 2, first + step * i, last - step * (count - i)).astype(np.float32)
+        positive += (np.float32(10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))).tolist()
     return tuple(sorted([0.0, 1.0, *positive, *(-v for v in positive)]))
 
 

@@ -217,8 +217,11 @@ def _run_format(backend: Backend, format: str, device: torch.device) -> str:
     """An odd number of rows, sizes that fill no tile, and the dtype that the device is mostly used in."""
     rows, n, k = 5, 72, 384
     dtype = torch.float16 if backend.devices == ("cuda",) else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    x, w, bias = (torch.randn(*shape, generator=generator).to(device) for shape in ((rows, k), (n, k), (n,)))
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    x, w, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        for shape in ((rows, k), (n, k), (n,))
+    )
     x, bias = x.to(dtype), bias.to(dtype)
     q = quantize(w, format)
     args = (x, q.op_args, bias)

@@ -200,7 +200,7 @@ def quantize_values(
     dim = v.shape[-1]
     groups = -(-dim // channel_group)
     # the last group, if short, is filled with its last channel, which moves neither its min nor its max
-    channels = torch.arange(groups * channel_group, device=v.device).clamp(max=dim - 1)
+    channels = torch.arange(groups * channel_group, dtype=torch.int64, device=v.device).clamp(max=dim - 1)
     whole = v[..., channels].unflatten(-1, (groups, channel_group))
     codes, scales, offsets = quantize_groups(whole, -1, bits)
     return packed(codes.flatten(-2)[..., :dim], bits), scales, offsets
@@ -241,7 +241,7 @@ def head_scales(x: torch.Tensor) -> torch.Tensor:
 
 def rows_of(cache: CacheTensors, sequence: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pages and slots of positions begin to end, int64."""
-    positions = torch.arange(begin, end, device=cache.k.device)
+    positions = torch.arange(begin, end, dtype=torch.int64, device=cache.k.device)
     if cache.block_table is None:
         return torch.full_like(positions, sequence), positions
     size = cache.k.shape[1]
@@ -271,11 +271,11 @@ def gather(
     bits, group = BITS[cache.format], slot // cache.group_size
     k = unpacked(k, bits).to(work) * k_scales[page, group].to(work) + k_offsets[page, group].to(work)
     dim_v = v_tail.shape[-1]
-    of_channel = torch.arange(dim_v, device=v.device) // cache.channel_group
+    of_channel = torch.arange(dim_v, dtype=torch.int64, device=v.device) // cache.channel_group
     v = unpacked(v, bits).to(work) * v_scales[page, slot].to(work)[..., of_channel]
     v = v + v_offsets[page, slot].to(work)[..., of_channel]
     whole = length // cache.group_size * cache.group_size
-    late = torch.arange(whole, length, device=k.device) % (2 * cache.group_size)
+    late = torch.arange(whole, length, dtype=torch.int64, device=k.device) % (2 * cache.group_size)
     k[whole:], v[whole:] = k_tail[sequence, late].to(work), v_tail[sequence, late].to(work)
     return k.to(dtype), v.to(dtype)
 
@@ -298,7 +298,7 @@ def store(cache: CacheTensors, sequence: int, begin: int, k: torch.Tensor, v: to
     first, whole = begin // size * size, end // size * size
     device = k.device
     if whole > first:
-        begun = torch.arange(first, begin, device=device) % (2 * size)
+        begun = torch.arange(first, begin, dtype=torch.int64, device=device) % (2 * size)
         k_whole = torch.cat([k_tail[sequence, begun], k])[: whole - first].unflatten(0, (-1, size))
         v_whole = torch.cat([v_tail[sequence, begun], v])[: whole - first]
         page, slot = rows_of(cache, sequence, first, whole)
@@ -310,7 +310,7 @@ def store(cache: CacheTensors, sequence: int, begin: int, k: torch.Tensor, v: to
             v_whole, bits, cache.channel_group
         )
     kept = max(begin, whole - size)
-    late = torch.arange(kept, end, device=device) % (2 * size)
+    late = torch.arange(kept, end, dtype=torch.int64, device=device) % (2 * size)
     k_tail[sequence, late], v_tail[sequence, late] = k[kept - begin :], v[kept - begin :]
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from .tensors import aside
+
 Adapters = Sequence[torch.Tensor]  # one tensor of three dimensions, or one of two for each adapter
 
 
@@ -82,7 +84,8 @@ def table(lora_A: Adapters, lora_B: Adapters) -> AdapterTable:
     if found is None:
         if capturing(device):
             refuse_capture("the table of adapters", device)
-        entries = torch.tensor((a, b, ranks), dtype=torch.int64, device=device)
+        with aside():
+            entries = torch.tensor((a, b, ranks), dtype=torch.int64, device=device)
         aligned = not any(address % 16 for address in (*a, *b))
         found = AdapterTable(entries, max(ranks), math.gcd(16, *ranks), aligned)
         if len(_tables) >= _MOST_TABLES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import math
 import os
 import re
 import warnings
@@ -278,10 +279,10 @@ def _check_layers(
         except ValueError as why:
             unfit.append((name, why))
             continue
-        low, high = torch.aminmax(weight) if weight.numel() else (torch.zeros(()),) * 2
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        low, high = (float(v) for v in torch.aminmax(weight)) if weight.numel() else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name}.weight holds a NaN or Inf, expected finite numbers")
-        largest = max(-float(low), float(high))
+        largest = max(-low, high)
         # scales in float32 hold all that is not at the ends of float32's own range
         if fmt.scale_dtype != torch.float32 or fmt.nested or not 1e-30 < largest < 1e37:
             try:

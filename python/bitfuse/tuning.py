@@ -80,7 +80,7 @@ def arguments(case: Case, device: str) -> tuple[Any, ...]:
             return torch.arange(shape[0], device=device, dtype=dtype) % s.adapters
         if dtype.itemsize == 1:  # of a weight, which is made anew below
             return torch.empty(shape, device=device, dtype=dtype)
-        return torch.randn(shape, device=device).to(dtype)
+        return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
 
     made = list(CALLS[case.op].arguments(s, make))
     for i, argument in enumerate(made):

@@ -114,7 +114,7 @@ class LowBitWeight(StandIn):
         if self.g_idx is not None:
             check_tensor("g_idx", self.g_idx, (torch.int32,), (self.shape[1],), self.device, "qweight")
             if self.perm is None:
-                object.__setattr__(self, "perm", torch.argsort(self.g_idx, stable=True))
+                object.__setattr__(self, "perm", column_order(self.g_idx))
         tensors = (self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset)
         object.__setattr__(self, "op_args", WeightTensors(*tensors, self.format.name, self.group_size))
 
@@ -273,7 +273,7 @@ class LowBitWeight(StandIn):
             raise ValueError(
                 f"zeros holds {int(zeros.max())}, expected codes below 2**bits = {2**self.format.bits}"
             )
-        bad = [i for i, v in enumerate(self.format.values().tolist()) if v != v]
+        bad = [i for i, v in enumerate(self.format.levels) if v != v]
         if bad and any(bool((unpack(_own_shard(self.qweight), self.format.bits) == c).any()) for c in bad):
             raise ValueError(
                 f"qweight holds a code that is NaN in {self.format.name} ({', '.join(map(hex, bad))})"
@@ -290,6 +290,12 @@ def _own_shard(t: Any) -> Any:
 def whole(t: torch.Tensor) -> torch.Tensor:
     """A tensor, of a DTensor all of it."""
     return t.full_tensor() if hasattr(t, "_local_tensor") else t  # type: ignore[attr-defined]
+
+
+def column_order(g_idx: torch.Tensor) -> torch.Tensor:
+    """`LowBitWeight.perm`; one that autograd may save, also where it is found in inference mode."""
+    with torch.inference_mode(False):
+        return torch.argsort(g_idx, stable=True)
 
 
 def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def guarded_empty(
     for length in shape:
         numel *= length
     if numel == 0:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     return torch.frombuffer(_pages(numel * dtype.itemsize, before, align), dtype=dtype).view(tuple(shape))
 
 

@@ -47,7 +47,9 @@ def _c_value(value: Any, kind: str) -> Any:
     if kind.startswith("*"):
         return ctypes.c_uint64(0 if value is None else value if isinstance(value, int) else value.data_ptr())
     if kind in _half:
-        return ctypes.c_uint16(int(torch.tensor(float(value), dtype=_half[kind]).view(torch.int16)) & 0xFFFF)
+        return ctypes.c_uint16(
+            int(torch.tensor(float(value), dtype=_half[kind], device="cpu").view(torch.int16)) & 0xFFFF
+        )
     return _scalar[kind](value)
 
 
@@ -129,7 +131,7 @@ class _Launcher:
             v for kind, arg in zip(self.signature, args, strict=True) for v in self._flat(kind, arg, metas)
         ]
         size, align = self.scratch
-        scratch = torch.empty(x * y * z * size + align if size else 0, dtype=torch.uint8)
+        scratch = torch.empty(x * y * z * size + align if size else 0, dtype=torch.uint8, device="cpu")
         values += [
             ctypes.c_uint64(-(-scratch.data_ptr() // align) * align if size else 0),
             ctypes.c_uint64(0),
@@ -218,7 +220,7 @@ class CusimDriver(DriverBase):
         return tie
 
     def get_empty_cache_for_benchmark(self) -> torch.Tensor:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def clear_cache(self, cache: torch.Tensor) -> None:
         pass

@@ -289,12 +289,12 @@ def quantized(weight: torch.Tensor, spec: str) -> LowBitWeight:
 
 
 def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(device="cpu").manual_seed(seed)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal numbers, float32, the same on every machine."""
-    return torch.randn(*shape, generator=generator(seed))
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float32, device="cpu")
 
 
 def _normal(setting: Setting, dtype: str | None, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -124,10 +124,9 @@ def flashinfer_decode(
         raise Unavailable(f"{length} keys, not a multiple of the {page_size} of a page")
     pages = length // page_size
     cache = torch.stack([t.view(batch * pages, page_size, kv_heads, dim) for t in (k, v)], 1)
-    make = dict(dtype=torch.int32, device=k.device)
-    indptr = torch.arange(batch + 1, **make) * pages  # type: ignore[call-overload]
-    indices = torch.arange(batch * pages, **make)  # type: ignore[call-overload]
-    last = torch.full((batch,), page_size, **make)  # type: ignore[call-overload]
+    indptr = torch.arange(batch + 1, dtype=torch.int32, device=k.device) * pages
+    indices = torch.arange(batch * pages, dtype=torch.int32, device=k.device)
+    last = torch.full((batch,), page_size, dtype=torch.int32, device=k.device)
     workspace = torch.empty(128 << 20, dtype=torch.uint8, device=k.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         workspace, "NHD", use_tensor_cores=heads > kv_heads

@@ -153,7 +153,7 @@ def _workers() -> tuple[int, ...]:
     """torch's own threads beside the one that calls, when they can be told from others: they start with the
     first parallel loop."""
     before = _tasks()
-    torch.rand(1 << 22).exp_()
+    torch.rand(1 << 22, dtype=torch.float32, device="cpu").exp_()
     return tuple(sorted(_tasks() - before))
 
 
@@ -234,7 +234,7 @@ def measure_ceiling(dtypes: list[str], effort: Effort, device: str) -> Ceiling:
     gpu = device != "cpu"
     # a quick look's chains are short; a sum over as little would be half of it from the cache
     count = (1 << 28) if gpu else max(effort.cold_bytes, min(8 * effort.cold_bytes, 256 << 20)) // 4
-    a, b = torch.randn(count, device=device), torch.randn(count, device=device)
+    a, b = (torch.randn(count, dtype=torch.float32, device=device) for _ in range(2))
     runs: tuple[tuple[Callable[[], Any], int], ...] = (
         (lambda: a.sum(), a.nbytes),
         (lambda: torch.dot(a, b), 2 * a.nbytes),
@@ -245,7 +245,7 @@ def measure_ceiling(dtypes: list[str], effort: Effort, device: str) -> Ceiling:
     for dtype in dict.fromkeys([*dtypes, *(() if gpu else ("float32",))]):
         best = 0.0
         for size in (2048, 4096, 8192) if gpu else (256, 512, 1024, 2048):
-            x = torch.randn(size, size, device=device).to(DTYPES[dtype])
+            x = torch.randn(size, size, dtype=torch.float32, device=device).to(DTYPES[dtype])
             fastest = min(
                 least(functools.partial(f, x, x), effort, device)
                 for f in (torch.matmul, torch.nn.functional.linear)

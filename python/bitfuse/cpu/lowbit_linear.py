@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..formats import FORMATS, nested_code
+from ..tensors import aside
 from ..weight import WeightTensors
 
 _cpu: Any = None
@@ -27,6 +28,7 @@ _NIBBLE, _BYTE, _E4M3 = range(3)  # CodeKind of csrc/cpu/lowbit_linear.h
 
 
 @functools.cache
+@aside()
 def _code(format: str) -> tuple[int, int, int] | None:
     """CodeKind, address of the values and zero point of a format; None for one without a kernel."""
     fmt = FORMATS[format]
@@ -38,11 +40,12 @@ def _code(format: str) -> tuple[int, int, int] | None:
 
 
 @functools.cache
+@aside()
 def _scale_table(dtype: torch.dtype) -> int:
     """Address of the 256 values of a scale in 8 bits."""
     if dtype is torch.uint8:
         return _kept(nested_code())
-    return _kept(torch.arange(256, dtype=torch.uint8).view(dtype).float())
+    return _kept(torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float())
 
 
 _tables: list[torch.Tensor] = []

@@ -13,6 +13,7 @@ import torch
 from ..codebook import pairs_of_levels
 from ..formats import FORMATS, nested_code
 from ..op import pretended_gpu, simulated_gpu
+from ..tensors import aside, table
 from ..weight import WeightTensors
 from . import refuse
 
@@ -69,12 +70,12 @@ def _plan(
     return _cuda.plan_lowbit_linear(m, n, k, code, nested, *device, adapter)
 
 
-@functools.cache
+@table
 def _pairs(format: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return pairs_of_levels(FORMATS[format].values(), dtype).to(device)
 
 
-@functools.cache
+@table
 def _nested_levels(device: torch.device) -> torch.Tensor:
     return nested_code(device)
 
@@ -102,10 +103,11 @@ def zeroed_counters(count: int, device: torch.device, stream: int) -> torch.Tens
         return reserve[:count]
     kept = _counters.get((index, stream))
     if kept is None or kept.numel() < count:
-        kept = torch.zeros(max(count, _EAGER), dtype=torch.int32, device=device)
-        _counters[index, stream] = kept
-        if device.type == "cuda" and index not in _for_graphs:
-            _for_graphs[index] = torch.zeros(_GRAPHS, dtype=torch.int32, device=device)
+        with aside():
+            kept = torch.zeros(max(count, _EAGER), dtype=torch.int32, device=device)
+            _counters[index, stream] = kept
+            if device.type == "cuda" and index not in _for_graphs:
+                _for_graphs[index] = torch.zeros(_GRAPHS, dtype=torch.int32, device=device)
     return kept
 
 

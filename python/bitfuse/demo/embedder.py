@@ -142,11 +142,11 @@ def _pool(hidden: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
     if mode == "max":
         return hidden.masked_fill(mask == 0, -torch.inf).amax(1)
     # padding may be on either side: the first or last token that is not padding
-    places = torch.arange(mask.shape[1], device=mask.device).view(1, -1)
+    places = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device).view(1, -1)
     real = mask.squeeze(-1) > 0
     last = mode == "lasttoken"
     at = places.where(real, -1).amax(1) if last else places.where(real, mask.shape[1]).amin(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+    return hidden[torch.arange(len(hidden), dtype=torch.int64, device=hidden.device), at]
 
 
 def one_line(error: BaseException) -> str:

@@ -47,7 +47,9 @@ def logits(model: torch.nn.Module, embedder: Embedder, messages: Sequence[Messag
 
 
 def labels(messages: Sequence[Message]) -> torch.Tensor:
-    return torch.tensor([_NAMES.index(message.intent) for message in messages])
+    return torch.tensor(
+        [_NAMES.index(message.intent) for message in messages], dtype=torch.int64, device="cpu"
+    )
 
 
 def loss(model: torch.nn.Module, embedder: Embedder, messages: Sequence[Message]) -> torch.Tensor:
@@ -72,7 +74,9 @@ def score(model: torch.nn.Module, embedder: Embedder, messages: Sequence[Message
     wanted = labels(messages)
     right = every.argmax(1) == wanted
     spoken = {
-        language: torch.tensor([message.language == language for message in messages])
+        language: torch.tensor(
+            [message.language == language for message in messages], dtype=torch.bool, device="cpu"
+        )
         for language in LANGUAGES
     }
     return Score(
@@ -87,10 +91,10 @@ def batches(
     messages: Sequence[Message], batch_size: int, steps: int, seed: int
 ) -> Iterator[tuple[Message, ...]]:
     """`steps` batches: the messages in a new order each epoch, the same for every model of a seed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     done = 0
     while done < steps:
-        order = torch.randperm(len(messages), generator=generator).tolist()
+        order = torch.randperm(len(messages), generator=generator, dtype=torch.int64, device="cpu").tolist()
         for at in range(0, len(order), batch_size):
             if done == steps:
                 return

@@ -6,9 +6,11 @@ import ctypes
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
 from ..ops.lowbit_linear import lowbit_linear
+from ..tensors import aside
 from .adapters import float_rows
 from .linear import Linear
 
@@ -19,6 +21,8 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or not (a.is_contiguous() and b.is_contiguous()):
+        return torch.equal(a, b)
+    if not (a.data_ptr() and b.data_ptr()):  # of a subclass that holds other tensors
         return torch.equal(a, b)
     return _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
 
@@ -40,13 +44,19 @@ class Kept:
     ) -> None:
         """Keep a value. Of `compared` the CPU keeps copies, small ones, because a write through `.data`
         moves no version; a GPU would have to wait for the comparison."""
-        if any(t.is_inference() for t in (*versioned, *compared)):  # they have no version
+        no_version = any(t.is_inference() for t in (*versioned, *compared))
+        if no_version or _len_torch_dispatch_stack():  # under a mode tensors may be fake
             self.clear()
             return
-        if self.value is not None and self.value.shape == value.shape and self.value.device == value.device:
-            self.value.copy_(value)  # a captured graph reads it where it stands
-        else:
-            self.value = value.clone()
+        with aside():  # of inference mode: whoever keeps it next may be outside
+            if (
+                self.value is not None
+                and self.value.shape == value.shape
+                and self.value.device == value.device
+            ):
+                self.value.copy_(value)  # a captured graph reads it where it stands
+            else:
+                self.value = value.clone()
         self._number = number
         self._seen = [(t, t.data_ptr(), t._version, None) for t in versioned]
         self._seen += [
@@ -106,8 +116,9 @@ class RowNorms:
         training: bool,
     ) -> torch.Tensor:
         """The norms, float32 [out_features], without a gradient. They are found anew in training, under grad
-        mode and in compiled code, else only when something has changed."""
-        if training or is_compiling() or torch.is_grad_enabled():
+        mode, in compiled code and under modes such as FakeTensorMode, else only when something has
+        changed."""
+        if training or is_compiling() or _len_torch_dispatch_stack() or torch.is_grad_enabled():
             return self.fresh(base, lora_A, lora_B, scaling)
         kept = self._norms.get(name)
         versioned, compared = self._seen(base)
@@ -163,6 +174,8 @@ class RowNorms:
         # compiled code can't look: what changes the base as torch knows it calls `clear`, then this
         if is_compiling():
             kept = self._squares.value if self._squares.valid else None
+        elif _len_torch_dispatch_stack():
+            kept = None
         else:
             kept = self._squares.get([*versioned, *compared])
         if kept is not None:

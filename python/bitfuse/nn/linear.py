@@ -12,7 +12,7 @@ import torch
 from ..formats import FIXED_SCALE_DTYPES, Format, get_format
 from ..op import Explanation, explain
 from ..ops.lowbit_linear import apply_lowbit, lowbit_linear
-from ..weight import LowBitWeight, WeightTensors, as_bytes, as_floats, quantize, whole
+from ..weight import LowBitWeight, WeightTensors, as_bytes, as_floats, column_order, quantize, whole
 
 _TENSORS = ("qweight", "scales", "zeros", "g_idx", "scale_scales", "scale_offset")
 _FLOAT_TENSORS = ("scales", "scale_scales", "scale_offset")
@@ -246,7 +246,7 @@ class Linear(torch.nn.Linear):
         for name in _FLOAT_TENSORS:
             _keep_uncast(self._parameters.get(name))
         if present and self.g_idx is not None:
-            self.perm = torch.argsort(whole(self._tensors()["g_idx"]), stable=True)
+            self.perm = column_order(whole(self._tensors()["g_idx"]))
 
     def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise ValueError, with nothing written yet, for a state that is incomplete, corrupted or of another

@@ -277,8 +277,9 @@ class LoRALinear(AdapterLinear):
         check_dtype(dtype)
         self._check_new(adapter_name)
         # PEFT builds two torch.nn.Linear, which draw, and draws A again: so do we, for the same numbers
-        lora_A = torch.nn.Linear(self.in_features, r, bias=False).weight.detach()
-        lora_B = torch.nn.Linear(r, self.out_features, bias=False).weight.detach()
+        plain: dict[str, Any] = dict(bias=False, device="cpu", dtype=torch.float32)
+        lora_A = torch.nn.Linear(self.in_features, r, **plain).weight.detach()
+        lora_B = torch.nn.Linear(r, self.out_features, **plain).weight.detach()
         torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         lora_B.zero_()
         device = self._place()

@@ -391,9 +391,9 @@ def _factor(
     if seed is None:
         return None
     batch, seqlen_q, columns = p.shape
-    first = (torch.arange(batch, device=p.device) * heads + h) * seqlen_q
-    rows = (first.unsqueeze(1) + torch.arange(seqlen_q, device=p.device)).flatten()
+    first = (torch.arange(batch, dtype=torch.int64, device=p.device) * heads + h) * seqlen_q
+    rows = (first.unsqueeze(1) + torch.arange(seqlen_q, dtype=torch.int64, device=p.device)).flatten()
     kept = keep_rows(seed, rows, columns, dropout_p).view(p.shape)
     if prefix_k is not None:  # its columns come first there
         kept = kept.roll(-prefix_k.shape[1], -1)
-    return kept / (1 - dropout_p)
+    return kept.to(p.dtype) / (1 - dropout_p)

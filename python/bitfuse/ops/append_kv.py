@@ -85,7 +85,7 @@ def turned(x: torch.Tensor, rotary: Rotary, sequence: int, first: int) -> torch.
     if rotary.cos is None or rotary.sin is None:
         return x
     if rotary.positions is None:  # queries before the first token see nothing: any rotation will do
-        at = torch.arange(first, first + x.shape[0], device=x.device).clamp(min=0)
+        at = torch.arange(first, first + x.shape[0], dtype=torch.int64, device=x.device).clamp(min=0)
     else:
         at = rotary.positions[sequence if rotary.positions.shape[0] > 1 else 0].long()
     return rotate(x, rotary.cos[at], rotary.sin[at], rotary.interleaved)
@@ -231,15 +231,14 @@ class KVCache:
             self.tensors = CacheTensors(k, v, scales[0], None, scales[1], None, None, None, table, format)
             return
         channels = default_channels(format, head_dim_v) if channel_group is None else channel_group
-        half: dict[str, Any] = dict(dtype=torch.float16, device=device)
         of_k = (rows, room // group_size, kv_heads, head_dim)
         of_v = (rows, room, kv_heads, -(-head_dim_v // channels))
         k_tail, v_tail = (
             torch.zeros(batch, 2 * group_size, kv_heads, dim, dtype=dtype, device=device)
             for dim in (head_dim, head_dim_v)
         )
-        scales_k, offsets_k = (torch.zeros(of_k, **half) for _ in range(2))
-        scales_v, offsets_v = (torch.zeros(of_v, **half) for _ in range(2))
+        scales_k, offsets_k = (torch.zeros(of_k, dtype=torch.float16, device=device) for _ in range(2))
+        scales_v, offsets_v = (torch.zeros(of_v, dtype=torch.float16, device=device) for _ in range(2))
         self.tensors = CacheTensors(
             k, v, scales_k, offsets_k, scales_v, offsets_v, k_tail, v_tail, table, format, group_size,
             channels,

@@ -57,7 +57,8 @@ def _heads_first(t: torch.Tensor, heads: int) -> torch.Tensor:
 def _visible(sq: int, sk: int, a: AttentionArgs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """j - (i + shift), and whether key j is in query i's window; both [sq, sk]."""
     shift = 0 if a.top_left else sk - sq
-    distance = torch.arange(sk, device=device) - (torch.arange(sq, device=device) + shift).unsqueeze(1)
+    distance = torch.arange(sk, dtype=torch.int64, device=device)
+    distance = distance - (torch.arange(sq, dtype=torch.int64, device=device) + shift).unsqueeze(1)
     seen = torch.ones_like(distance, dtype=torch.bool)
     if a.left >= 0:
         seen &= distance >= -a.left

@@ -32,7 +32,7 @@ from ..multi_lora_args import (
 )
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
-from ..tensors import as_rows
+from ..tensors import as_rows, aside
 from ..weight import LowBitWeight, WeightTensors, check_tensor
 from .lora_linear import MAX_RANK
 from .lowbit_linear import FLOATS, check_float, forward_op, lowbit_linear_grad_x
@@ -500,7 +500,7 @@ def _scales(scaling: object, count: int, device: torch.device) -> torch.Tensor:
             if isinstance(numbers, tuple):
                 refuse_capture("scaling", device)
             return _new_scales(numbers, count, device)  # the graph's own, filled at each replay
-        with torch.inference_mode(False):  # autograd may save it in a later call
+        with aside():
             found = _new_scales(numbers, count, device)
         if len(_known_scales) >= _MOST_SCALES:
             del _known_scales[next(iter(_known_scales))]

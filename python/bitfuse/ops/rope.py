@@ -30,7 +30,7 @@ def _reference(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
     assert rotary.cos is not None and rotary.sin is not None
     positions = rotary.positions
     if positions is None:
-        positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device).unsqueeze(0)
     elif positions.numel():
         low, high = (int(p) for p in torch.aminmax(positions))
         if low < 0 or high >= rotary.cos.shape[0]:

@@ -53,7 +53,7 @@ def _reference(
     fixed = (weights * ONE).to(torch.int64)
     # the most likely first, equals by their ids
     order = z.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(z.shape[1], device=z.device)
+    places = torch.arange(z.shape[1], dtype=torch.int64, device=z.device)
     k = torch.where(temperature == 0, 1, torch.where(top_k > 0, top_k, z.shape[1])).unsqueeze(1)
     sorted_weights = torch.where(places < k, fixed.gather(-1, order), 0)
     before = sorted_weights.cumsum(-1) - sorted_weights

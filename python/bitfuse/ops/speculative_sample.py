@@ -60,7 +60,7 @@ def _reference(
     draft_probs: torch.Tensor, draft_ids: torch.Tensor, target_probs: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, drafted, vocabulary = draft_probs.shape
-    rows, ids = torch.arange(batch, device=draft_ids.device), draft_ids.long()
+    rows, ids = torch.arange(batch, dtype=torch.int64, device=draft_ids.device), draft_ids.long()
     drawn = (ids >= 0) & (ids < vocabulary)
     at = ids.clamp(0, vocabulary - 1).unsqueeze(-1)
     p = draft_probs.gather(-1, at).squeeze(-1).double()
@@ -75,7 +75,7 @@ def _reference(
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, _fixed(last))
     token = _inverse_cdf(weights, uniforms[:, -1])
 
-    places = torch.arange(drafted + 1, device=ids.device)
+    places = torch.arange(drafted + 1, dtype=torch.int64, device=ids.device)
     count = accepted.unsqueeze(1)
     ids = torch.cat([ids, ids.new_full((batch, 1), -1)], 1)
     ids = torch.where(places < count, ids, torch.where(places == count, token.unsqueeze(1), -1))

@@ -63,12 +63,16 @@ def _reference(
     batch, nodes = draft_ids.shape
     rows, vocabulary = draft_probs.shape[1:]
     device = draft_ids.device
-    each, u = torch.arange(batch, device=device), _clamped(uniforms)
-    own = torch.arange(nodes, device=device).expand(batch, -1) if draft_rows is None else draft_rows.long()
+    each, u = torch.arange(batch, dtype=torch.int64, device=device), _clamped(uniforms)
+    own = (
+        torch.arange(nodes, dtype=torch.int64, device=device).expand(batch, -1)
+        if draft_rows is None
+        else draft_rows.long()
+    )
     ids = draft_ids.long()
     exists = (ids >= 0) & (ids < vocabulary) & (own >= 0) & (own < rows)
     at = ids.clamp(0, vocabulary - 1)
-    node = torch.full((batch,), -1, device=device)  # where the walk stands
+    node = torch.full((batch,), -1, dtype=torch.int64, device=device)  # where the walk stands
     weights = _fixed(target_probs[:, 0].float())  # of the tokens that may follow it
     refused = torch.zeros_like(exists)  # its children that were
     left = torch.ones_like(node, dtype=torch.bool)  # something for another of them
@@ -101,7 +105,7 @@ def _reference(
         taken[:, i] = kept
         node = torch.where(kept, i, node)
     accepted = taken.sum(-1)
-    path = torch.where(taken, torch.arange(nodes, device=device), nodes).sort(-1).values
+    path = torch.where(taken, torch.arange(nodes, dtype=torch.int64, device=device), nodes).sort(-1).values
     tokens = torch.cat([at, torch.full_like(at[:, :1], -1)], 1) if nodes else at.new_full((batch, 1), -1)
     tokens = tokens.gather(1, torch.cat([path, torch.full_like(node, nodes).unsqueeze(1)], 1))
     token = _inverse_cdf(weights, uniforms[:, -1])

@@ -177,7 +177,7 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _new_state(p: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-    step = torch.zeros((), dtype=torch.float32)
+    step = torch.zeros((), dtype=torch.float32, device="cpu")
     if p.numel() < group["min_8bit_size"] or not is_sharded_in_blocks(p, group["block_size"]):
         return {"step": step, **{name: torch.zeros_like(p, dtype=torch.float32) for name in MOMENTS}}
     state = {"step_8bit": step}

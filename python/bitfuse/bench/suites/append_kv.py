@@ -68,11 +68,11 @@ class AppendKV(Problem):
             )  # fmt: skip
             # the cache is as long as a group of codes and a token; only the token is written
             cache.seqlens.fill_(LENGTH)
-            angles = torch.arange(LENGTH + 1).unsqueeze(1) * 10000.0 ** -(
-                torch.arange(0, self.head_dim, 2) / self.head_dim
+            angles = torch.arange(LENGTH + 1, dtype=torch.float32, device="cpu").unsqueeze(1) * 10000.0 ** -(
+                torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu") / self.head_dim
             )
             cos, sin = setting.tensor(angles.cos()), setting.tensor(angles.sin())
-            rows = torch.arange(self.batch, device=setting.device)
+            rows = torch.arange(self.batch, dtype=torch.int64, device=setting.device)
             at = cache.seqlens.long()
 
             def plain() -> None:

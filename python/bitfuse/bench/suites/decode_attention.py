@@ -170,7 +170,7 @@ class _Parts:
             device=self.setting.device,
         )  # fmt: skip
         if cache.block_table is not None:
-            order = torch.randperm(cache.block_table.numel(), dtype=torch.int32)
+            order = torch.randperm(cache.block_table.numel(), dtype=torch.int32, device="cpu")
             cache.block_table.copy_(order.view_as(cache.block_table))
         cache.append(k, v)
 

@@ -31,16 +31,19 @@ PREFILL = 256  # rows from which a layer's work, not its weights, is what takes 
 def ids_of(mix: str, m: int, count: int) -> torch.Tensor:
     """Each row's adapter."""
     if mix == "none":
-        return torch.full((m,), -1)
+        return torch.full((m,), -1, dtype=torch.int64, device="cpu")
     if mix == "identical":
-        return torch.zeros(m, dtype=torch.int64)
+        return torch.zeros(m, dtype=torch.int64, device="cpu")
     if mix == "distinct":
-        return torch.arange(m) % count
+        return torch.arange(m, dtype=torch.int64, device="cpu") % count
     random = generator()
     if mix == "zipf":
-        return torch.multinomial(1.0 / torch.arange(1, count + 1), m, replacement=True, generator=random)
-    ids = torch.randint(0, count, (m,), generator=random)
-    return torch.where(torch.rand(m, generator=random) < 0.9, 0, ids) if mix == "skewed" else ids
+        weights = 1.0 / torch.arange(1, count + 1, dtype=torch.float32, device="cpu")
+        return torch.multinomial(weights, m, replacement=True, generator=random)
+    ids = torch.randint(0, count, (m,), generator=random, dtype=torch.int64, device="cpu")
+    if mix != "skewed":
+        return ids
+    return torch.where(torch.rand(m, generator=random, dtype=torch.float32, device="cpu") < 0.9, 0, ids)
 
 
 @dataclass
@@ -131,7 +134,7 @@ class MultiLoraLinear(Problem):
             known = weights(self.n, self.k, setting.device)
             w = known.dense(dtype, i) if format == "dense" else known.few_bit(format, i)
             a, b = (setting.tensor(t(i, 1), dtype) for t in (lora_a, lora_b))
-            return Parts(w, a, b, torch.ones(self.adapters, device=setting.device))
+            return Parts(w, a, b, torch.ones(self.adapters, dtype=torch.float32, device=setting.device))
 
         x = functools.cache(lambda: setting.tensor(randn(self.m, self.k, seed=3), dtype))
         backends = setting.native(multi_lora_add_)
@@ -198,7 +201,11 @@ class MultiLoraLinear(Problem):
             call: Callable[[], Any] = functools.partial(p.base, x())
             if backend is not None:
                 call = served(multi_lora_add_, backend, setting.device, call)
-            return Layer(call, p.w.nbytes, lambda: p.exact(x(), torch.full((self.m,), -1)))
+            return Layer(
+                call,
+                p.w.nbytes,
+                lambda: p.exact(x(), torch.full((self.m,), -1, dtype=torch.int64, device="cpu")),
+            )
 
         return Contender(
             _base_name(format, backend), dtype, build, flops, shared, backend=backend, format=format,
@@ -209,7 +216,11 @@ class MultiLoraLinear(Problem):
     def overhead(cls) -> dict[str, Callable[[], Any]]:
         w = quantize(randn(8, 128), "int4")
         x, a, b = randn(1, 128), randn(16, 4, 128), randn(16, 8, 4)
-        scaling, none, lists = torch.ones(16), torch.tensor([-1]), (list(a), list(b))
+        scaling, none = (
+            torch.ones(16, dtype=torch.float32, device="cpu"),
+            torch.tensor([-1], dtype=torch.int64, device="cpu"),
+        )
+        lists = (list(a), list(b))
         return {
             "bitfuse.lowbit_linear": lambda: lowbit_linear(x, w),
             "16 adapters, stacked": lambda: multi_lora_linear(x, w, a, b, scaling, none),

@@ -47,8 +47,12 @@ class Rope(Problem):
 
     def tables(self, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of each position, float32 [seq, head_dim / 2]."""
-        inverse = 10000.0 ** -(torch.arange(0, self.head_dim, 2) / self.head_dim)
-        angles = torch.arange(FIRST, FIRST + self.seq).unsqueeze(1) * inverse
+        inverse = 10000.0 ** -(
+            torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu") / self.head_dim
+        )
+        angles = (
+            torch.arange(FIRST, FIRST + self.seq, dtype=torch.float32, device="cpu").unsqueeze(1) * inverse
+        )
         return setting.tensor(angles.cos()), setting.tensor(angles.sin())
 
     def _contender(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...ops.sample import sample, sample_op
-from ..cases import Base, Contender, Layer, Problem, Setting, named, randn, served
+from ..cases import Base, Contender, Layer, Problem, Setting, generator, named, randn, served
 
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 
@@ -46,7 +46,9 @@ class Sample(Problem):
     ) -> Contender:
         base = Base(lambda: setting.tensor(3 * randn(self.m, self.vocab), dtype))
         uniforms = functools.cache(
-            lambda: setting.tensor(torch.rand(self.m, generator=torch.Generator().manual_seed(1)))
+            lambda: setting.tensor(
+                torch.rand(self.m, generator=generator(1), dtype=torch.float32, device="cpu")
+            )
         )
 
         def build(i: int) -> Layer:
@@ -58,10 +60,10 @@ class Sample(Problem):
                 return sample(logits, uniforms(), TEMPERATURE, TOP_K, TOP_P)
 
             def exact() -> list[torch.Tensor]:
-                full = functools.partial(torch.full, (self.m,), device=logits.device, dtype=torch.float64)
-                top_k = torch.full((self.m,), TOP_K, device=logits.device)
+                top_k = torch.full((self.m,), TOP_K, dtype=torch.int64, device=logits.device)
+                one = torch.ones(self.m, dtype=torch.float64, device=logits.device)
                 return [
-                    sample_op.reference(logits, uniforms(), full(TEMPERATURE), top_k, full(TOP_P), full(0.0))
+                    sample_op.reference(logits, uniforms(), TEMPERATURE * one, top_k, TOP_P * one, 0.0 * one)
                 ]
 
             assert backend is not None

@@ -43,9 +43,15 @@ class SpeculativeSample(Problem):
         draft = Base(lambda: setting.tensor((3 * randn(b, n, vocab)).softmax(-1), dtype))
         target = Base(lambda: setting.tensor((3 * randn(b, n + 1, vocab)).softmax(-1), dtype))
         drawn = functools.cache(
-            lambda: torch.randint(0, vocab, (b, n), generator=generator(1)).to(setting.device)
+            lambda: torch.randint(
+                0, vocab, (b, n), generator=generator(1), dtype=torch.int64, device="cpu"
+            ).to(setting.device)
         )
-        uniforms = functools.cache(lambda: torch.rand(b, n + 1, generator=generator(2)).to(setting.device))
+        uniforms = functools.cache(
+            lambda: torch.rand(b, n + 1, generator=generator(2), dtype=torch.float32, device="cpu").to(
+                setting.device
+            )
+        )
 
         def build(i: int) -> Layer:
             args = (draft(i, 2), drawn(), target(i, 2), uniforms())

@@ -50,7 +50,7 @@ class SpeculativeSampleTree(Problem):
         near = functools.cache(lambda: (logits() + randn(b, n + 1, vocab, seed=1)).softmax(-1))
         draft = Base(lambda: setting.tensor(near(), dtype))
         target = Base(lambda: setting.tensor(logits().softmax(-1), dtype))
-        parents = functools.cache(lambda: torch.tensor(PARENTS, device=setting.device))
+        parents = functools.cache(lambda: torch.tensor(PARENTS, dtype=torch.int64, device=setting.device))
 
         @functools.cache
         def drawn() -> torch.Tensor:
@@ -60,7 +60,11 @@ class SpeculativeSampleTree(Problem):
             ids = torch.stack([each[:, p + 1, s] for p, s in zip(PARENTS, siblings, strict=True)], 1)
             return ids.to(setting.device)
 
-        uniforms = functools.cache(lambda: torch.rand(b, n + 1, generator=generator(3)).to(setting.device))
+        uniforms = functools.cache(
+            lambda: torch.rand(b, n + 1, generator=generator(3), dtype=torch.float32, device="cpu").to(
+                setting.device
+            )
+        )
 
         def build(i: int) -> Layer:
             p, q, ids, u = draft(i, 2), target(i, 2), (drawn() + i) % vocab, uniforms()
