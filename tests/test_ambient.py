@@ -403,7 +403,7 @@ def test_fake_tensors_leave_nothing_behind() -> None:
         for format in FORMATS:
             layer = Linear(K, N, format=format)
             bitfuse.explain(layer, x)
-            assert layer.weight.dequantize().shape == layer(x).shape[-1:] + (K,)
+            assert layer.weight.dequantize().shape == (*layer(x).shape[-1:], K)
         LoRALinear(Linear(K, N, format="nf4", nested=True), R, use_dora=True).eval()(x)
     for name, call in CALLS.items():
         assert all(type(t) is torch.Tensor or isinstance(t, torch.nn.Parameter) for t in call()), name
