@@ -116,8 +116,8 @@ def require_asked_backend(device: torch.device) -> None:
         ValueError: it is no backend.
     """
     if asked_backend() is not None:
-        w = quantize(torch.zeros(8, 128), "int8").to(device)
-        explain(lowbit_linear, torch.zeros(1, 128, device=device), w)
+        w = quantize(torch.zeros(8, 128, dtype=torch.float32, device="cpu"), "int8").to(device)
+        explain(lowbit_linear, torch.zeros(1, 128, dtype=torch.float32, device=device), w)
 
 
 def versions() -> dict[str, str | None]:

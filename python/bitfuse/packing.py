@@ -25,7 +25,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         return codes[:, 0::2] | (codes[:, 1::2] << 4)
     eight = codes.reshape(rows, columns // 8, 8).to(torch.int64)
-    word = (eight << torch.arange(0, 8 * bits, bits, dtype=torch.int64, device=codes.device)).sum(-1, keepdim=True)
+    word = (eight << torch.arange(0, 8 * bits, bits, dtype=torch.int64, device=codes.device)).sum(
+        -1, keepdim=True
+    )
     octets = (word >> torch.arange(0, 8 * bits, 8, dtype=torch.int64, device=codes.device)) & 0xFF
     return octets.to(torch.uint8).view(rows, packed_width(columns, bits))
 
@@ -38,6 +40,10 @@ def unpack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         return torch.stack((qweight & 0xF, qweight >> 4), dim=-1).view(rows, 2 * width)
     octets = qweight.reshape(rows, width // bits, bits).to(torch.int64)
-    word = (octets << torch.arange(0, 8 * bits, 8, dtype=torch.int64, device=qweight.device)).sum(-1, keepdim=True)
-    codes = (word >> torch.arange(0, 8 * bits, bits, dtype=torch.int64, device=qweight.device)) & (2**bits - 1)
+    word = (octets << torch.arange(0, 8 * bits, 8, dtype=torch.int64, device=qweight.device)).sum(
+        -1, keepdim=True
+    )
+    codes = (word >> torch.arange(0, 8 * bits, bits, dtype=torch.int64, device=qweight.device)) & (
+        2**bits - 1
+    )
     return codes.to(torch.uint8).view(rows, width * 8 // bits)
