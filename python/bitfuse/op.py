@@ -12,14 +12,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch_mode
+from torch.utils import _pytree as pytree
 
 from . import policy
 from .arch.gpus import Gpu, find
+from .autograd import transformed
 from .cost import Cost, Rates, as_time, moved
 
 log = logging.getLogger("bitfuse")
@@ -29,6 +31,9 @@ _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("bitfuse_bac
 _ENVIRONMENT = os.environ.get(
     "BITFUSE_BACKEND"
 )  # read once: os.environ costs as much as the checks of a call
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_tracing: Callable[[], Any] = torch._C._get_tracing_state  # of torch.jit.trace
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
 
@@ -189,6 +194,8 @@ class Op:
             the fake makes, and multiplies next to nothing.
         kind: of the same arguments, what decides which backend is the fastest on a GPU; asked where `bitfuse
             tune` has measured.
+        rows: the leading dimensions of the first argument are rows that have nothing to do with each other: one
+            more is `torch.vmap`'s, which else calls the op for each entry.
         plain: the op is plain torch on every device by design, such as a few matmuls that torch already does
             well: the reference serves it, whichever backend is asked for, without a warning.
     """
@@ -205,6 +212,7 @@ class Op:
         plain: bool = False,
         cost: Callable[..., Cost] | None = None,
         kind: Callable[..., tuple[Any, ...]] | None = None,
+        rows: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
         if plain and backends:
@@ -231,11 +239,88 @@ class Op:
             _library.impl(self.name, with_objects(self._serve), key)
         torch.library.register_fake(f"bitfuse::{self.name}", with_objects(fake), lib=_library)
         self._torch = getattr(torch.ops.bitfuse, self.name).default
+        self._rows = rows
+        torch.library.register_vmap(f"bitfuse::{self.name}", self._mapped, lib=_library)
 
     def __call__(self, *args: Any) -> Any:
-        if is_compiling() or _dispatch_mode() is not None:
+        # who watches what torch does must see the op, not what its kernels allocate
+        if is_compiling() or _dispatch_modes() or _tracing() is not None or transformed():
             return self._torch(*(args if self._flatten is None else self._flatten(*args)))
-        return self._serve(*args)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
+        try:
+            return self._serve(*args)
+        except RuntimeError:
+            if not any(map(_batched, pytree.tree_leaves(args))):
+                raise
+        return self._mapped_gradients(
+            args
+        )  # `is_grads_batched` has a vmap of its own, which no flag tells of
+
+    def _mapped_gradients(self, args: tuple[Any, ...]) -> Any:
+        """The op under the vmap of `torch.autograd.grad(is_grads_batched=True)`."""
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        leaves, spec = pytree.tree_flatten(list(args if self._flatten is None else self._flatten(*args)))
+        dims = [0 if _batched(leaf) else None for leaf in leaves]
+        dense = [
+            t if d is None else torch._remove_batch_dim(t, level, 1, 0)
+            for t, d in zip(leaves, dims, strict=True)
+        ]
+        size = next(t.shape[0] for t, d in zip(dense, dims, strict=True) if d is not None)
+        unflatten = pytree.tree_unflatten
+        out, _ = self._mapped(_Mapped(size), tuple(unflatten(dims, spec)), *unflatten(dense, spec))
+        return pytree.tree_map(lambda t: torch._add_batch_dim(t, 0, level), out)
+
+    def _mapped(self, info: Any, in_dims: tuple[Any, ...], *flat: Any) -> tuple[Any, Any]:
+        """The op under `torch.vmap`: a call for each entry, or one for all where they are rows."""
+        leaves, spec = pytree.tree_flatten(list(flat))
+        dims = pytree.tree_leaves(list(in_dims))
+        if self._rows and in_dims[0] is not None and all(d is None for d in dims[1:]):
+            out = self._torch(flat[0].movedim(in_dims[0], 0), *flat[1:])
+            return out, 0
+        written = [
+            i for i, a in enumerate(self._torch._schema.arguments) if a.alias_info and a.alias_info.is_write
+        ]
+        for i in written:
+            if any(
+                d is None
+                for d, t in zip(*map(pytree.tree_leaves, (in_dims[i], flat[i])), strict=True)
+                if t is not None
+            ):
+                name = self._torch._schema.arguments[i].name
+                raise RuntimeError(
+                    f"{self.name} writes to {name}, which torch.vmap does not map over: each entry would write "
+                    "to the same place"
+                )
+        if info.batch_size == 0:
+            leaves = [
+                t if d is None else t.new_zeros(_without(t.shape, d))
+                for t, d in zip(leaves, dims, strict=True)
+            ]
+            out = self._torch(*pytree.tree_unflatten(leaves, spec))
+            empty = pytree.tree_map(lambda t: t.new_empty(0, *t.shape), out)
+            return empty, pytree.tree_map(lambda t: 0, out)
+        outs = []
+        for i in range(info.batch_size):
+            entry = [t if d is None else t.select(d, i) for t, d in zip(leaves, dims, strict=True)]
+            outs.append(self._torch(*pytree.tree_unflatten(entry, spec)))
+        if outs[0] is None:
+            return None, None
+        return (
+            pytree.tree_map(lambda *entries: torch.stack(entries), *outs),
+            pytree.tree_map(lambda t: 0, outs[0]),
+        )
+
+    def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
+        """Forward-mode AD has come as far as a kernel, which knows no tangents."""
+        if torch._C._is_fwd_grad_enabled():
+            for leaf in pytree.tree_leaves(args):
+                if isinstance(leaf, torch.Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
+                    raise NotImplementedError(
+                        f"{self.name} has no forward-mode derivative: use reverse mode, or write this part in "
+                        "plain torch"
+                    )
 
     def _serve(self, *args: Any) -> Any:
         self.check(*args)
@@ -346,6 +431,20 @@ def _rates(device: torch.device) -> Rates | None:
 def _first(args: tuple[Any, ...]) -> torch.Tensor:
     first = args[0]
     return first if isinstance(first, torch.Tensor) else first[0]
+
+
+class _Mapped(NamedTuple):
+    """What `torch.vmap` tells an op."""
+
+    batch_size: int
+
+
+def _batched(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and torch._C._dispatch_keys(leaf).has(_BATCHED)
+
+
+def _without(shape: torch.Size, dim: int) -> list[int]:
+    return [size for i, size in enumerate(shape) if i != dim % len(shape)]
 
 
 def _without_tensors(argument: Any) -> Any:

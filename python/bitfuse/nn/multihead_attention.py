@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..attention_args import AttentionArgs
+from ..autograd import Function, once
 from ..dropout import keep_rows
 from ..op import Explanation
 from ..ops.attention import MAX_HEAD_DIM, apply_attention, attention_op
@@ -123,7 +124,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out, lse = apply_attention(q, k, v, a, True)
         weights = None
         if need_weights:
-            weights = _Weights.apply(
+            weights = _Weights.call(
                 q, k, a.prefix_k, lse == -math.inf, a.bias, a.softmax_scale, is_causal, a.dropout_p, a.seed,
                 average_attn_weights,
             )  # fmt: skip
@@ -275,13 +276,14 @@ def _bias(
     return total
 
 
-class _Weights(torch.autograd.Function):
+class _Weights(Function):
     """softmax(scale q k^T + bias), the keys' columns and then the prefix's; 0 where `empty` says that a query
     sees nothing; dropped as the attention dropped them. Keeps its inputs."""
 
+    op = "the weights of MultiheadAttention"
+
     @staticmethod
     def forward(
-        ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,
         prefix_k: torch.Tensor | None,
@@ -293,12 +295,10 @@ class _Weights(torch.autograd.Function):
         seed: torch.Tensor | None,
         average: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(q, k, prefix_k, empty, bias, seed)
-        ctx.numbers = scale, causal, dropout_p, average
         batch, seqlen_q, heads, _ = q.shape
         columns = k.shape[1] + (0 if prefix_k is None else prefix_k.shape[1])
         if average:
-            total = torch.zeros(batch, seqlen_q, columns, dtype=torch.float32, device=q.device)
+            total = q.new_zeros(batch, seqlen_q, columns, dtype=torch.float32)
         else:
             found = q.new_empty(batch, heads, seqlen_q, columns)
         with _no_autocast(q):
@@ -316,7 +316,13 @@ class _Weights(torch.autograd.Function):
         return (total / heads).to(q.dtype) if average else found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        q, k, prefix_k, empty, bias, scale, causal, dropout_p, seed, average = inputs
+        ctx.save_for_backward(q, k, prefix_k, empty, bias, seed)
+        ctx.numbers = scale, causal, dropout_p, average
+
+    @staticmethod
+    @once("the weights of MultiheadAttention")
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, prefix_k, empty, bias, seed = ctx.saved_tensors
         scale, causal, dropout_p, average = ctx.numbers
@@ -325,7 +331,7 @@ class _Weights(torch.autograd.Function):
         dprefix = None if prefix_k is None else torch.empty_like(prefix_k)
         dbias = None
         if ctx.needs_input_grad[4]:
-            dbias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+            dbias = q.new_zeros(bias.shape, dtype=torch.float32)
         with _no_autocast(q):
             for h in range(heads):
                 rows, keys, p = _head(h, q, k, prefix_k, empty, bias, scale, causal)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..attention_args import AttentionArgs
+from ..autograd import Function, once, recorded
 from ..cost import Cost, moved
 from ..cpu import attention as cpp
 from ..cuda import attention as cuda
@@ -471,12 +472,13 @@ attention_backward = Op(
 )
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """Keeps q, k, v, the output and lse; the probabilities are made again in the backward."""
+
+    op = "attention"
 
     @staticmethod
     def forward(
-        ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -488,14 +490,17 @@ class _Attention(torch.autograd.Function):
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = attention_op(q, k, v, a)
-        ctx.deterministic = deterministic
-        ctx.numbers = [None if t is None or isinstance(t, torch.Tensor) else t for t in a]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *(t if isinstance(t, torch.Tensor) else None for t in a))
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        q, k, v, _, _, _, _, a, ctx.deterministic = inputs
+        ctx.numbers = [None if t is None or isinstance(t, torch.Tensor) else t for t in a]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, *output, *(t if isinstance(t, torch.Tensor) else None for t in a))
+
+    @staticmethod
+    @once("attention")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         a = AttentionArgs(*(n if t is None else t for n, t in zip(ctx.numbers, tensors, strict=True)))
@@ -510,8 +515,8 @@ def apply_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and lse, with gradients: what the public functions call."""
     learnt = (a.bias, a.sinks, a.prefix_k, a.prefix_v)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *learnt)):
-        return _Attention.apply(q, k, v, *learnt, a, deterministic)
+    if recorded(q, k, v, *learnt):
+        return _Attention.call(q, k, v, *learnt, a, deterministic)
     out, lse = attention_op(q, k, v, a)
     return out, lse
 

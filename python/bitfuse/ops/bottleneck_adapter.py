@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..activations import activate, check_activation, derivative
+from ..autograd import Function, once, recorded, refuse_intermediate
 from ..cost import Cost, moved
 from ..cpu import bottleneck_adapter as cpp
 from ..kernels import bottleneck_adapter as triton
@@ -103,12 +104,13 @@ bottleneck_adapter_op = Op(
 )
 
 
-class _BottleneckAdapter(torch.autograd.Function):
+class _BottleneckAdapter(Function):
     """Keeps x and h; what the backward makes beside the gradients is [rows, r]."""
+
+    op = "bottleneck_adapter"
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: torch.Tensor,
         down: torch.Tensor,
         down_bias: torch.Tensor | None,
@@ -116,16 +118,20 @@ class _BottleneckAdapter(torch.autograd.Function):
         up_bias: torch.Tensor | None,
         activation: str,
         residual: bool,
-    ) -> torch.Tensor:
-        y, h = bottleneck_adapter_op(x, down, down_bias, up, up_bias, activation, residual)
-        ctx.activation, ctx.residual = activation, residual
-        ctx.biases = [None if b is None else b.dtype for b in (down_bias, up_bias)]
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down, up, h)
-        return y
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(bottleneck_adapter_op(x, down, down_bias, up, up_bias, activation, residual))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, down, down_bias, up, up_bias, ctx.activation, ctx.residual = inputs
+        ctx.set_materialize_grads(False)
+        ctx.biases = [None if b is None else b.dtype for b in (down_bias, up_bias)]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down, up, output[1])
+
+    @staticmethod
+    @once("bottleneck_adapter")
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_intermediate("bottleneck_adapter", grads[1:])
         x, down, up, h = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         grad = as_rows(grads[0])
@@ -178,8 +184,8 @@ def bottleneck_adapter(
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
     tensors = (x, down, down_bias, up, up_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _BottleneckAdapter.apply(*tensors, activation, residual)
+    if recorded(*tensors):
+        return _BottleneckAdapter.call(*tensors, activation, residual)[0]
     return bottleneck_adapter_op(*tensors, activation, residual)[0]
 
 

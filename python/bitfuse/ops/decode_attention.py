@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..attention_args import AttentionArgs
+from ..autograd import recorded, without_gradient
 from ..cost import Cost, moved
 from ..cpu import decode_attention as cpp
 from ..cuda import decode_attention as cuda
@@ -236,18 +237,7 @@ decode_attention_op = Op(
 )
 
 
-class _NoGradient(torch.autograd.Function):
-    """The output as it is; a backward through it says what is missing."""
-
-    @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "decode_attention has no gradient, for a cache keeps none: train with bitfuse.attention"
-        )
+_NO_GRADIENT = "decode_attention has no gradient, for a cache keeps none: train with bitfuse.attention"
 
 
 def _args(
@@ -358,14 +348,13 @@ def decode_attention(
     cache, seqlens = as_cache(k_cache, v_cache, cache_seqlens, block_table)
     rotary = Rotary(rotary_cos, rotary_sin, as_positions(positions), rotary_interleaved)
     a = _args(q, tree_mask, causal, softmax_scale, window_size, softcap, alibi_slopes, sinks)
-    learns = torch.is_grad_enabled() and q.requires_grad
-    if torch.is_grad_enabled():
-        k, v = (t if t is None else t.detach() for t in (k, v))
-    out, lse = decode_attention_op(q.detach() if learns else q, k, v, cache, seqlens, rotary, a)
+    given = (q, k, v)
+    if recorded(*given):  # what the cache keeps has no history
+        q, k, v = (t if t is None else t.detach() for t in given)
+    out, lse = decode_attention_op(q, k, v, cache, seqlens, rotary, a)
     if k is not None and cache_seqlens is None and isinstance(k_cache, KVCache):
         k_cache.seqlens += k.shape[1]
-    if learns:
-        out, lse = _NoGradient.apply(out, q), _NoGradient.apply(lse, q)
+    out, lse = without_gradient(_NO_GRADIENT, (out, lse), (*given, cache.k, cache.v, sinks, alibi_slopes))
     return (out, lse) if return_lse else out
 
 

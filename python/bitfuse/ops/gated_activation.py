@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..activations import activate, check_activation, derivative
+from ..autograd import Function, once, recorded
 from ..cpu import gated_activation as cpp
 from ..kernels import gated_activation as triton
 from ..op import Backend, Explanation, Op, explains
@@ -70,15 +71,20 @@ gated_activation_backward = Op(
 )
 
 
-class _GatedActivation(torch.autograd.Function):
+class _GatedActivation(Function):
+    op = "gated_activation"
+
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-        ctx.activation = activation
-        ctx.save_for_backward(gate, up)
+    def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         return gated_activation_op(gate, up, activation)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        gate, up, ctx.activation = inputs
+        ctx.save_for_backward(gate, up)
+
+    @staticmethod
+    @once("gated_activation")
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         d_gate, d_up = gated_activation_backward(grads[0], gate, up, ctx.activation)
@@ -100,8 +106,8 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "si
     for name, t in (("gate", gate), ("up", up)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _GatedActivation.apply(gate, up, activation)
+    if recorded(gate, up):
+        return _GatedActivation.call(gate, up, activation)
     return gated_activation_op(gate, up, activation)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..autograd import Function, materialized, once, recorded, recording, refuse_intermediate
 from ..cost import Cost, moved
 from ..cpu import lora_linear as cpp
 from ..cuda import lora_linear as cuda
@@ -365,35 +366,45 @@ def gradients(
     return found[0] if x_wanted else None, each
 
 
-class _LoraLinear(torch.autograd.Function):
-    """Keeps the few-bit tensors, A and B; x only for A's (or a dense W's) gradient, h only for B's."""
+class _LoraLinear(Function):
+    """Keeps the few-bit tensors, A and B; x only for A's (or a dense W's) gradient, h only for B's. Its outputs
+    are the projections', and their h."""
+
+    op = "lora_linear"
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        projections: tuple[LoraArgs, ...],
-        dropout_p: float,
-        *_learnt: torch.Tensor | None,
+        x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float, *_learnt: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        count = len(projections)
-        out = lora_linear_op(x, projections, dropout_p)
-        needs = ctx.needs_input_grad[3:]
-        tensors, ctx.rest = taken_apart(projections)
-        ctx.dropout_p = dropout_p
-        hs = [h if needed else None for h, needed in zip(out[count:], needs[2::4], strict=True)]
-        ctx.save_for_backward(x if any(needs[0::4]) or any(needs[1::4]) else None, *hs, *tensors)
-        return tuple(out[:count])
+        return tuple(lora_linear_op(x, projections, dropout_p))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, projections, ctx.dropout_p, *_ = inputs
+        count = len(projections)
+        needs = ctx.needs_input_grad[3:]
+        tensors, ctx.rest = taken_apart(projections)
+        ctx.shapes = [y.shape for y in output[:count]]
+        ctx.set_materialize_grads(False)
+        hs = [h if needed else None for h, needed in zip(output[count:], needs[2::4], strict=True)]
+        ctx.save_for_backward(x if any(needs[0::4]) or any(needs[1::4]) else None, *hs, *tensors)
+
+    @staticmethod
+    @once("lora_linear")
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        count = len(ctx.shapes)
+        refuse_intermediate("lora_linear", grads[count:])
         x, *kept = ctx.saved_tensors
-        count = len(grads)
         projections = put_together(iter(kept[count:]), ctx.rest)
         x_wanted, _, _, *needs = ctx.needs_input_grad
         grad_x, each = gradients(
-            grads, x, projections, tuple(kept[:count]), ctx.dropout_p, x_wanted, tuple(needs)
+            materialized(grads[:count], ctx.shapes),
+            x,
+            projections,
+            tuple(kept[:count]),
+            ctx.dropout_p,
+            x_wanted,
+            tuple(needs),
         )
         return grad_x, None, None, *each
 
@@ -416,12 +427,12 @@ def apply_lora(
 ) -> tuple[torch.Tensor, ...]:
     """The projections of one x, with gradients: what the public functions and the layers call."""
     x, projections = autocast(x, projections)
-    if torch.is_grad_enabled():
+    if recording():
         tensors = learnt(projections)
         scales = [p.out_scale for p in projections]
-        if x.requires_grad or any(t is not None and t.requires_grad for t in (*tensors, *scales)):
+        if recorded(x, *tensors, *scales):
             if all(scale is None for scale in scales):
-                return _LoraLinear.apply(x, projections, dropout_p, *tensors)
+                return _LoraLinear.call(x, projections, dropout_p, *tensors)[: len(projections)]
             # a gradient to out_scale needs what it multiplies, so that is made, and kept, apart
             plain = tuple(
                 p if p.out_scale is None else p._replace(out_scale=None, bias=None) for p in projections

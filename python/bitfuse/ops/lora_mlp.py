@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..activations import check_activation
+from ..autograd import Function, once, recorded, refuse_intermediate
 from ..lora_args import LoraArgs
 from ..weight import LowBitWeight
 from .gated_activation import gated_activation, gated_activation_backward, gated_activation_op
@@ -94,33 +95,41 @@ def _ordered(x: torch.Tensor, perm: torch.Tensor | None) -> torch.Tensor:
     return x.index_select(-1, perm)
 
 
-class _LoraMlp(torch.autograd.Function):
-    """Keeps x, gate and up; the product of the activation and up is made again in the backward."""
+class _LoraMlp(Function):
+    """Keeps x, gate and up; the product of the activation and up is made again in the backward. Its outputs are y,
+    and what the backward reads: gate, up and each h."""
+
+    op = "lora_mlp"
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: torch.Tensor,
         wide: tuple[LoraArgs, ...],
         down: LoraArgs,
         activation: str,
         dropout_p: float,
         *_learnt: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         gate, up, *hs = lora_linear_op(x, wide, dropout_p)
         y, h = lora_linear_op(gated_activation_op(gate, up, activation), (down,), dropout_p)
-        ctx.activation, ctx.dropout_p = activation, dropout_p
+        return y, gate, up, *hs, h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, wide, down, ctx.activation, ctx.dropout_p, *_ = inputs
+        _, gate, up, *hs = output
+        ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[5:]
-        kept = [t if needed else None for t, needed in zip((*hs, h), needs[2::4], strict=True)]
+        kept = [t if needed else None for t, needed in zip(hs, needs[2::4], strict=True)]
         of_wide, ctx.wide = taken_apart(wide)
         of_down, ctx.down = taken_apart((down,))
         x_kept = x if any(needs[:8][0::4]) or any(needs[:8][1::4]) else None
         ctx.save_for_backward(x_kept, gate, up, *kept, *of_wide, *of_down)
-        return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("lora_mlp")
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_intermediate("lora_mlp", grads[1:])
         x, gate, up, *rest = ctx.saved_tensors
         h_gate, h_up, h_down, *tensors = rest
         remaining: Iterator[Any] = iter(tensors)
@@ -129,7 +138,7 @@ class _LoraMlp(torch.autograd.Function):
         below = x_wanted or any(needs[:8])
         middle = gated_activation_op(gate, up, ctx.activation) if needs[8] or needs[9] else None
         grad_middle, of_down = gradients(
-            grads, middle, down, (h_down,), ctx.dropout_p, below, tuple(needs[8:])
+            grads[:1], middle, down, (h_down,), ctx.dropout_p, below, tuple(needs[8:])
         )
         grad_x: torch.Tensor | None = None
         of_wide: list[torch.Tensor | None] = [None] * 8
@@ -183,7 +192,7 @@ def lora_mlp(
         return lora_qkv(gated_activation(g, u, activation), (down,), dropout_p)[0]
     x, (*wide, last) = autocast(x, tuple(args for args, _ in made))
     tensors = learnt((*wide, last))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        return _LoraMlp.apply(x, tuple(wide), last, activation, dropout_p, *tensors)
+    if recorded(x, *tensors):
+        return _LoraMlp.call(x, tuple(wide), last, activation, dropout_p, *tensors)[0]
     g, u, *_ = lora_linear_op(x, tuple(wide), dropout_p)
     return lora_linear_op(gated_activation_op(g, u, activation), (last,), dropout_p)[0]

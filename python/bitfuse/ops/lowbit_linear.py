@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
+from ..autograd import Function, recorded
 from ..cost import Cost, moved
 from ..cpu import lowbit_linear as cpp
 from ..cuda import lowbit_linear as cuda
@@ -146,6 +148,7 @@ forward_op = Op(
     ),
     cost=_cost,
     kind=_kind,
+    rows=True,
     flatten=lambda x, weight, bias: (x, *weight[:5], bias, *weight[5:]),
     unflatten=lambda x, *flat: (x, WeightTensors(*flat[:5], *flat[6:]), flat[5]),
 )
@@ -159,40 +162,84 @@ lowbit_linear_grad_x = Op(
         Backend("triton", ("cuda",), triton.supports_grad_x, triton.run_grad_x),
     ),
     cost=_cost,
+    rows=True,
     flatten=lambda grad, weight: (grad, *weight),
     unflatten=lambda grad, *flat: (grad, WeightTensors(*flat)),
 )
 
 
-class _LowBitLinear(torch.autograd.Function):
-    """The weight is frozen: gradients flow to x and to bias, and the only tensors kept are the few-bit
-    ones."""
+class _LowBitLinear(Function):
+    """The weight, whose parts come last, is frozen: gradients flow to x and to bias, and the only tensors kept are
+    the few-bit ones. Linear in x, so its backward is differentiable, by `_GradX`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        weight: WeightTensors,
-        perm: torch.Tensor | None,
+        x: torch.Tensor, bias: torch.Tensor | None, perm: torch.Tensor | None, *weight: Any
     ) -> torch.Tensor:
-        *tensors, ctx.format, ctx.group_size = weight
-        ctx.save_for_backward(*tensors, perm)
-        return forward_op(x if perm is None else x.index_select(-1, perm), weight, bias)
+        return forward_op(x if perm is None else x.index_select(-1, perm), WeightTensors(*weight), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, _, perm, *tensors, ctx.format, ctx.group_size = inputs
+        ctx.save_for_backward(*tensors, perm)
+        if not is_compiling():
+            ctx.save_for_forward(*tensors, perm)
+            ctx.shape = output.shape
+
+    @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         *tensors, perm = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = lowbit_linear_grad_x(grad, WeightTensors._make((*tensors, ctx.format, ctx.group_size)))
+            weight = WeightTensors(*tensors, ctx.format, ctx.group_size)
+            grad_x = _grad_x(grad, weight)
             if perm is not None:
                 grad_x = torch.empty_like(grad_x).index_copy_(-1, perm, grad_x)
         if ctx.needs_input_grad[1]:
             grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(grad.dtype)
-        return grad_x, grad_bias, None, None
+        return grad_x, grad_bias, *_NONE
+
+    @staticmethod
+    def tangents(ctx: Any, *tangents: Any) -> torch.Tensor:
+        x, bias, *_ = tangents
+        *tensors, perm = ctx.saved_tensors
+        if x is None:
+            return bias.expand(ctx.shape).contiguous()
+        return apply_lowbit(x, WeightTensors(*tensors, ctx.format, ctx.group_size), perm, bias)
+
+
+_NONE = (None,) * (1 + len(WeightTensors._fields))  # of perm and the weight
+
+
+class _GradX(Function):
+    """grad W, whose own gradient is the forward again."""
+
+    @staticmethod
+    def forward(grad: torch.Tensor, *weight: Any) -> torch.Tensor:
+        return lowbit_linear_grad_x(grad, WeightTensors(*weight))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, *tensors, ctx.format, ctx.group_size = inputs
+        ctx.save_for_backward(*tensors)
+        if not is_compiling():
+            ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight = WeightTensors(*ctx.saved_tensors, ctx.format, ctx.group_size)
+        return apply_lowbit(grads[0], weight, None, None), *_NONE[1:]
+
+    @staticmethod
+    def tangents(ctx: Any, *tangents: Any) -> torch.Tensor:
+        return _grad_x(tangents[0], WeightTensors(*ctx.saved_tensors, ctx.format, ctx.group_size))
+
+
+def _grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
+    if recorded(grad):
+        return _GradX.call(grad, *weight)
+    return lowbit_linear_grad_x(grad, weight)
 
 
 def apply_lowbit(
@@ -205,8 +252,8 @@ def apply_lowbit(
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if perm is not None:
         check_float(x, "x", perm.shape[0])
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _LowBitLinear.apply(x, bias, weight, perm)
+    if recorded(x, bias):
+        return _LowBitLinear.call(x, bias, perm, *weight)
     return forward_op(x if perm is None else x.index_select(-1, perm), weight, bias)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..autograd import Function, recorded
 from ..cpu import merge_attention as cpp
 from ..kernels import merge_attention as triton
 from ..op import Backend, Explanation, Op, explains
@@ -63,19 +64,23 @@ merge_attention_op = Op(
 )
 
 
-class _Merge(torch.autograd.Function):
-    """dO_i = w_i dO; dlse_i = w_i (dlse + dO . (o_i - o))."""
+class _Merge(Function):
+    """dO_i = w_i dO; dlse_i = w_i (dlse + dO . (o_i - o)). In plain torch, and so differentiable."""
+
+    op = "merge_attention"
 
     @staticmethod
     def forward(
-        ctx: Any, o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor
+        o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = merge_attention_op(o1, lse1, o2, lse2)
-        ctx.save_for_backward(o1, lse1, o2, lse2, out)
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         o1, lse1, o2, lse2, out = ctx.saved_tensors
         grad, grad_lse = grads
@@ -112,8 +117,8 @@ def merge_attention(
     for name, t in zip(("o1", "lse1", "o2", "lse2"), tensors, strict=True):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Merge.apply(*tensors)
+    if recorded(*tensors):
+        return _Merge.call(*tensors)
     return merge_attention_op(*tensors)
 
 

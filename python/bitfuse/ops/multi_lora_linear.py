@@ -16,6 +16,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch_mode
 
+from ..autograd import Function, once, recorded
 from ..cost import Cost, moved
 from ..cpu import multi_lora_linear as cpp
 from ..cuda import multi_lora_linear as cuda
@@ -301,12 +302,13 @@ def _base_grad_x(
     return grad_x if perm is None else torch.empty_like(grad_x).index_copy_(-1, perm, grad_x)
 
 
-class _MultiLoraLinear(torch.autograd.Function):
+class _MultiLoraLinear(Function):
     """Keeps x, and the weights; h = x A^T, a rank's worth of work, is made anew in the backward."""
+
+    op = "multi_lora_linear"
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None,
         dense: torch.Tensor | None,
@@ -316,20 +318,25 @@ class _MultiLoraLinear(torch.autograd.Function):
         adapter_ids: torch.Tensor,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
+        half = len(adapters) // 2
+        given = weight if dense is None else dense
+        assert given is not None
+        y = _base(x, given, perm, bias)
+        multi_lora_add_(y, x, list(adapters[:half]), list(adapters[half:]), scaling, adapter_ids)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, _, dense, weight, perm, scaling, adapter_ids, *adapters = inputs
         ctx.half = len(adapters) // 2
         ctx.read = None if weight is None else weight[5:]
         tensors = (dense,) if weight is None else weight[:5]
         needs = ctx.needs_input_grad
         kept = x if needs[2] or any(needs[7:]) else None
         ctx.save_for_backward(kept, scaling, adapter_ids, perm, *adapters, *tensors)
-        given = weight if dense is None else dense
-        assert given is not None
-        y = _base(x, given, perm, bias)
-        multi_lora_add_(y, x, list(adapters[: ctx.half]), list(adapters[ctx.half :]), scaling, adapter_ids)
-        return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("multi_lora_linear")
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad = grads[0].contiguous()
         x, scaling, adapter_ids, perm, *kept = ctx.saved_tensors
@@ -417,9 +424,9 @@ def multi_lora_linear(
     dense = weight if isinstance(weight, torch.Tensor) else None
     if dense is not None:
         _check_dense(x, dense, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, dense, *a, *b)):
+    if recorded(x, bias, dense, *a, *b):
         few_bit = None if isinstance(weight, torch.Tensor) else weight
-        return _MultiLoraLinear.apply(x, bias, dense, few_bit, perm, scales, adapter_ids, *a, *b)
+        return _MultiLoraLinear.call(x, bias, dense, few_bit, perm, scales, adapter_ids, *a, *b)
     y = _base(x, weight, perm, bias)
     multi_lora_add_(y, x, a, b, scales, adapter_ids)
     return y

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
+from ..autograd import Function, recorded
 from ..cpu import rope as cpp
 from ..kernels import rope as triton
 from ..kv_cache import Rotary, check_rotary, rotate
@@ -64,20 +66,35 @@ rope_op = Op(
 )
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     """A rotation: its gradient turns back."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        ctx.save_for_backward(*rotary[:3])
-        ctx.interleaved = rotary.interleaved
-        return rope_op(x, rotary, False)
+    def forward(x: torch.Tensor, inverse: bool, *rotary: Any) -> torch.Tensor:
+        return rope_op(x, Rotary(*rotary), inverse)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, ctx.inverse, *tensors, ctx.interleaved = inputs
+        ctx.save_for_backward(*tensors)
+        if not is_compiling():
+            ctx.save_for_forward(*tensors)
+
+    @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos, sin, positions = ctx.saved_tensors
-        return rope_op(grads[0], Rotary(cos, sin, positions, ctx.interleaved), True), None
+        rotary = Rotary(*ctx.saved_tensors, ctx.interleaved)
+        return apply_rope(grads[0], rotary, not ctx.inverse), *(None,) * 5
+
+    @staticmethod
+    def tangents(ctx: Any, *tangents: Any) -> torch.Tensor:
+        return apply_rope(tangents[0], Rotary(*ctx.saved_tensors, ctx.interleaved), ctx.inverse)
+
+
+def apply_rope(x: torch.Tensor, rotary: Rotary, inverse: bool = False) -> torch.Tensor:
+    """x turned, or turned back, with gradients."""
+    if recorded(x):
+        return _Rope.call(x, inverse, *rotary)
+    return rope_op(x, rotary, inverse)
 
 
 def as_positions(positions: torch.Tensor | None) -> torch.Tensor | None:
@@ -119,9 +136,7 @@ def rope(
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
     rotary = Rotary(cos, sin, as_positions(positions), interleaved)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rope.apply(x, rotary)
-    return rope_op(x, rotary, False)
+    return apply_rope(x, rotary)
 
 
 @explains(rope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,20 +21,21 @@ class _Call(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     args: AttentionArgs
-    batch: torch.Size
+    batch: tuple[int, ...]
 
 
-def _broadcast(what: str, *shapes: torch.Size) -> torch.Size:
+def _broadcast(what: str, *shapes: Sequence[int]) -> tuple[int, ...]:
     """As torch.broadcast_shapes; its RuntimeError says what did not fit."""
     length = max(map(len, shapes))
+    longest = next(i for i, s in enumerate(shapes) if len(s) == length)
     padded = [(1,) * (length - len(s)) + tuple(s) for s in shapes]
     sizes = []
     for column in zip(*padded, strict=True):
-        distinct = {n for n in column if n != 1}
+        distinct = {int(n): n for n in column if n != 1}  # int: torch.jit.trace gives tensors
         if len(distinct) > 1:
             raise RuntimeError(f"{what}: {', '.join(str(list(s)) for s in shapes)} do not broadcast")
-        sizes.append(distinct.pop() if distinct else 1)
-    return torch.Size(sizes)
+        sizes.append(next(iter(distinct.values()), column[longest]))
+    return tuple(sizes)
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float) -> None:
@@ -54,7 +56,7 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_
         raise RuntimeError(f"dropout_p is {dropout_p}, expected 0 to 1")
 
 
-def _mask(attn_mask: torch.Tensor, query: torch.Tensor, scores: torch.Size) -> torch.Tensor:
+def _mask(attn_mask: torch.Tensor, query: torch.Tensor, scores: tuple[int, ...]) -> torch.Tensor:
     """[batch or 1, heads or 1, seqlen_q or 1, seqlen_k or 1]."""
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(
@@ -99,7 +101,7 @@ def _arranged(
     batch = _broadcast("query, key and value", q.shape[:-3], k.shape[:-3], v.shape[:-3])
     q, k, v = (t.expand(*batch, *t.shape[-3:]).flatten(0, -4) for t in (q, k, v))
     if attn_mask is not None:
-        scores = torch.Size([*batch, heads, q.shape[-2], k.shape[-2]])
+        scores = (*batch, heads, q.shape[-2], k.shape[-2])
         attn_mask = _mask(attn_mask, query, scores)
     args = AttentionArgs(
         (1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0) if scale is None else float(scale),
