@@ -20,6 +20,7 @@ RANK = {
             "_interrupt",
             "_cpu",
             "_cuda",
+            "autograd",
             "op",
             "formats",
             "packing",
@@ -65,6 +66,7 @@ RANK = {
 PEERS = {
     "tensors": 0,
     "json_files": -1,
+    "autograd": 0,
     "formats": 0,
     "blockwise": 1,
     "packing": 0,
