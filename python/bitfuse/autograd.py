@@ -1,14 +1,14 @@
-"""What a differentiable op owes torch beside a backward: errors where a second derivative is missing, functorch's
-transforms, forward-mode AD.
+"""What a differentiable op owes torch beside a backward: an error where a second derivative is missing, the
+transforms of torch.func, forward-mode AD.
 
-A `Function` keeps `forward` and `setup_context` apart, as `torch.func` asks, and whatever its backward reads is an input
-or an output of it: what a forward makes on its way and a backward needs (h of an adapter) is an output too. So a second
-derivative meets every tensor that a gradient depends on, and none is dropped without a word.
+A `Function` keeps `forward` and `setup_context` apart, as `torch.func` asks, and whatever its backward reads is
+an input or an output of it: what a forward makes on its way and a backward needs (h of an adapter) is an output
+too. So a second derivative meets every tensor that a gradient depends on, and none is dropped without a word.
 
-A backward is one of two kinds. It is written in differentiable operations (what is linear in its input), or it is
-`once`: then its gradients hang on all that it read by a node that raises (the remedy that torch took for its own
-attention: pytorch#92348). `once_differentiable` hangs the error on the gradients alone, which `torch.autograd.grad` walks
-round.
+A backward is one of two kinds. It is written in differentiable operations (what is linear in its input), or it
+is `once`: then its gradients hang on all that it read, by a node that raises (the remedy that torch took for its
+own attention: pytorch#92348). torch's `once_differentiable` hangs the error on the gradients alone, and
+`torch.autograd.grad` walks round it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active  # inside of vmap, grad, jvp, ...
+tracing: Callable[[], Any] = torch._C._get_tracing_state  # by torch.jit.trace
 _Base = torch.autograd.Function
 
 
 def recorded(*tensors: torch.Tensor | None) -> bool:
-    """Whether somebody differentiates a call with these arguments, or maps over it: it must then go through its
-    `Function`."""
+    """Whether somebody differentiates a call with these arguments, or maps over it: it must then go through
+    its `Function`."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
-                return True
+                return is_compiling() or tracing() is None  # a trace has the op, which has no gradient there
     # what is wrapped by a transform, or by two, does not say so
     return not is_compiling() and (forward_ad._current_level >= 0 or transformed())
 
@@ -53,8 +54,8 @@ def _no_tangents(op: str) -> Callable[..., Any]:
 class Function(torch.autograd.Function):
     """A `torch.autograd.Function` with `setup_context`, for every transform of torch. Called by `call`.
 
-    A class may have `tangents`, torch's `jvp` under another name: torch.compile refuses a class that has a `jvp`,
-    and is given one without.
+    A class may have `tangents`, torch's `jvp` under another name: torch.compile refuses a class that has a
+    `jvp`, and is given one without.
     """
 
     generate_vmap_rule = True
@@ -111,14 +112,14 @@ class _Once(Function):
 
 def _twice(name: str) -> RuntimeError:
     return RuntimeError(
-        f"{name} has no second derivative: its backward is a kernel that can't be differentiated. For a gradient "
-        "penalty or a Hessian write this part in plain torch"
+        f"{name} has no second derivative: its backward is a kernel that can't be differentiated. For a "
+        "gradient penalty or a Hessian write this part in plain torch"
     )
 
 
 def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Of a backward that can't be differentiated: differentiating it raises a RuntimeError that says so, whoever asks:
-    `backward`, `torch.autograd.grad`, `hvp`, `hessian`, `torch.func`."""
+    """Of a backward that can't be differentiated: differentiating it raises a RuntimeError that says so, whoever
+    asks: `backward`, `torch.autograd.grad`, `hvp`, `hessian`, `torch.func`."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
@@ -133,7 +134,7 @@ def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def refuse_intermediate(name: str, grads: tuple[Any, ...]) -> None:
-    """Raise where a gradient flows into outputs that only a backward reads: a second derivative asks for it."""
+    """Raise where a gradient flows into outputs that only a backward reads: a second derivative's."""
     if any(g is not None for g in grads):
         raise _twice(name)
 
@@ -170,8 +171,8 @@ class _NoGradient(Function):
 def without_gradient(
     reason: str, outputs: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs as they are; a derivative through them to one of the inputs raises a RuntimeError (forward mode:
-    NotImplementedError) with this reason."""
+    """The outputs as they are; a derivative through them to one of the inputs raises a RuntimeError (forward
+    mode: NotImplementedError) with this reason."""
     if is_compiling() or not recorded(*inputs):
         return outputs
     return _NoGradient.call(reason, len(outputs), *outputs, *inputs)

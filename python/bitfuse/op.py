@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import policy
 from .arch.gpus import Gpu, find
-from .autograd import transformed
+from .autograd import tracing, transformed
 from .cost import Cost, Rates, as_time, moved
 
 log = logging.getLogger("bitfuse")
@@ -32,7 +32,6 @@ _ENVIRONMENT = os.environ.get(
     "BITFUSE_BACKEND"
 )  # read once: os.environ costs as much as the checks of a call
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_tracing: Callable[[], Any] = torch._C._get_tracing_state  # of torch.jit.trace
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
@@ -194,8 +193,8 @@ class Op:
             the fake makes, and multiplies next to nothing.
         kind: of the same arguments, what decides which backend is the fastest on a GPU; asked where `bitfuse
             tune` has measured.
-        rows: the leading dimensions of the first argument are rows that have nothing to do with each other: one
-            more is `torch.vmap`'s, which else calls the op for each entry.
+        rows: the leading dimensions of the first argument are rows that have nothing to do with each other:
+            `torch.vmap` then adds one more, and else calls the op for each entry.
         plain: the op is plain torch on every device by design, such as a few matmuls that torch already does
             well: the reference serves it, whichever backend is asked for, without a warning.
     """
@@ -244,7 +243,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         # who watches what torch does must see the op, not what its kernels allocate
-        if is_compiling() or _dispatch_modes() or _tracing() is not None or transformed():
+        if is_compiling() or _dispatch_modes() or tracing() is not None or transformed():
             return self._torch(*(args if self._flatten is None else self._flatten(*args)))
         if forward_ad._current_level >= 0:
             self._refuse_tangents(args)
@@ -270,6 +269,8 @@ class Op:
         size = next(t.shape[0] for t, d in zip(dense, dims, strict=True) if d is not None)
         unflatten = pytree.tree_unflatten
         out, _ = self._mapped(_Mapped(size), tuple(unflatten(dims, spec)), *unflatten(dense, spec))
+        if out is None:
+            return None
         return pytree.tree_map(lambda t: torch._add_batch_dim(t, 0, level), out)
 
     def _mapped(self, info: Any, in_dims: tuple[Any, ...], *flat: Any) -> tuple[Any, Any]:
@@ -290,8 +291,8 @@ class Op:
             ):
                 name = self._torch._schema.arguments[i].name
                 raise RuntimeError(
-                    f"{self.name} writes to {name}, which torch.vmap does not map over: each entry would write "
-                    "to the same place"
+                    f"{self.name} writes to {name}, which torch.vmap does not map over: each entry would "
+                    "write to the same place"
                 )
         if info.batch_size == 0:
             leaves = [
@@ -318,8 +319,8 @@ class Op:
             for leaf in pytree.tree_leaves(args):
                 if isinstance(leaf, torch.Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
                     raise NotImplementedError(
-                        f"{self.name} has no forward-mode derivative: use reverse mode, or write this part in "
-                        "plain torch"
+                        f"{self.name} has no forward-mode derivative: use reverse mode, or plain torch for this "
+                        "part"
                     )
 
     def _serve(self, *args: Any) -> Any:

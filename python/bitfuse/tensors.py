@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -55,4 +56,4 @@ def table(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def as_rows(t: torch.Tensor) -> torch.Tensor:
     """[..., features] as [rows, features], whatever of it is 0 (`reshape(-1, 0)` is refused); [features] as
     one row."""
-    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

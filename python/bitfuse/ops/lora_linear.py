@@ -128,36 +128,40 @@ def _kind(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) 
     return bucket(x.numel() // max(k, 1)), n, k, format, rank, len(projections), x.dtype
 
 
-_PROJECTIONS = (
-    "Tensor?[] weights, str[] formats, int[] group_sizes, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, "
-    "Tensor?[] scale_by, Tensor?[] bias, Tensor?[] out_scale, Tensor?[] seed"
-)
+# no lists of what may be missing, of bool or of str: torch.jit.trace knows none
+_PROJECTIONS = "Tensor[] tensors, int[] given, str formats, int[] group_sizes, float[] scaling"
 _DENSE = "dense"  # the name of no format
+_SLOTS = 11  # of a projection in `given`: five of its weight, lora_A, lora_B, scale_by, bias, out_scale, seed
 
 
 def _flatten(projections: tuple[LoraArgs, ...]) -> tuple[Any, ...]:
-    weights: list[torch.Tensor | None] = []
+    slots: list[torch.Tensor | None] = []
     formats, group_sizes = [], []
     for p in projections:
         if isinstance(p.weight, WeightTensors):
-            weights += p.weight[:5]
+            slots += p.weight[:5]
             formats.append(p.weight.format)
             group_sizes.append(p.weight.group_size)
         else:
-            weights += [p.weight, None, None, None, None]
+            slots += [p.weight, None, None, None, None]
             formats.append(_DENSE)
             group_sizes.append(0)
-    others = ([p[i] for p in projections] for i in range(1, len(LoraArgs._fields)))
-    return weights, formats, group_sizes, *others
+        slots += [p.lora_A, p.lora_B, p.scale_by, p.bias, p.out_scale, p.seed]
+    given = [int(t is not None) for t in slots]
+    scaling = [p.scaling for p in projections]
+    return [t for t in slots if t is not None], given, "\n".join(formats), group_sizes, scaling
 
 
-def _unflatten(weights: Any, formats: Any, group_sizes: Any, *rest: Any) -> tuple[LoraArgs, ...]:
+def _unflatten(
+    tensors: Any, given: Any, formats: str, group_sizes: Any, scaling: Any
+) -> tuple[LoraArgs, ...]:
+    left = iter(tensors)
     projections = []
-    for i, (format, group_size, *others) in enumerate(zip(formats, group_sizes, *rest, strict=True)):
-        tensors = weights[5 * i : 5 * i + 5]
-        dense = format == _DENSE
-        weight = tensors[0] if dense else WeightTensors._make((*tensors, format, group_size))
-        projections.append(LoraArgs(weight, *others))
+    for i, (format, group_size, s) in enumerate(zip(formats.split("\n"), group_sizes, scaling, strict=True)):
+        slots = [next(left) if there else None for there in given[_SLOTS * i : _SLOTS * (i + 1)]]
+        weight = slots[0] if format == _DENSE else WeightTensors(*slots[:5], format, group_size)
+        lora_A, lora_B, *others = slots[5:]
+        projections.append(LoraArgs(weight, lora_A, lora_B, s, *others))
     return tuple(projections)
 
 
@@ -367,8 +371,8 @@ def gradients(
 
 
 class _LoraLinear(Function):
-    """Keeps the few-bit tensors, A and B; x only for A's (or a dense W's) gradient, h only for B's. Its outputs
-    are the projections', and their h."""
+    """Keeps the few-bit tensors, A and B; x only for A's (or a dense W's) gradient, h only for B's. Its
+    outputs are the projections', and their h."""
 
     op = "lora_linear"
 

@@ -96,8 +96,8 @@ def _ordered(x: torch.Tensor, perm: torch.Tensor | None) -> torch.Tensor:
 
 
 class _LoraMlp(Function):
-    """Keeps x, gate and up; the product of the activation and up is made again in the backward. Its outputs are y,
-    and what the backward reads: gate, up and each h."""
+    """Keeps x, gate and up; the product of the activation and up is made again in the backward. Its outputs
+    are y, and what the backward reads: gate, up and each h."""
 
     op = "lora_mlp"
 
@@ -182,7 +182,7 @@ def lora_mlp(
     check_activation(activation)
     made = [_args(x, name, p, dropout_p) for name, p in (("gate", gate), ("up", up), ("down", down))]
     width = (made[0][0].shape[0], made[1][0].shape[0], made[2][0].shape[1])
-    if len(set(width)) != 1:
+    if len({int(w) for w in width}) != 1:  # int: torch.jit.trace gives tensors
         raise ValueError(
             f"gate and up have {width[0]} and {width[1]} out_features and down {width[2]} in_features, "
             "expected one number"

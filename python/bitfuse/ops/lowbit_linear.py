@@ -169,8 +169,10 @@ lowbit_linear_grad_x = Op(
 
 
 class _LowBitLinear(Function):
-    """The weight, whose parts come last, is frozen: gradients flow to x and to bias, and the only tensors kept are
-    the few-bit ones. Linear in x, so its backward is differentiable, by `_GradX`."""
+    """The weight, whose parts come last, is frozen: gradients flow to x and to bias, and the only tensors kept
+    are the few-bit ones. Linear in x, so its backward is differentiable, by `_GradX`."""
+
+    op = "lowbit_linear"
 
     @staticmethod
     def forward(
@@ -214,6 +216,8 @@ _NONE = (None,) * (1 + len(WeightTensors._fields))  # of perm and the weight
 
 class _GradX(Function):
     """grad W, whose own gradient is the forward again."""
+
+    op = "lowbit_linear"
 
     @staticmethod
     def forward(grad: torch.Tensor, *weight: Any) -> torch.Tensor:

@@ -69,6 +69,8 @@ rope_op = Op(
 class _Rope(Function):
     """A rotation: its gradient turns back."""
 
+    op = "rope"
+
     @staticmethod
     def forward(x: torch.Tensor, inverse: bool, *rotary: Any) -> torch.Tensor:
         return rope_op(x, Rotary(*rotary), inverse)
