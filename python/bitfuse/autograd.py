@@ -1,14 +1,15 @@
 """What a differentiable op owes torch beside a backward: an error where a second derivative is missing, the
 transforms of torch.func, forward-mode AD.
 
-A `Function` keeps `forward` and `setup_context` apart, as `torch.func` asks, and whatever its backward reads is
-an input or an output of it: what a forward makes on its way and a backward needs (h of an adapter) is an output
-too. So a second derivative meets every tensor that a gradient depends on, and none is dropped without a word.
+A `Function` keeps `forward` and `setup_context` apart, as `torch.func` asks, and whatever its backward reads
+is an input or an output of it: what a forward makes on its way and a backward needs (h of an adapter) is an
+output too. So a second derivative meets every tensor that a gradient depends on, and none is dropped without
+a word.
 
-A backward is one of two kinds. It is written in differentiable operations (what is linear in its input), or it
-is `once`: then its gradients hang on all that it read, by a node that raises (the remedy that torch took for its
-own attention: pytorch#92348). torch's `once_differentiable` hangs the error on the gradients alone, and
-`torch.autograd.grad` walks round it.
+A backward is one of two kinds. It is written in differentiable operations (what is linear in its input), or
+it is `once`: then its gradients hang on all that it read, by a node that raises (the remedy that torch took
+for its own attention: pytorch#92348). torch's `once_differentiable` hangs the error on the gradients alone,
+and `torch.autograd.grad` walks round it.
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ def _twice(name: str) -> RuntimeError:
 
 
 def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Of a backward that can't be differentiated: differentiating it raises a RuntimeError that says so, whoever
-    asks: `backward`, `torch.autograd.grad`, `hvp`, `hessian`, `torch.func`."""
+    """Of a backward that can't be differentiated: differentiating it raises a RuntimeError that says so,
+    whoever asks: `backward`, `torch.autograd.grad`, `hvp`, `hessian`, `torch.func`."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
@@ -134,8 +135,9 @@ def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def refuse_intermediate(name: str, grads: tuple[Any, ...]) -> None:
-    """Raise where a gradient flows into outputs that only a backward reads: a second derivative's."""
-    if any(g is not None for g in grads):
+    """Raise where a gradient flows into outputs that only a backward reads: a second derivative's.
+    (torch.compile, which has none, gives them zeros.)"""
+    if not is_compiling() and any(g is not None for g in grads):
         raise _twice(name)
 
 

@@ -319,8 +319,8 @@ class Op:
             for leaf in pytree.tree_leaves(args):
                 if isinstance(leaf, torch.Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
                     raise NotImplementedError(
-                        f"{self.name} has no forward-mode derivative: use reverse mode, or plain torch for this "
-                        "part"
+                        f"{self.name} has no forward-mode derivative: use reverse mode, or plain torch for "
+                        "this part"
                     )
 
     def _serve(self, *args: Any) -> Any:

@@ -169,8 +169,8 @@ lowbit_linear_grad_x = Op(
 
 
 class _LowBitLinear(Function):
-    """The weight, whose parts come last, is frozen: gradients flow to x and to bias, and the only tensors kept
-    are the few-bit ones. Linear in x, so its backward is differentiable, by `_GradX`."""
+    """The weight, whose parts come last, is frozen: gradients flow to x and to bias, and the only tensors
+    kept are the few-bit ones. Linear in x, so its backward is differentiable, by `_GradX`."""
 
     op = "lowbit_linear"
 
