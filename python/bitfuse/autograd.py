@@ -78,7 +78,7 @@ class Function(torch.autograd.Function):
             return cls.apply(*args)
         if transformed():
             return cls.eager.apply(*args)
-        return super(_Base, cls.eager).apply(*args)
+        return super(_Base, cls.eager).apply(*args)  # type: ignore[misc]
 
 
 class _Saved:
