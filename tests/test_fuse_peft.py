@@ -104,8 +104,14 @@ LINEAR_CHANGES: dict[str, Callable[[Any], Any]] = {
     "parametrize": _parametrize,
     "weight_norm": lambda m: parametrizations.weight_norm(m),
 }
+
+
+def _inside(where: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda layer: change(INNER[where](layer))
+
+
 CASES: dict[str, Callable[[Any], Any]] = {
-    f"{where}: {what}": lambda layer, where=where, change=change: change(INNER[where](layer))
+    f"{where}: {what}": _inside(where, change)
     for where in INNER
     for what, change in {**CHANGES, **({} if where == "dropout" else LINEAR_CHANGES)}.items()
 }

@@ -230,10 +230,11 @@ def test_keywords_of_adamw() -> None:
     options: dict[str, Any] = dict(foreach=None, fused=True, capturable=False, differentiable=False)
     AdamW8bit(parameters(), 1e-3, (0.9, 0.99), 1e-8, 0.1, False, maximize=True, **options)
     for name in ("amsgrad", "capturable", "differentiable"):
+        wrong: dict[str, Any] = {name: True}
         with pytest.raises(ValueError, match=f"{name} is True, expected False"):
-            AdamW8bit(parameters(), **{name: True})
+            AdamW8bit(parameters(), **wrong)
         with pytest.raises(ValueError, match=f"{name} is True, expected False"):
-            AdamW8bit([{"params": parameters(), name: True}])
+            AdamW8bit([{"params": parameters(), **wrong}])
 
 
 def test_tensors_without_memory_are_refused() -> None:

@@ -14,6 +14,7 @@ import torch
 from .nn import AdapterLinear, IA3Linear, Linear, LoRALinear, Merged
 from .nn.adapters import check_name, refusal
 from .nn.lora import check_dtype, check_options
+from .nn.module_copies import ModuleCopies
 
 ALL_LINEAR = "all-linear"
 
@@ -220,22 +221,45 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:8]) + more if names else "none"
 
 
+# what torch puts around modules: the key of the module inside
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The modules of a model by name, without what is inside an `AdapterLinear`."""
+    """The modules of a model by name, without what is inside an `AdapterLinear` or a `ModuleCopies`. What
+    torch.compile, DDP, FSDP and activation checkpointing put around modules is in no name."""
     found: dict[str, torch.nn.Module] = {}
+    shown: dict[str, str] = {}  # the name to show of a module's own
     inside: tuple[str, ...] = ()
+    parents: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
-        found[name] = module
-        if isinstance(module, AdapterLinear):
+        above, _, key = name.rpartition(".")
+        if not name:
+            shown[name] = ""
+        elif key in _WRAPPED or (key == "module" and isinstance(parents[above], _PARALLEL)):
+            shown[name] = shown[above]
+        else:
+            shown[name] = f"{shown[above]}.{key}" if shown[above] else key
+        parents[name] = module
+        found[shown[name]] = module
+        if isinstance(module, (AdapterLinear, ModuleCopies)):
             inside = (*inside, f"{name}.")
     return found
+
+
+_PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, AdapterLinear]:
     """The layers of a model that carry adapters, by name."""
     return {name: m for name, m in layers_of(model).items() if isinstance(m, AdapterLinear)}
+
+
+def module_copies(model: torch.nn.Module) -> dict[str, ModuleCopies]:
+    """The modules of which adapters have copies, by name."""
+    return {name: m for name, m in layers_of(model).items() if isinstance(m, ModuleCopies)}
 
 
 def select(
@@ -250,11 +274,14 @@ def select(
         )
     wanted, unwanted = _patterns(targets, "targets"), _patterns(skip, "skip")
     every = layers_of(model)
-    output = _output_embedding(model)
+    output, places = _output_embedding(model), places_of(model)
     chosen: dict[str, torch.nn.Module] = {}
     skipped: dict[str, str] = {}
     used: set[str] = set()
     for name, module in every.items():
+        if isinstance(module, ModuleCopies) and any(matches(p, name) for p in wanted):
+            used.update(p for p in wanted if matches(p, name))
+            skipped[name] = f"adapters {list(module.copies)} have copies of it (modules_to_save)"
         if not isinstance(module, (torch.nn.Linear, Linear, AdapterLinear)):
             continue
         hits = [p for p in wanted if p == ALL_LINEAR or matches(p, name)]
@@ -272,6 +299,8 @@ def select(
                 chosen[name] = module
             else:
                 skipped[name] = f"it carries other adapters ({type(module).__name__})"
+        elif is_compiled(module, places):
+            skipped[name] = "torch.compile has it as it is: adapt it before you compile it"
         elif isinstance(parent, torch.nn.TransformerEncoderLayer):
             skipped[name] = "torch.nn.TransformerEncoderLayer reads its weight and passes the layer by"
         elif reason := refusal(module):
@@ -305,6 +334,11 @@ def places_of(model: torch.nn.Module) -> dict[int, list[tuple[torch.nn.Module, s
             if child is not None:
                 places.setdefault(id(child), []).append((parent, key))
     return places
+
+
+def is_compiled(module: torch.nn.Module, places: Mapping[int, list[tuple[torch.nn.Module, str]]]) -> bool:
+    """Whether torch.compile was called on this very module: it would go on running the one that it saw."""
+    return any(type(parent).__name__ == "OptimizedModule" for parent, _ in places.get(id(module), ()))
 
 
 def wrap_(
@@ -386,6 +420,7 @@ def describe(name: str, layer: AdapterLinear, adapter_name: str) -> AdaptedLayer
 def freeze_base_(model: torch.nn.Module) -> None:
     """Let only adapters require gradients."""
     own = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
+    own |= {id(p) for m in module_copies(model).values() for p in m.modules_to_save.parameters()}
     for p in model.parameters():
         if id(p) not in own:
             p.requires_grad_(False)
@@ -409,7 +444,8 @@ def count_(report: AdapterReport, model: torch.nn.Module) -> None:
 
 
 def lora_parameters(model: torch.nn.Module, adapter_name: str | None = None) -> list[torch.nn.Parameter]:
-    """The parameters of a model's adapters (LoRA, DoRA, IA3), for an optimizer; of one adapter, if named.
+    """The parameters of a model's adapters (LoRA, DoRA, IA3, and what `modules_to_save` of a loaded one
+    holds), for an optimizer; of one adapter, if named.
 
     Raises:
         ValueError: the model has no adapter, or none of that name.
@@ -419,6 +455,10 @@ def lora_parameters(model: torch.nn.Module, adapter_name: str | None = None) -> 
         names = layer.adapters if adapter_name is None else [adapter_name]
         for name in names:
             found |= {id(p): p for p in layer.adapters[name].parameters()}
+    for module in module_copies(model).values():
+        for name, copy in module.copies.items():
+            if adapter_name in (None, name):
+                found |= {id(p): p for p in copy.parameters()}
     return list(found.values())
 
 
@@ -439,17 +479,32 @@ def _layers_with(model: torch.nn.Module, names: str | Sequence[str] | None) -> l
 
 def set_adapter_(model: torch.nn.Module, names: str | Sequence[str], trainable: bool = True) -> None:
     """Make adapters active in the whole model and the others not; several add up. Layers without them are
-    the base layer. Only the active ones require gradients, if `trainable`.
+    the base layer, and modules of which they have no copy (a head) the base model's. Only the active ones
+    require gradients, if `trainable`.
 
     Raises:
-        ValueError: a name that no layer has; a layer is merged.
+        ValueError: a name that no layer has; a layer is merged; two of them have a copy of one module.
     """
     names = [names] if isinstance(names, str) else list(names)
     _layers_with(model, names)
     layers = list(adapted_layers(model).values())
     _check_unmerged(model, "set adapters")
+    copies = _copies_of(model, names)
     for layer in layers:
         layer.set_adapter([name for name in names if name in layer.adapters], trainable)
+    for module in copies:
+        module.set_adapter(tuple(names), trainable)
+
+
+def _copies_of(model: torch.nn.Module, names: Sequence[str]) -> list[ModuleCopies]:
+    """All modules with copies; ValueError where two of the adapters have one of the same."""
+    found = module_copies(model)
+    for name, module in found.items():
+        try:
+            module.check_adapters(tuple(names))
+        except ValueError as why:
+            raise ValueError(f"{name}: {why}") from None
+    return list(found.values())
 
 
 def _check_unmerged(model: torch.nn.Module, what: str) -> None:
@@ -462,13 +517,18 @@ def _check_unmerged(model: torch.nn.Module, what: str) -> None:
 def disable_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Inside, the model is its base, merged or not."""
     layers = [layer for layer in adapted_layers(model).values() if layer.enabled]
+    copies = [module for module in module_copies(model).values() if module.enabled]
     for layer in layers:
         layer.disable_adapters()
+    for module in copies:
+        module.enabled = False
     try:
         yield
     finally:
         for layer in layers:
             layer.enable_adapters()
+        for module in copies:
+            module.enabled = True
 
 
 def merge_adapters_(model: torch.nn.Module, adapters: str | Sequence[str] | None = None) -> MergeReport:
@@ -480,6 +540,8 @@ def merge_adapters_(model: torch.nn.Module, adapters: str | Sequence[str] | None
     """
     _layers_with(model, adapters)
     _check_unmerged(model, "merge")
+    given = [adapters] if isinstance(adapters, str) else adapters
+    copies = _copies_of(model, () if given is None else given)
     report = MergeReport()
     done: list[AdapterLinear] = []
     try:
@@ -494,6 +556,10 @@ def merge_adapters_(model: torch.nn.Module, adapters: str | Sequence[str] | None
         for layer in done:
             layer.unmerge()
         raise ValueError(f"{name}: {why}") from None
+    for module in copies:
+        module.merged_adapters = module.check_adapters(
+            module.active_adapters if given is None else tuple(given)
+        )
     return report
 
 
@@ -501,11 +567,14 @@ def unmerge_adapters_(model: torch.nn.Module) -> None:
     """Go back to the original weights, bit for bit."""
     for layer in adapted_layers(model).values():
         layer.unmerge()
+    for module in module_copies(model).values():
+        module.merged_adapters = None
 
 
 def remove_adapters_(model: torch.nn.Module, adapter_name: str | None = None) -> None:
     """Take an adapter out of a model; or all, and the layers around them: a merged layer leaves its merged
-    weight behind, another one its original. What was frozen stays frozen.
+    weight behind, another one its original; so do modules of which adapters have copies. What was frozen
+    stays frozen.
 
     Raises:
         ValueError: no layer has the adapter; one that does is merged.
@@ -515,9 +584,13 @@ def remove_adapters_(model: torch.nn.Module, adapter_name: str | None = None) ->
         _check_unmerged(model, "remove an adapter")
         for layer in layers:
             layer.delete_adapter(adapter_name)
-        return
+        for module in module_copies(model).values():
+            if adapter_name in module.copies:
+                module.delete_adapter(adapter_name)
     places = places_of(model)
-    for layer in layers:
-        inner = layer.unwrap()
-        for parent, key in places[id(layer)]:
+    gone: list[AdapterLinear | ModuleCopies] = [*layers] if adapter_name is None else []
+    gone += [m for m in module_copies(model).values() if adapter_name is None or not m.copies]
+    for around in gone:
+        inner = around.unwrap()
+        for parent, key in places[id(around)]:
             parent._modules[key] = inner

@@ -7,6 +7,7 @@ or `ia3_l`; the adapter's name is in none of them.
 from __future__ import annotations
 
 import collections
+import copy
 import json
 import os
 import re
@@ -24,13 +25,17 @@ from ..lora import (
     adapted_layers,
     count_,
     describe,
+    is_compiled,
     layers_of,
+    module_copies,
     places_of,
     wrap_,
 )
 from ..nn import AdapterLinear, IA3Linear, Linear, LoRALinear
-from ..nn.adapters import check_name, refusal
+from ..nn.adapters import check_name, float_rows, refusal
 from ..nn.lora import check_dtype, check_options
+from ..nn.module_copies import ModuleCopies
+from .patterns import fullmatch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -78,7 +83,8 @@ def load_peft_(
     dtype: torch.dtype = torch.float32,
 ) -> AdapterReport:
     """Put an adapter that PEFT saved (LoRA with rsLoRA, DoRA, rank and alpha patterns; IA3) into a model, in
-    place. What its `modules_to_save` hold (a head) is written over the model's own.
+    place. What its `modules_to_save` hold (a head), and embeddings that were resized, become its own copies
+    of those modules, in use while the adapter is active.
 
     Everything is read and checked before the model is touched. A model that has an adapter of this name, of
     the same kind on the same layers, gets its content swapped in place (see `LoRALinear.load_adapter_`);
@@ -106,18 +112,29 @@ def load_peft_(
     layers = layers_of(model)
     try:
         whole = _whole_modules(model, layers, tensors, config.get("modules_to_save") or [])
-        found = _by_layer({k: t for k, t in tensors.items() if k not in whole}, config, kind)
-        chosen = _check_layers(model, layers, found, config, kind)
-    except (TypeError, ValueError, re.error) as why:
+        replaced = {key for keys in whole.values() for key in keys.values()}
+        bases = {k: t for k, t in tensors.items() if ".base_layer." in k}
+        rest = {k: t for k, t in tensors.items() if k not in replaced and k not in bases}
+        found = _by_layer(rest, config, kind)
+        chosen = _check_layers(model, layers, found, config, kind, whole)
+        _check_bases(chosen, bases)
+        copies = _copies(layers, whole, tensors, config.get("modules_to_save") or [])
+    except (TypeError, ValueError) as why:
         raise ValueError(f"{folder}: {why}") from None
     if any(adapter_name in layer.adapters for layer in adapted_layers(model).values()):
+        own = {name for name, module in module_copies(model).items() if adapter_name in module.copies}
+        if own - set(copies):
+            raise ValueError(
+                f"adapter {adapter_name!r} has copies of other modules than the file's: "
+                f"{_difference(own, set(copies))}; remove_adapters_ it first, or pass another adapter_name"
+            )
         report = _swap_(model, chosen, found, config, adapter_name, trainable)
-        return _write_whole_(whole, tensors, report, model, trainable)
+        return _put_copies_(model, copies, report, trainable)
 
     def make(name: str, base: torch.nn.Linear | Linear) -> AdapterLinear:
         if kind == "LORA":
             return LoRALinear(base, None)
-        return IA3Linear(base, _is_feedforward(found[name]), adapter_name=None)
+        return IA3Linear(base, _is_feedforward(config, name, found[name]), adapter_name=None)
 
     def add(name: str) -> Callable[[AdapterLinear], None]:
         def to(layer: AdapterLinear) -> None:
@@ -143,7 +160,7 @@ def load_peft_(
         report = wrap_(model, chosen, {}, adapter_name, make, add, trainable)
     finally:
         torch.set_rng_state(state)
-    return _write_whole_(whole, tensors, report, model, trainable)
+    return _put_copies_(model, copies, report, trainable)
 
 
 def _whole_modules(
@@ -151,48 +168,125 @@ def _whole_modules(
     layers: Mapping[str, torch.nn.Module],
     tensors: Mapping[str, torch.Tensor],
     names: list[str],
-) -> dict[str, torch.Tensor]:
-    """The model's tensors that modules_to_save replace, by key in the file; ValueError for ones that don't
-    fit."""
-    found: dict[str, torch.Tensor] = {}
-    modules = {n: m for n, m in layers.items() if n and n.endswith(tuple(names))}  # PEFT's rule
-    for name in names:
-        if not any(n.endswith(name) for n in modules):
-            raise ValueError(f"modules_to_save holds {name!r}, which no module of the model is called")
-    for name, module in modules.items():
+) -> dict[str, dict[str, str]]:
+    """The modules that the file brings whole, by name: the file's key of each of their tensors; ValueError
+    for ones that don't fit. As in PEFT a name means the modules whose names end so, and may mean none."""
+    modules = [n for n in layers if n and n.endswith(tuple(names))]
+    if names and not modules:
+        raise ValueError(f"modules_to_save holds {names[0]!r}, which no module of the model is called")
+    modules += [n for n in _embeddings(layers) if n not in modules and f"{_PREFIX}{n}.weight" in tensors]
+    modules = [n for n in modules if not any(n.startswith(f"{other}.") for other in modules)]
+    replaced: set[int] = set()
+    for name in modules:
+        replaced |= {id(m) for m in layers[name].modules()}
+    found: dict[str, dict[str, str]] = {}
+    for name in modules:
+        module = layers[name]
+        module = module.original_module if isinstance(module, ModuleCopies) else module
         inside = {id(p) for p in module.parameters()}
-        if any(isinstance(m, (Linear, AdapterLinear)) for m in module.modules()):
+        if any(isinstance(m, (Linear, AdapterLinear, ModuleCopies)) for m in module.modules()):
             raise ValueError(
                 f"modules_to_save replaces {name!r}, which is quantised or adapted in this model"
             )
+        if any("forward" in m.__dict__ for m in module.modules()):
+            raise ValueError(f"modules_to_save replaces {name!r}, whose forward is replaced on the instance")
         for other, m in layers.items():
-            apart = other != name and not other.startswith(f"{name}.")
-            if apart and any(id(p) in inside for p in m._parameters.values()):
+            if id(m) not in replaced and any(id(p) in inside for p in m._parameters.values()):
                 raise ValueError(f"modules_to_save replaces {name!r}, whose weight is tied to {other!r}")
+        found[name] = {}
         for key, own in module.state_dict(keep_vars=True).items():
             at = f"{_PREFIX}{name}.{key}"
             t = tensors.get(at)
             if t is None or t.shape != own.shape:
                 held = "missing" if t is None else f"of shape {list(t.shape)}"
                 raise ValueError(f"{at} is {held}, expected a tensor {list(own.shape)}")
-            found[at] = own
+            found[name][key] = at
     return found
 
 
-def _write_whole_(
-    whole: Mapping[str, torch.Tensor],
+def _embeddings(layers: Mapping[str, torch.nn.Module]) -> list[str]:
+    """A transformers model's input and output embeddings, which PEFT saves whole when they were resized."""
+    getters = (getattr(layers[""], f"get_{side}_embeddings", None) for side in ("input", "output"))
+    both = [getter() for getter in getters if callable(getter)]
+    return [name for name, m in layers.items() if name and any(m is module for module in both)]
+
+
+def _copies(
+    layers: Mapping[str, torch.nn.Module],
+    whole: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, torch.Tensor],
-    report: AdapterReport,
-    model: torch.nn.Module,
-    trainable: bool,
+    named: Iterable[str],
+) -> dict[str, torch.nn.Module]:
+    """What the adapter puts in the modules' places; no embedding that is as in the model."""
+    made = {}
+    for name, keys in whole.items():
+        module = layers[name]
+        module = module.original_module if isinstance(module, ModuleCopies) else module
+        held = module.state_dict(keep_vars=True)
+        if not name.endswith(tuple(named)) and all(_is_own(held[k], tensors[of]) for k, of in keys.items()):
+            continue
+        made[name] = copy.deepcopy(module)
+        with torch.no_grad():
+            for key, t in made[name].state_dict(keep_vars=True).items():
+                t.copy_(tensors[keys[key]])
+    return made
+
+
+def _is_own(own: torch.Tensor, t: torch.Tensor) -> bool:
+    """Whether a file's tensor is the model's, as far as the shorter of their dtypes says."""
+    t = t.to(own.device)
+    return torch.equal(own.to(t.dtype), t) or torch.equal(own, t.to(own.dtype))
+
+
+def _put_copies_(
+    model: torch.nn.Module, copies: Mapping[str, torch.nn.Module], report: AdapterReport, trainable: bool
 ) -> AdapterReport:
-    with torch.no_grad():
-        for key, own in whole.items():
-            own.copy_(tensors[key])
-            if isinstance(own, torch.nn.Parameter):
-                own.requires_grad_(trainable)
+    """Give the adapter its copies, or write over those that it has."""
+    name = report.adapter_name
+    active = any(name in layer.active_adapters for layer in adapted_layers(model).values())
+    layers, places = layers_of(model), places_of(model)
+    for at, made in copies.items():
+        module = layers[at]
+        if not isinstance(module, ModuleCopies):
+            around = ModuleCopies(module)
+            for parent, key in places[id(module)]:
+                parent._modules[key] = around
+            module = around
+        if name in module.copies:
+            module.copies[name].load_state_dict(made.state_dict())
+            module.copies[name].requires_grad_(active and trainable)
+        else:
+            module.hold(name, made, active, trainable)
     count_(report, model)
     return report
+
+
+def _check_bases(chosen: Mapping[str, torch.nn.Module], bases: Mapping[str, torch.Tensor]) -> None:
+    """ValueError where the file holds another base weight than the model: PEFT writes that of an output
+    embedding beside its adapter."""
+    for at, t in bases.items():
+        name, _, key = at.removeprefix(_PREFIX).rpartition(".base_layer.")
+        layer = chosen.get(name)
+        layer = layer.base_layer if isinstance(layer, AdapterLinear) else layer
+        if not at.startswith(_PREFIX) or layer is None or key not in ("weight", "bias"):
+            raise ValueError(f"{WEIGHTS} holds {at!r}, which is no tensor of an adapter on a linear layer")
+        own: Any = getattr(layer, key)
+        if own is None or tuple(own.shape) != tuple(t.shape):
+            shape = None if own is None else list(own.shape)
+            raise ValueError(f"{at} has shape {list(t.shape)}, the model's own {shape}")
+        if isinstance(layer, Linear) and key == "weight":
+            # rounded to few bits, by far less than half; other rows would be off by more than all of it
+            other = any(
+                bool(((w - t[rows].to(w)).norm(dim=1) > 0.5 * t[rows].to(w).norm(dim=1)).any())
+                for rows, w in float_rows(layer)
+            )
+        else:
+            other = not _is_own(own, t)
+        if other:
+            raise ValueError(
+                f"{at} is not the model's own {name}.{key}: the adapter was trained over another one, which "
+                f"you may copy into {name} before you load it"
+            )
 
 
 def _fill_(layer: AdapterLinear, adapter_name: str, one: _Found, config: Mapping[str, Any]) -> None:
@@ -255,12 +349,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The config with defaults filled in; ValueError names what is not understood."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as why:
+    except (ValueError, RecursionError) as why:  # ValueError also for what is no UTF-8, and for huge integers
         raise ValueError(f"{path} is not JSON: {why}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, expected an object")
     kind = config.get("peft_type")
-    if kind not in _READ:
+    if not isinstance(kind, str) or kind not in _READ:
         raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA' or 'IA3'")
     for name, value in config.items():
         if name not in _READ[kind] and name not in _IGNORED and value not in (None, False, [], {}, ""):
@@ -317,7 +411,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """What a rank or alpha pattern says of a layer: PEFT's rule, the first pattern that ends the name."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if fullmatch(rf"(.*\.)?({pattern})", name):
             return value
     return default
 
@@ -361,8 +455,12 @@ def _difference(found: set[str], expected: set[str]) -> str:
     return "; ".join(said)
 
 
-def _is_feedforward(one: _Found) -> bool:
-    return one.tensors["ia3_l"].shape[0] == 1
+def _is_feedforward(config: Mapping[str, Any], name: str, one: _Found) -> bool:
+    """Whether IA3 scales the layer's inputs: what the config says, by PEFT's rule; else the shape."""
+    said = config.get("feedforward_modules")
+    if said is None:
+        return one.tensors["ia3_l"].shape[0] == 1
+    return fullmatch(said, name) if isinstance(said, str) else any(name.endswith(end) for end in said)
 
 
 def _check_layers(
@@ -371,14 +469,18 @@ def _check_layers(
     found: Mapping[str, _Found],
     config: Mapping[str, Any],
     kind: str,
+    whole: Iterable[str],
 ) -> dict[str, torch.nn.Module]:
     """The model's layers that the file is for, in the model's order, every tensor of the right shape."""
     want = LoRALinear if kind == "LORA" else IA3Linear
     unknown = set(found) - set(layers)
     if unknown:
         raise ValueError(f"the model has no layer {sorted(unknown)[0]!r} ({len(unknown)} such in the file)")
+    for name in whole:
+        if inside := [n for n in found if n == name or n.startswith(f"{name}.")]:
+            raise ValueError(f"{inside[0]!r} has an adapter, and modules_to_save replaces {name!r}")
     linear = [n for n, m in layers.items() if isinstance(m, (torch.nn.Linear, Linear, AdapterLinear))]
-    targeted = _targeted(config, linear)
+    targeted = _targeted(config, linear, whole)
     if targeted is not None and targeted - set(found):
         missing = sorted(targeted - set(found))
         raise ValueError(
@@ -395,6 +497,8 @@ def _check_layers(
                 raise ValueError(f"{name} carries other adapters ({type(module).__name__})")
         elif reason := refusal(module):
             raise ValueError(f"{name} is {reason}")
+        elif is_compiled(module, places):
+            raise ValueError(f"{name} is compiled by torch.compile: load the adapter before you compile it")
         if len(places.get(id(module), ())) > 1:
             raise ValueError(f"{name} stands in several places of the model, which PEFT adapts in one only")
         chosen[name] = module
@@ -406,7 +510,9 @@ def _check_layers(
             "lora_magnitude_vector": (n,),
         }
         if kind == "IA3":
-            inputs = module.feedforward if isinstance(module, IA3Linear) else _is_feedforward(one)
+            inputs = _is_feedforward(config, name, one)
+            if isinstance(module, IA3Linear) and module.feedforward != inputs:
+                raise ValueError(f"{name} has feedforward {module.feedforward}, in the file {inputs}")
             shapes["ia3_l"] = (1, k) if inputs else (n, 1)
         for suffix, t in one.tensors.items():
             if t.shape != shapes[suffix]:
@@ -416,17 +522,25 @@ def _check_layers(
     return chosen
 
 
-def _targeted(config: Mapping[str, Any], names: Iterable[str]) -> set[str] | None:
+def _targeted(config: Mapping[str, Any], names: Iterable[str], whole: Iterable[str]) -> set[str] | None:
     """The linear layers that the config means, by PEFT's rule; None where only PEFT could tell."""
     targets, exclude = config["target_modules"], config.get("exclude_modules") or []
     if config.get("layers_to_transform") is not None or targets == ALL_LINEAR:
         return None
-    return {name for name in names if _means(targets, name) and not _means(exclude, name)}
+    inside = tuple(f"{name}." for name in whole)
+    saved = [rf"(.*\.)?{name}(\..*)?" for name in config.get("modules_to_save") or []]
+
+    def is_meant(name: str) -> bool:
+        if name.startswith(inside) or any(fullmatch(pattern, name) for pattern in saved):
+            return False
+        return _means(targets, name) and not _means(exclude, name)
+
+    return {name for name in names if is_meant(name)}
 
 
 def _means(targets: str | list[str], name: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return fullmatch(targets, name)
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -450,7 +564,8 @@ def save_peft(
         model: holds `LoRALinear` or `IA3Linear` layers.
         folder: made if it is not there.
         adapter_name: the adapter to save.
-        modules_to_save: full names of modules that were trained themselves, such as a head.
+        modules_to_save: full names of modules that were trained themselves, such as a head. Those of which
+            the adapter has copies of its own are written without being named.
         base_model_name_or_path: what the config says of the base model.
 
     Raises:
@@ -471,6 +586,10 @@ def save_peft(
             raise ValueError(f"{name} stands in several places of the model, which PEFT adapts in one only")
     whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
     every = layers_of(model)
+    for name, module in module_copies(model).items():
+        if adapter_name in module.copies:
+            every[name] = module.copies[adapter_name]
+            whole += [name] if name not in whole else []
     for name in whole:
         if name not in every:
             raise ValueError(f"modules_to_save holds {name!r}, which no module of the model is called")

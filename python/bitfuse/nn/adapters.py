@@ -6,7 +6,7 @@ import abc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,7 +15,7 @@ from ..weight import CHUNK, LowBitWeight, dequantize_rows, nest_scales, quantize
 from .linear import Linear
 
 # what of a module calls hooks: they move from a layer to the one around it
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -89,6 +89,10 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
 
     base_layer: torch.nn.Linear | Linear
     merged_layer: torch.nn.Linear | Linear | None
+    # transformers asks each module: what may be tied to an embedding, and is then saved once
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        f"base_layer.{name}": f"base_layer.{name}" for name in ("weight", "bias")
+    }
 
     def __init__(self, base: torch.nn.Linear | Linear) -> None:
         if reason := refusal(base):
@@ -102,7 +106,7 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
         self.merged_adapters: tuple[str, ...] = ()
         self.enabled = True
         self.training = base.training
-        for name in _HOOKS:
+        for name in HOOKS:
             self.__dict__[name] = base.__dict__[name]
         self._is_full_backward_hook = base._is_full_backward_hook
         self.register_state_dict_post_hook(_without_merged)
@@ -116,6 +120,12 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
     def bias(self) -> torch.Tensor | None:
         """The bias in use."""
         return (self.merged_layer or self.base_layer).bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and isinstance(value, torch.Tensor):  # is tied anew
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _place(self) -> torch.device:
         return next(self.base_layer.parameters()).device
@@ -249,7 +259,7 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
         """The layer to put in this one's place: the merged one if it is merged, else the base. It takes the
         hooks back."""
         layer = self.merged_layer or self.base_layer
-        for name in (*_HOOKS, "_is_full_backward_hook"):
+        for name in (*HOOKS, "_is_full_backward_hook"):
             layer.__dict__[name] = self.__dict__[name]
         return layer.train(self.training)
 
