@@ -34,13 +34,17 @@ def recorded(*tensors: torch.Tensor | None) -> bool:
         for t in tensors:
             if t is not None and t.requires_grad:
                 return is_compiling() or tracing() is None  # a trace has the op, which has no gradient there
-    # what is wrapped by a transform, or by two, does not say so
-    return not is_compiling() and (forward_ad._current_level >= 0 or transformed())
+    return elsewhere()  # what is wrapped by a transform, or by two, does not say so
+
+
+def elsewhere() -> bool:
+    """Whether a transform or forward-mode AD is at work, which no tensor needs to tell of."""
+    return (forward_ad._current_level >= 0 or transformed()) and not is_compiling()
 
 
 def recording() -> bool:
     """Whether any call would be `recorded`, whatever its arguments."""
-    return torch.is_grad_enabled() or recorded()
+    return torch.is_grad_enabled() or elsewhere()
 
 
 def _no_tangents(op: str) -> Callable[..., Any]:

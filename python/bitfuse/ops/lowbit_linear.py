@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
-from ..autograd import Function, recorded
+from ..autograd import Function, elsewhere, recorded
 from ..cost import Cost, moved
 from ..cpu import lowbit_linear as cpp
 from ..cuda import lowbit_linear as cuda
@@ -184,7 +183,7 @@ class _LowBitLinear(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, _, perm, *tensors, ctx.format, ctx.group_size = inputs
         ctx.save_for_backward(*tensors, perm)
-        if not is_compiling():
+        if elsewhere():
             ctx.save_for_forward(*tensors, perm)
             ctx.shape = output.shape
 
@@ -227,7 +226,7 @@ class _GradX(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, *tensors, ctx.format, ctx.group_size = inputs
         ctx.save_for_backward(*tensors)
-        if not is_compiling():
+        if elsewhere():
             ctx.save_for_forward(*tensors)
 
     @staticmethod

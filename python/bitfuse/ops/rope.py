@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
-from ..autograd import Function, recorded
+from ..autograd import Function, elsewhere, recorded
 from ..cpu import rope as cpp
 from ..kernels import rope as triton
 from ..kv_cache import Rotary, check_rotary, rotate
@@ -79,7 +78,7 @@ class _Rope(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, ctx.inverse, *tensors, ctx.interleaved = inputs
         ctx.save_for_backward(*tensors)
-        if not is_compiling():
+        if elsewhere():
             ctx.save_for_forward(*tensors)
 
     @staticmethod
