@@ -6,14 +6,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import bitfuse
 import pytest
 import torch
-from bitfuse.nn import Linear
-from safetensors.torch import load_file, save_file
+from bitfuse.formats import FIXED_SCALE_DTYPES
+from bitfuse.nn import IA3Linear, Linear, LoRALinear
+from safetensors.torch import load_file, load_model, save_file, save_model
 from test_weight import EVERY, LATER, name_of
 
 
@@ -53,6 +56,135 @@ def test_saving_is_exact(options: dict[str, Any], tmp_path: Path) -> None:
     torch.save(layer, whole)
     whole.seek(0)
     assert same(layer, torch.load(whole, weights_only=False))
+
+
+@pytest.mark.parametrize("options", [*EVERY, *LATER], ids=name_of)
+def test_states_of_whole_models_and_of_version_0_1(options: dict[str, Any], tmp_path: Path) -> None:
+    """safetensors' save_model wants each tensor to have its own memory; 0.1 held scales of eight bits as
+    floats."""
+    layer = Linear.from_float(torch.nn.Linear(256, 24), **options)
+    assert all(t.dtype not in FIXED_SCALE_DTYPES for t in layer.state_dict().values())
+    save_model(layer, str(tmp_path / "m.safetensors"))
+    target = Linear(256, 24, **options)
+    load_model(target, str(tmp_path / "m.safetensors"))
+    old = layer.state_dict()
+    if layer.format.scale_dtype in FIXED_SCALE_DTYPES:
+        old["scales"] = old["scales"].view(layer.format.scale_dtype)
+    x = torch.randn(3, 256)
+    assert torch.equal(target(x), layer(x))
+    for assign in (False, True):
+        target = Linear(256, 24, **options)
+        target.load_state_dict(old, assign=assign)
+        assert torch.equal(target(x), layer(x)) and target.scales.dtype == layer.scales.dtype
+
+
+@pytest.mark.parametrize("options", ALL, ids=name_of)
+def test_weight_says_what_the_layer_was_cast_to(options: dict[str, Any]) -> None:
+    layer = make(**options)
+    before = layer.weight.dequantize()
+    assert isinstance(layer, torch.nn.Linear) and layer.weight.dtype == torch.float32
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert layer.to(dtype).weight.dtype == dtype
+        assert copy.deepcopy(layer).weight.dtype == dtype
+        assert torch.equal(layer.weight.dequantize(), before)
+    assert Linear.from_float(torch.nn.Linear(128, 64).half(), **options).weight.dtype == torch.float16
+    assert Linear(128, 64, dtype=torch.bfloat16, format=options["format"]).weight.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="reset_parameters would write"):
+        layer.reset_parameters()
+
+
+def test_the_input_has_torchs_name() -> None:
+    x = torch.randn(3, 128)
+    for layer in (make(), LoRALinear(make(), 4), IA3Linear(make())):
+        assert torch.equal(layer(input=x), layer(x))
+
+
+def replicas(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """`nn.DataParallel`'s, with clones for the copies on other devices."""
+    module = sys.modules["torch.nn.parallel.replicate"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_get_device_index", lambda device, *args: 0)
+        clones = lambda ts, ids, detach=False: [[t.clone() for t in ts] for _ in ids]  # noqa: E731
+        patch.setattr(module, "_broadcast_coalesced_reshape", clones)
+        return module.replicate(layer, [0, 1])
+
+
+@pytest.mark.parametrize("options", [*ALL, None], ids=lambda o: name_of(o) if o else "dense")
+def test_replicas_of_data_parallel(options: dict[str, Any] | None) -> None:
+    def base() -> torch.nn.Module:
+        return torch.nn.Linear(128, 64) if options is None else make(**options)
+
+    x, layers = torch.randn(3, 128), [LoRALinear(torch.nn.Linear(128, 64, bias=False), 4)]
+    layers += [LoRALinear(base(), 4), LoRALinear(base(), 4, use_dora=True), IA3Linear(base())]
+    for layer in layers if options is None else [*layers, base()]:
+        for mode in (True, False):
+            layer.train(mode)
+            with torch.set_grad_enabled(mode):
+                expected = layer(x)
+                assert all(torch.equal(replica(x), expected) for replica in replicas(layer))
+                if options is not None and isinstance(layer, Linear):
+                    again = replicas(layer)[1].weight
+                    assert torch.equal(again.dequantize(), layer.weight.dequantize())
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[Any]:
+    """A mesh of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_shards_are_never_cast(one_process: Any) -> None:
+    """FSDP2's mixed precision casts float parameters when it gathers them; gloo has no eight-bit floats."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    x = torch.randn(4, 128).bfloat16()
+    for options in ALL:
+        layer = make(**options)
+        torch.nn.parallel.DistributedDataParallel(layer)
+        model = torch.nn.Sequential(copy.deepcopy(layer))
+        expected = copy.deepcopy(layer).bfloat16()(x)
+        fully_shard(model, mesh=one_process, mp_policy=policy)
+        full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        for key, t in layer.state_dict().items():
+            assert type(full[f"0.{key}"]) is torch.Tensor and torch.equal(full[f"0.{key}"], t), key
+        for change in (
+            lambda m: None,
+            lambda m: m.load_state_dict(m.state_dict()),
+            lambda m: m.load_state_dict(m.state_dict(), assign=True),
+            lambda m: m.to("cpu"),
+        ):
+            change(model)
+            assert torch.equal(model(x), expected), (options, "scales were rounded")
+
+
+@pytest.mark.parametrize("options", ALL, ids=name_of)
+def test_averages_of_models(options: dict[str, Any]) -> None:
+    """At a decay that keeps integers (torch rounds them down)."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = torch.nn.Sequential(make(**options))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    for _ in range(3):
+        average.update_parameters(model)
+    assert same(model[0], average.module[0])
+
+
+def test_what_autocast_leaves_to_torch() -> None:
+    """As torch.nn.functional.linear: integers are no input, float64 is not cast."""
+    layer = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x in (torch.ones(2, 128, dtype=torch.int64), torch.ones(2, 128, dtype=torch.float64)):
+            with pytest.raises(TypeError, match=f"x has dtype {x.dtype}"):
+                layer(x)
 
 
 def test_codes_do_not_require_gradients_and_bias_does() -> None:

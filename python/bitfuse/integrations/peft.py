@@ -139,7 +139,7 @@ def with_bitfuse_layers(config: _Config) -> _Config:
     from the start.
 
     Args:
-        config: a `peft.LoraConfig`, whose target_modules name layers ("all-linear" means only torch's).
+        config: a `peft.LoraConfig`; "all-linear" means `bitfuse.nn.Linear` too.
 
     Raises:
         ImportError: peft is not installed.

@@ -416,7 +416,7 @@ class _LoraLinear(Function):
 def autocast(x: torch.Tensor, projections: tuple[LoraArgs, ...]) -> tuple[torch.Tensor, tuple[LoraArgs, ...]]:
     """Under `torch.autocast` x, biases and dense weights in its dtype; adapters stay in their own."""
     device = "cpu" if x.is_cpu else x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype not in FLOATS:
         return x, projections
     dtype = torch.get_autocast_dtype(device)
     cast = []

@@ -250,7 +250,8 @@ def apply_lowbit(
 ) -> torch.Tensor:
     """`lowbit_linear` on the parts of a weight, as `LowBitWeight.op_args` gives them: what layers call."""
     device = "cpu" if x.is_cpu else x.device.type  # the shorter way is a sixth of the longer
-    if device != "meta" and torch.is_autocast_enabled(device):
+    # as torch: integers and float64 are not cast
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOATS:
         dtype = torch.get_autocast_dtype(device)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if perm is not None:

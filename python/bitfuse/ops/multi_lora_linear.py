@@ -417,7 +417,7 @@ def multi_lora_linear(
         raise TypeError(f"adapter_ids is a {type(adapter_ids).__name__}, expected a tensor")
     scales = _scales(scaling, count_of(a), x.device)
     device = "cpu" if x.is_cpu else x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOATS:
         dtype = torch.get_autocast_dtype(device)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         weight = weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
