@@ -99,7 +99,7 @@ def test_the_input_has_torchs_name() -> None:
         assert torch.equal(layer(input=x), layer(x))
 
 
-def replicas(layer: torch.nn.Module) -> list[torch.nn.Module]:
+def replicas(layer: torch.nn.Module) -> list[Any]:
     """`nn.DataParallel`'s, with clones for the copies on other devices."""
     module = sys.modules["torch.nn.parallel.replicate"]
     with pytest.MonkeyPatch.context() as patch:
@@ -111,10 +111,11 @@ def replicas(layer: torch.nn.Module) -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize("options", [*ALL, None], ids=lambda o: name_of(o) if o else "dense")
 def test_replicas_of_data_parallel(options: dict[str, Any] | None) -> None:
-    def base() -> torch.nn.Module:
+    def base() -> Any:
         return torch.nn.Linear(128, 64) if options is None else make(**options)
 
-    x, layers = torch.randn(3, 128), [LoRALinear(torch.nn.Linear(128, 64, bias=False), 4)]
+    x = torch.randn(3, 128)
+    layers: list[Any] = [LoRALinear(torch.nn.Linear(128, 64, bias=False), 4)]
     layers += [LoRALinear(base(), 4), LoRALinear(base(), 4, use_dora=True), IA3Linear(base())]
     for layer in layers if options is None else [*layers, base()]:
         for mode in (True, False):
@@ -155,7 +156,8 @@ def test_shards_are_never_cast(one_process: Any) -> None:
         fully_shard(model, mesh=one_process, mp_policy=policy)
         full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         for key, t in layer.state_dict().items():
-            assert type(full[f"0.{key}"]) is torch.Tensor and torch.equal(full[f"0.{key}"], t), key
+            found = full[f"0.{key}"]
+            assert type(found) is torch.Tensor and torch.equal(found, t), key
         for change in (
             lambda m: None,
             lambda m: m.load_state_dict(m.state_dict()),
@@ -171,11 +173,11 @@ def test_averages_of_models(options: dict[str, Any]) -> None:
     """At a decay that keeps integers (torch rounds them down)."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    model = torch.nn.Sequential(make(**options))
+    model = make(**options)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     for _ in range(3):
         average.update_parameters(model)
-    assert same(model[0], average.module[0])
+    assert same(model, average.module)
 
 
 def test_what_autocast_leaves_to_torch() -> None:

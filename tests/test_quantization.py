@@ -136,7 +136,7 @@ def test_all_or_nothing(format: str, weight: torch.Tensor, error: type[Exception
 
 
 def test_strides_and_tiny_rows() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 128))
+    model: Any = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 128))
     with torch.no_grad():
         model[0].weight.data = model[0].weight.data.t()
         model[1].weight[5] = 1e-10
@@ -150,7 +150,7 @@ def test_strides_and_tiny_rows() -> None:
 def test_parents_that_read_the_weight(format: str) -> None:
     """torch's encoders in eval read .weight for a fast path of their own; the slow one is taken."""
     layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0)
-    dense = torch.nn.ModuleDict({
+    dense: Any = torch.nn.ModuleDict({
         "encoder": torch.nn.TransformerEncoder(layer, 2),
         "both": torch.nn.Transformer(64, 4, 1, 1, 128, batch_first=True, dropout=0.0),
     })  # fmt: skip
@@ -175,7 +175,7 @@ def test_parents_that_read_the_weight(format: str) -> None:
 def test_a_weight_that_a_hook_computes_is_skipped() -> None:
     from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-    makers: dict[str, Callable[[torch.nn.Linear], Any]] = {
+    makers: dict[str, Callable[[Any], Any]] = {
         "WeightNorm": weight_norm,
         "SpectralNorm": spectral_norm,
         "L1Unstructured": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
@@ -253,7 +253,7 @@ def test_adapters_are_left_and_what_is_under_them_is_not() -> None:
 
 
 def tiny(transformers: Any, name: str) -> tuple[Any, torch.Tensor]:
-    """A random model of an architecture whose modules read a layer's weight, or whose layers are their own."""
+    """A random model whose modules read a layer's weight, or whose layers are of a kind of their own."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
     heads = {"num_attention_heads": 4, "intermediate_size": 128}
     mixer = {"state_size": 8, "time_step_rank": 8}
