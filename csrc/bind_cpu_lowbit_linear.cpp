@@ -13,7 +13,7 @@ LinearCall make_linear_call(uintptr_t x, int dtype, int64_t rows, int64_t row_st
   if (code_kind < 0 || code_kind > 2) refuse("code_kind", std::to_string(code_kind), "0 to 2");
   if (rows < 0) refuse("rows", std::to_string(rows), "0 or more");
   if (row_stride < 0) refuse("row_stride", std::to_string(row_stride), "0 or more");
-  if (n < 0 || n % 8) refuse("n", std::to_string(n), "a multiple of 8");
+  if (n < 0) refuse("n", std::to_string(n), "0 or more");
   if (k <= 0 || k % 8) refuse("k", std::to_string(k), "a positive multiple of 8");
   if (group_size <= 0 || group_size % 8 || k % group_size)
     refuse("group_size", std::to_string(group_size), "a multiple of 8 that divides k = " + std::to_string(k));

@@ -1004,7 +1004,7 @@ def _plan(
     tile_m, tile_n, tile_k, sub, scale_product, splits, steps, warps, stages, registers = config
     even = width % tile_n == 0 if grad_x else depth % tile_k == 0
     # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
-    n_align, k_align, stride_align = 8, math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
+    n_align, k_align, stride_align = math.gcd(n, 8), math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
     r_align = math.gcd(rank, 8)
     tile_r = min(max(16, 1 << (rank - 1).bit_length()), MOST_RANK) if rank else 0
     overlap = overlaps(device) and rank > 0 and not grad_x

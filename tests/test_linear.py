@@ -310,10 +310,29 @@ def test_scales_of_another_dtype_load_as_they_are_converted_exactly() -> None:
         make().load_state_dict(make(scale_dtype=torch.float32).state_dict())
 
 
+def test_a_head_of_three_labels() -> None:
+    """Made, saved, loaded, trained, merged as any other layer."""
+    options: dict[str, Any] = dict(format="nf4", group_size=8)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 72), torch.nn.Tanh(), torch.nn.Linear(72, 3))
+    bitfuse.quantize_(model, **options, progress=False)
+    again = torch.nn.Sequential(Linear(64, 72, **options), torch.nn.Tanh(), Linear(72, 3, **options))
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(5, 64, requires_grad=True)
+    assert torch.equal(again(x), model(x))
+    bitfuse.add_lora_(model, "all-linear", r=4)
+    learnt = [x, *bitfuse.lora_parameters(model)]
+    got = torch.autograd.grad(model(x).square().sum(), learnt)
+    with bitfuse.use_backend("reference"):
+        plain = torch.autograd.grad(model(x).square().sum(), learnt)
+    torch.testing.assert_close(got, plain)
+    bitfuse.merge_adapters_(model)
+    torch.testing.assert_close(model(x), again(x))  # lora_B is still 0
+
+
 def test_from_float_refuses() -> None:
     with pytest.raises(TypeError, match="linear is a ReLU"):
         Linear.from_float(torch.nn.ReLU())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="multiples of 8"):
+    with pytest.raises(ValueError, match="in_features a multiple of 8"):
         Linear(100, 64)
 
 

@@ -10,17 +10,17 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import Errors, assert_accurate
 from backends import Target, targets
 from bitfuse.ops.lowbit_linear import forward_op, lowbit_linear_grad_x
 from test_weight import EVERY, LATER, name_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # m, n, k: one of a kind, no multiples of any tile, several tiles; k is a multiple of the group
-SHAPES = [(1, 8, 0), (3, 40, 1), (17, 72, 2), (1, 264, 3), (70, 136, 2)]
+SHAPES = [(1, 8, 0), (3, 41, 1), (17, 72, 2), (1, 264, 3), (70, 137, 2)]
 
 # what the decode kernel leaves to Triton, and says so
-REFUSED = re.compile("float32|M = ")
+REFUSED = re.compile("float32|M = |multiple of 8")
 
 
 def columns(options: dict[str, Any], factor: int) -> int:
@@ -77,6 +77,52 @@ def test_grad_x(target: Target, dtype: torch.dtype, options: dict[str, Any]) -> 
         assert torch.equal(got, target.run(lowbit_linear_grad_x, grad, placed.op_args)), (
             "another run, other numbers"
         )
+
+
+# heads of few labels: too few rows for a tile, a quad, an eight; each group size that divides 576
+NARROW = [
+    dict(format="int4", group_size=8, symmetric=False),
+    dict(format="nf4", group_size=16, nested=True),
+    dict(format="fp8", group_size=32),
+    dict(format="int8", group_size=64),
+    dict(format="nf4", group_size=64),
+]
+
+
+@pytest.mark.parametrize("options", NARROW, ids=name_of)
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"), ids=str)
+def test_any_out_features(target: Target, options: dict[str, Any]) -> None:
+    errors = Errors()
+    dtypes = DTYPES[1:] if target.sm else DTYPES
+    for i, n in enumerate((1, 3, 5, 7, 9, 12)):
+        for m in (1, 3, 40)[:: 1 if i == 1 or not target.sm else 3]:
+            dtype = dtypes[(i + m) % len(dtypes)]
+            w = bitfuse.quantize(torch.randn(n, 576) / 24, **options)
+            random = (torch.randn(size).to(dtype) for size in ((m, 576), (m, n), (n,)))
+            placed, (x, grad, bias) = target.place_weight(w).op_args, target.place(*random)
+            exact, dense = w.dequantize().double(), w.dequantize(dtype)
+            if reason := target.reason(forward_op, x, placed, bias):
+                assert target.backend == "cuda" and (REFUSED.search(reason) or options["group_size"] < 32)
+                continue
+            wanted = x.cpu().double() @ exact.T + bias.cpu().double()
+            plain = torch.nn.functional.linear(x.cpu(), dense, bias.cpu())
+            errors.add("y", target.run(forward_op, x, placed, bias), wanted, plain)
+            if target.backend != "cuda":
+                got = target.run(lowbit_linear_grad_x, grad, placed)
+                errors.add("x'", got, grad.cpu().double() @ exact, grad.cpu() @ dense)
+    errors.check(str(target))
+
+
+@pytest.mark.parametrize("target", targets("cpp", "reference"), ids=str)
+def test_a_vocabulary_of_50257(target: Target) -> None:
+    for m, dtype in ((1, torch.float32), (3, torch.bfloat16), (20, torch.bfloat16)):
+        w, x, bias, grad, placed = make(target, (m, 50257, 0), dict(format="int4", group_size=64), dtype)
+        exact, dense = w.dequantize().double(), w.dequantize(dtype)
+        got = target.run(forward_op, x, placed.op_args, bias)
+        wanted = x.cpu().double() @ exact.T + bias.cpu().double()
+        assert_accurate(got.cpu(), wanted, torch.nn.functional.linear(x.cpu(), dense, bias.cpu()))
+        got = target.run(lowbit_linear_grad_x, grad, placed.op_args)
+        assert_accurate(got.cpu(), grad.cpu().double() @ exact, grad.cpu() @ dense)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +285,7 @@ def test_the_torch_op_refuses_what_would_crash() -> None:
     op(*good)
     for at, value, words in (
         (1, w.qweight[:, :32], "x has 128 features and qweight has shape"),
-        (1, w.qweight[:7], "shape is"),
+        (1, w.qweight[:7], r"scales has shape \[64, 1\], expected \[7, 1\]"),
         (2, w.scales[:32], r"scales has shape \[32, 1\]"),
         (2, w.scales.double(), "scales has dtype torch.float64"),
         (3, torch.zeros(64, 2, dtype=torch.uint8), r"zeros has shape \[64, 2\]"),

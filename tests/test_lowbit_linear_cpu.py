@@ -38,7 +38,7 @@ from bitfuse.ops.lowbit_linear import lowbit_linear_grad_x
 from bitfuse.cpu import lowbit_linear as cpp
 torch.manual_seed(0)
 for format in {formats}:
-    for n, k, group in ((40, 24, 8), (24, 72, 24), (72, 136, -1), (200, 384, 64)):
+    for n, k, group in ((41, 24, 8), (27, 72, 24), (72, 136, -1), (201, 384, 64)):
         for symmetric in (True, False) if format.startswith("int") else (None,):
             w = bitfuse.quantize(torch.randn(n, k), format, group_size=group, symmetric=symmetric)
             for m in (1, 3, 5, 9, 100):
@@ -49,13 +49,13 @@ for format in {formats}:
                     assert_accurate(bitfuse.lowbit_linear(x, w), x.double() @ exact.T, x @ plain.T, what)
                     gx = lowbit_linear_grad_x(grad, w.op_args)
                     assert_accurate(gx, grad.double() @ exact, grad @ plain, "gradient, " + what)
-w = bitfuse.quantize(torch.randn(24, 72), "fp8")
+w = bitfuse.quantize(torch.randn(23, 72), "fp8")
 w.qweight[5, 70] = 0xFF
 for m in (1, 5, 100):
     for dtype in (torch.float32, torch.bfloat16):
         nan = bitfuse.lowbit_linear(torch.ones(m, 72, dtype=dtype), w).isnan()
         assert nan[:, 5].all() and int(nan.sum()) == m
-        nan = lowbit_linear_grad_x(torch.ones(m, 24, dtype=dtype), w.op_args).isnan()
+        nan = lowbit_linear_grad_x(torch.ones(m, 23, dtype=dtype), w.op_args).isnan()
         assert nan[:, 70].all() and int(nan.sum()) == m
 print(cpp._cpu.isa())
 """
@@ -134,7 +134,7 @@ def test_calls_from_several_threads_do_not_share_scratch() -> None:
         ({"scale_kind": 3}, "scale_table is null"),
         ({"values": 0}, "values is null"),
         ({"code_kind": -1}, "code_kind is -1"),
-        ({"n": 12}, "n is 12, expected a multiple of 8"),
+        ({"n": -1}, "n is -1, expected 0 or more"),
         ({"k": 0}, "k is 0"),
         ({"group_size": 24}, "group_size is 24"),
         ({"rows": 1 << 40, "row_stride": 1 << 40}, "x is larger than memory"),

@@ -15,7 +15,7 @@
 namespace bitfuse::BITFUSE_ISA {
 
 constexpr int kFewRows = 4;
-constexpr int kQuad = 4;  // rows of W at once; n is a multiple of 8
+constexpr int kQuad = 4;  // rows of W at once; the last few are copied beside rows of zeros
 
 // Where the scales of a block's lanes lie among a row's: lane i takes scale first[block] + lane[block][i].
 // Uniform: a block lies in one group, all its lanes take scale first[block].
@@ -78,8 +78,9 @@ struct RowAddend {
   Dtype dtype = Dtype::kFloat32;
 };
 
+// Of the rows [n, n + kQuad) of B, `valid` are there; the others' sums meet no output.
 template <int Rows>
-BITFUSE_INLINE void add_rows(const RowAddend& addend, int64_t n, Vf (&total)[Rows][kQuad]) {
+BITFUSE_INLINE void add_rows(const RowAddend& addend, int64_t n, int64_t valid, Vf (&total)[Rows][kQuad]) {
   with_elements(addend.dtype, [&](auto elements) __attribute__((always_inline)) {
     using Elements = decltype(elements);
     const auto* b = static_cast<const typename Elements::Type*>(addend.b) + n * addend.rank;
@@ -87,7 +88,7 @@ BITFUSE_INLINE void add_rows(const RowAddend& addend, int64_t n, Vf (&total)[Row
       Vf row[kQuad];
 #pragma GCC unroll 4
       for (int q = 0; q < kQuad; ++q) {
-        const auto* at = b + q * addend.rank + j;
+        const auto* at = b + least(q, valid - 1) * addend.rank + j;
         row[q] = j + kLanes <= addend.rank ? Elements::whole(at) : Elements::some(at, int(addend.rank - j));
       }
 #pragma GCC unroll 4
@@ -100,15 +101,14 @@ BITFUSE_INLINE void add_rows(const RowAddend& addend, int64_t n, Vf (&total)[Row
   });
 }
 
-// Rows [n, n + kQuad) of W times Rows rows of x. scales and zeros: [kQuad][groups].
+// Rows [n, n + kQuad) of W, `codes` their codes, times Rows rows of x. scales and zeros: [kQuad][groups].
 template <class Steps, int Rows, bool Uniform>
-void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename Steps::Element* x,
-          int64_t x_stride, const LaneGroups& lanes, const float* scales, const float* zeros,
-          const RowAddend& addend, float (&out)[Rows][kQuad]) {
+void quad(const Steps& steps, const LowBitMatrix& w, const uint8_t* codes, int64_t n, int64_t valid,
+          const typename Steps::Element* x, int64_t x_stride, const LaneGroups& lanes, const float* scales,
+          const float* zeros, const RowAddend& addend, float (&out)[Rows][kQuad]) {
   using Code = typename Steps::Code;
   constexpr int kBytes = 4 * kLanes;
   const int64_t row_bytes = code_bytes<Code>(w.k), groups = groups_of(w);
-  const uint8_t* codes = w.codes + n * row_bytes;
   Vf total[Rows][kQuad];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
@@ -151,7 +151,7 @@ void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename S
   const int64_t whole = row_bytes / kBytes, rest = row_bytes % kBytes;
   for (int64_t b = 0; b < whole; ++b) block(b, [](const uint8_t* at) { return load_dwords(at); });
   if (rest) block(whole, [&](const uint8_t* at) { return load_some(at, rest); });
-  if (addend.t) add_rows(addend, n, total);
+  if (addend.t) add_rows(addend, n, valid, total);
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
@@ -160,27 +160,35 @@ void quad(const Steps& steps, const LowBitMatrix& w, int64_t n, const typename S
 
 template <class Steps, int Rows, bool Uniform>
 void quads(const Steps& steps, const LinearCall& call, Range range, const typename Steps::Element* x,
-           int64_t x_stride, const LaneGroups& lanes, const RowAddend& addend, float* scales, float* zeros) {
+           int64_t x_stride, const LaneGroups& lanes, const RowAddend& addend, float* scales, float* zeros,
+           uint8_t* last) {
   const LowBitMatrix& w = call.w;
-  const int64_t count = kQuad * groups_of(w);
+  const int64_t groups = groups_of(w), row_bytes = code_bytes<typename Steps::Code>(w.k);
   for (int64_t i = range.begin; i < range.end; ++i) {
-    const int64_t n = i * kQuad;
-    read_scales(w, i * count, count, scales);
-    if (Steps::Code::kZeros) read_zeros(w, i * count, count, zeros);
-    prefetch_scales(w, (i + 1) * count, count);
+    const int64_t n = i * kQuad, valid = least(kQuad, w.n - n);
+    const uint8_t* codes = w.codes + n * row_bytes;
+    if (valid < kQuad) {
+      std::memcpy(last, codes, size_t(valid * row_bytes));
+      std::memset(last + valid * row_bytes, 0, size_t((kQuad - valid) * row_bytes));
+      codes = last;
+    }
+    read_scales(w, n * groups, valid * groups, scales);
+    if (Steps::Code::kZeros) read_zeros(w, n * groups, valid * groups, zeros);
+    prefetch_scales(w, (n + kQuad) * groups, kQuad * groups);
     float y[Rows][kQuad], bias[kQuad] = {};
-    quad<Steps, Rows, Uniform>(steps, w, n, x, x_stride, lanes, scales, zeros, addend, y);
-    if (call.bias) to_float(element(call.bias, call.dtype, n), call.dtype, bias, kQuad);
+    quad<Steps, Rows, Uniform>(steps, w, codes, n, valid, x, x_stride, lanes, scales, zeros, addend, y);
+    if (call.bias) to_float(element(call.bias, call.dtype, n), call.dtype, bias, valid);
     for (int r = 0; r < Rows; ++r) {
-      for (int q = 0; q < kQuad; ++q)
+      for (int q = 0; q < valid; ++q)
         y[r][q] = (call.out_scale ? y[r][q] * call.out_scale[n + q] : y[r][q]) + bias[q];
-      from_float(y[r], element(call.out, call.dtype, r * w.n + n), call.dtype, kQuad);
+      from_float(y[r], element(call.out, call.dtype, r * w.n + n), call.dtype, valid);
     }
   }
 }
 
-// Scratch: at most 12 bytes for each column of x and, on each thread, 32 for each group of a row; with an
-// adapter also what Shrink says, and 16 bytes for each rank.
+// Scratch: at most 12 bytes for each column of x and, on each thread, 32 for each group of a row; kQuad rows
+// of codes where n is no multiple of kQuad; with an adapter also what Shrink says, and 16 bytes for each
+// rank.
 template <class Steps>
 void few_rows(const LinearCall& call) {
   using Code = typename Steps::Code;
@@ -190,7 +198,7 @@ void few_rows(const LinearCall& call) {
   const Steps steps(w);
   const int64_t blocks = round_up(w.k, kBlock) / kBlock, x_stride = blocks * Steps::kSteps * kLanes;
   const int64_t row_scales = round_up(kQuad * groups_of(w) + kLanes, kLanes);  // `pick` loads a whole vector
-  const int64_t quad_count = w.n / kQuad;
+  const int64_t quad_count = (w.n + kQuad - 1) / kQuad;
   const int threads = int(least(threads_for(w.n * w.k * call.rows), quad_count));
 
   const Adapter none{};
@@ -200,6 +208,7 @@ void few_rows(const LinearCall& call) {
 
   struct Worker {
     float *scales, *zeros, *t, *shrink;
+    uint8_t* last;  // the last rows of W, where they are no whole quad
   };
   auto carve_worker = [&](Carver& carver) {
     Worker worker;
@@ -207,6 +216,7 @@ void few_rows(const LinearCall& call) {
     worker.zeros = carver.take<float>(Code::kZeros ? row_scales : 0);
     worker.t = carver.take<float>(call.rows * t_stride);
     worker.shrink = call.adapter ? shrink.carve_worker(carver) : nullptr;
+    worker.last = carver.take<uint8_t>(w.n % kQuad ? kQuad * code_bytes<Code>(w.k) : 0);
     return worker;
   };
   LaneGroups lanes;
@@ -251,9 +261,10 @@ void few_rows(const LinearCall& call) {
       constexpr int Rows = decltype(r)::value + 1;
       if (call.rows != Rows) return;
       if (lanes.uniform) {
-        quads<Steps, Rows, true>(steps, call, mine, x, x_stride, lanes, addend, my.scales, my.zeros);
+        quads<Steps, Rows, true>(steps, call, mine, x, x_stride, lanes, addend, my.scales, my.zeros, my.last);
       } else {
-        quads<Steps, Rows, false>(steps, call, mine, x, x_stride, lanes, addend, my.scales, my.zeros);
+        quads<Steps, Rows, false>(steps, call, mine, x, x_stride, lanes, addend, my.scales, my.zeros,
+                                  my.last);
       }
     });
   });

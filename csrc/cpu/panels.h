@@ -102,8 +102,8 @@ BITFUSE_INLINE void tile_numbers(int rows, const void* x, int64_t x_stride, int6
 #if defined(__AVX512BF16__)
   if constexpr (in_pairs(Kind)) {
     kTilePairs[rows](static_cast<const uint16_t*>(x) + at, x_stride,
-                     static_cast<const uint32_t*>(panel) + within / 2 * kWidth, int(count / 2), scale, sums,
-                     at == 0);
+                     static_cast<const uint32_t*>(panel) + within / 2 * kWidth, int((count + 1) / 2), scale,
+                     sums, at == 0);
   }
 #endif
 }
@@ -341,7 +341,7 @@ class Forward {
 };
 
 // Panels of W for x' = y' W: outputs are columns of W, the contraction runs over N, pairs are rows 2i and 2i
-// + 1.
+// + 1. The last of an odd number of rows is paired with zeros, and so is y'.
 template <class Code, Panel Kind>
 class Gradient {
  public:
@@ -394,9 +394,13 @@ class Gradient {
 #if defined(__AVX512BF16__)
       if constexpr (Kind == Panel::kRoundedPairs) {
         Vf odd[kVecs];
-        ++i;
-        __builtin_prefetch(codes + 17 * row_bytes);
-        decode_row(codes + row_bytes, columns, group, scale + count, zero_at + count, odd);
+        if (++i < end - n) {
+          __builtin_prefetch(codes + 17 * row_bytes);
+          decode_row(codes + row_bytes, columns, group, scale + count, zero_at + count, odd);
+        } else {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) odd[v] = zero();
+        }
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v)
           store_dwords(static_cast<uint32_t*>(panel) + i / 2 * kWidth + v * kLanes,
@@ -458,7 +462,7 @@ class Gradient {
 };
 
 // x rows [row, row + count) in the panel's terms: floats, or bfloat16 in which the pairs of each `Order`
-// codes are neighbours.
+// codes are neighbours, and the last of an odd depth has a zero for one.
 template <bool Pairs, int Order>
 void pack_rows(const LinearCall& call, int64_t row, int64_t count, int64_t depth, void* to, int64_t stride) {
   for (int64_t r = 0; r < count; ++r) {
@@ -479,6 +483,7 @@ void pack_rows(const LinearCall& call, int64_t row, int64_t count, int64_t depth
 #endif
       for (; k < depth; k += Order)
         for (int i = 0; i < Order; ++i) out[k + i] = x[k + i / 2 + i % 2 * (Order / 2)];
+      if (depth % 2) out[depth] = 0;
     }
   }
 }
@@ -530,7 +535,7 @@ void multiply(const LinearCall& call) {
 
   // x is read where it is when it is in the panel's terms already; an odd number of lines to a row else, so
   // that the rows of a tile do not meet in one set of L1
-  const bool packed = kPairs ? Panels::kOrder != 1 : call.dtype != Dtype::kFloat32;
+  const bool packed = kPairs ? Panels::kOrder != 1 || depth % 2 : call.dtype != Dtype::kFloat32;
   const int64_t packed_stride = ((depth * kSize + 63) / 64 | 1) * 64 / kSize;
   int64_t chunk = least(call.rows, kChunkRows);
   if (packed) chunk = least(chunk, most(kPackedBytes / (packed_stride * kSize) / kMaxRows, 1) * kMaxRows);

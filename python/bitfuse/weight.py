@@ -300,8 +300,10 @@ def column_order(g_idx: torch.Tensor) -> torch.Tensor:
 
 def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:
     n, k = shape
-    if n < 0 or k <= 0 or n % 8 or k % 8:
-        raise ValueError(f"shape is {(n, k)}, expected out_features and in_features that are multiples of 8")
+    if n < 0 or k <= 0 or k % 8:
+        raise ValueError(
+            f"shape is {(n, k)}, expected (out_features, in_features), in_features a multiple of 8"
+        )
     if format.group_size != -1 and k % format.group_size:
         raise ValueError(
             f"group_size {format.group_size} does not divide in_features {k}: choose one that does, "
@@ -432,8 +434,8 @@ def quantize(
     dynamic map), each scale at its nearest code. FP8 scales each group's largest magnitude to 448.
 
     Args:
-        weight: [out_features, in_features], float32, float16 or bfloat16, any strides, both sizes multiples
-            of 8.
+        weight: [out_features, in_features], float32, float16 or bfloat16, any strides, in_features a
+            multiple of 8.
         format: a name ("int8", "int4", "nf4", "fp8", ...) or a `Format`.
         group_size: input columns that share a scale, a multiple of 8 that divides in_features; -1 is the
             whole row. By default the format's, or where that does not divide in_features the largest power of

@@ -46,9 +46,9 @@ def _sizes(layer: torch.nn.Module) -> tuple[int, int]:
 
 
 def _refusal_sizes(layer: torch.nn.Module) -> str | None:
-    n, k = _sizes(layer)
-    if n % 8 or k % 8:
-        return f"its sizes {(n, k)} are not multiples of 8"
+    _, k = _sizes(layer)
+    if k % 8:
+        return f"its in_features {k} is not a multiple of 8"
     return None
 
 

@@ -64,7 +64,7 @@ class Linear(torch.nn.Linear):
     and what `weight.dtype` says, and never the few-bit tensors; FSDP2's MixedPrecisionPolicy likewise.
 
     Args:
-        in_features, out_features: sizes, multiples of 8.
+        in_features, out_features: sizes, in_features a multiple of 8.
         bias: True adds a bias.
         device, dtype: of the bias, and the device of all.
         format: a name or a `Format`; `group_size`, `symmetric`, `nested`, `scale_dtype` as in
