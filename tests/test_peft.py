@@ -733,8 +733,8 @@ def test_bitsandbytes_layers_that_are_left() -> None:
     packed = bnb_layer(torch.nn.Linear(K, K), "nf4", compute_dtype=torch.bfloat16)
     packed.weight.quant_state.packing_format_for_cpu = True
     assert "rounded its scales to bfloat16" in str(convert.refusal(packed))
-    with pytest.raises(ValueError, match="layer: its sizes"):
-        convert.to_bitfuse(bnb_layer(torch.nn.Linear(K, 12), "nf4"))
+    with pytest.raises(ValueError, match="layer: its in_features 12"):
+        convert.to_bitfuse(bnb_layer(torch.nn.Linear(12, K), "nf4"))
     shared = live("nf4", peft.LoraConfig(**LORA["plain"]))
     block = shared.base_model.model.layers
     block[1].q_proj.base_layer.weight = block[0].q_proj.base_layer.weight
