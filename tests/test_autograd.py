@@ -428,6 +428,18 @@ def test_what_has_no_gradient_says_so() -> None:
         bitfuse.decode_attention(forward_ad.make_dual(q, q), c, c.clone(), lengths)
 
 
+def test_tangents_of_what_is_no_input_are_not_lost() -> None:
+    q = draw(1, 3, 2, 4)
+    slopes = torch.tensor([0.5, 0.25])
+    with forward_ad.dual_level():
+        for run in (
+            lambda: bitfuse.rope(q, forward_ad.make_dual(COS, COS), SIN),
+            lambda: bitfuse.attention(q, q, q, alibi_slopes=forward_ad.make_dual(slopes, slopes)),
+        ):
+            with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+                run()
+
+
 def test_vmap_of_what_writes() -> None:
     def write(k: torch.Tensor) -> torch.Tensor:
         cache.append(k, k)

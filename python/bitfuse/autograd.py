@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.utils import _pytree as pytree
 
 transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active  # inside of vmap, grad, jvp, ...
 tracing: Callable[[], Any] = torch._C._get_tracing_state  # by torch.jit.trace
@@ -49,11 +50,23 @@ def recording() -> bool:
 
 def _no_tangents(op: str) -> Callable[..., Any]:
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            f"{op} has no forward-mode derivative: use reverse mode, or plain torch for this part"
-        )
+        raise no_forward_mode(op)
 
     return jvp
+
+
+def no_forward_mode(op: str) -> NotImplementedError:
+    """The error of an op that knows no tangents."""
+    return NotImplementedError(
+        f"{op} has no forward-mode derivative: use reverse mode, or plain torch for this part"
+    )
+
+
+def is_dual(t: Any) -> bool:
+    """Whether t is a tensor with a tangent that is at work."""
+    if not (isinstance(t, torch.Tensor) and torch._C._is_fwd_grad_enabled()):
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 class Function(torch.autograd.Function):
@@ -80,6 +93,11 @@ class Function(torch.autograd.Function):
         a small op."""
         if is_compiling():
             return cls.apply(*args)
+        if forward_ad._current_level >= 0:
+            inside = pytree.tree_leaves([a for a in args if isinstance(a, (tuple, list))])
+            given = {id(a) for a in args}
+            if any(id(t) not in given and is_dual(t) for t in inside):
+                raise no_forward_mode(cls.op)  # torch sees no tangent in a tuple
         if transformed():
             return cls.eager.apply(*args)
         return super(_Base, cls.eager).apply(*args)  # type: ignore[misc]

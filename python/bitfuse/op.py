@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import policy
 from .arch.gpus import Gpu, find
-from .autograd import tracing, transformed
+from .autograd import is_dual, no_forward_mode, tracing, transformed
 from .cost import Cost, Rates, as_time, moved
 
 log = logging.getLogger("bitfuse")
@@ -315,13 +315,8 @@ class Op:
 
     def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
         """Forward-mode AD has come as far as a kernel, which knows no tangents."""
-        if torch._C._is_fwd_grad_enabled():
-            for leaf in pytree.tree_leaves(args):
-                if isinstance(leaf, torch.Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
-                    raise NotImplementedError(
-                        f"{self.name} has no forward-mode derivative: use reverse mode, or plain torch for "
-                        "this part"
-                    )
+        if any(map(is_dual, pytree.tree_leaves(args))):
+            raise no_forward_mode(self.name)
 
     def _serve(self, *args: Any) -> Any:
         self.check(*args)

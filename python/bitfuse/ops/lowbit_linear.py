@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..autograd import Function, elsewhere, recorded
+from ..autograd import Function, elsewhere, no_forward_mode, recorded
 from ..cost import Cost, moved
 from ..cpu import lowbit_linear as cpp
 from ..cuda import lowbit_linear as cuda
@@ -185,6 +185,7 @@ class _LowBitLinear(Function):
         ctx.save_for_backward(*tensors, perm)
         if elsewhere():
             ctx.save_for_forward(*tensors, perm)
+            ctx.set_materialize_grads(False)
             ctx.shape = output.shape
 
     @staticmethod
@@ -203,7 +204,9 @@ class _LowBitLinear(Function):
 
     @staticmethod
     def tangents(ctx: Any, *tangents: Any) -> torch.Tensor:
-        x, bias, *_ = tangents
+        x, bias, *weight = tangents
+        if any(t is not None for t in weight):
+            raise no_forward_mode("lowbit_linear of its weight")
         *tensors, perm = ctx.saved_tensors
         if x is None:
             return bias.expand(ctx.shape).contiguous()

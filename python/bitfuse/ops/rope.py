@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..autograd import Function, elsewhere, recorded
+from ..autograd import Function, elsewhere, no_forward_mode, recorded
 from ..cpu import rope as cpp
 from ..kernels import rope as triton
 from ..kv_cache import Rotary, check_rotary, rotate
@@ -80,6 +80,7 @@ class _Rope(Function):
         ctx.save_for_backward(*tensors)
         if elsewhere():
             ctx.save_for_forward(*tensors)
+            ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -88,6 +89,8 @@ class _Rope(Function):
 
     @staticmethod
     def tangents(ctx: Any, *tangents: Any) -> torch.Tensor:
+        if any(t is not None for t in tangents[1:]):
+            raise no_forward_mode("rope of cos and sin")
         return apply_rope(tangents[0], Rotary(*ctx.saved_tensors, ctx.interleaved), ctx.inverse)
 
 
