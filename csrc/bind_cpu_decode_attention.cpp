@@ -96,10 +96,11 @@ KvCache make_cache(const CacheIntegers& given) {
       cache.v_head_scales = address<const float>("v_scales", uintptr_t(given[20]), 4, false);
     }
   }
-  cache.table = address<const int32_t>("block_table", uintptr_t(given[24]), 4, false);
   cache.max_pages = given[25];
-  if (cache.table) {
+  if (cache.max_pages >= 0) {
     at_least("max_pages", cache.max_pages, 0);
+    cache.table = address<const int32_t>("block_table", uintptr_t(given[24]), 4,
+                                         cache.batch > 0 && cache.max_pages > 0);
     check_bytes("block_table", {cache.batch, cache.max_pages, cache.page_size, 4});
   } else {
     require(cache.pages == cache.batch, "pages", cache.pages, std::to_string(cache.batch));
@@ -126,6 +127,9 @@ Places check_places(KvCache& cache, uintptr_t begins, int64_t queries, int64_t t
   for (int64_t b = 0; b < cache.batch; ++b) {
     const int64_t begin = from[b], length = begin + tokens;
     if (begin < 0) refuse(at("cache_seqlens", b).c_str(), std::to_string(begin), "0 or more");
+    if (tokens > capacity)
+      refuse("new tokens", std::to_string(tokens),
+             "at most " + std::to_string(capacity) + ", what sequence " + std::to_string(b) + " has room for");
     if (length > capacity || length > INT32_MAX) {
       std::string most = "at most " + std::to_string(capacity - tokens);
       if (tokens)
@@ -141,7 +145,11 @@ Places check_places(KvCache& cache, uintptr_t begins, int64_t queries, int64_t t
       const int32_t page = cache.table[b * cache.max_pages + i];
       if (page < 0 || page >= cache.pages)
         refuse(("block_table[" + std::to_string(b) + ", " + std::to_string(i) + "]").c_str(),
-               std::to_string(page), "0 to " + std::to_string(cache.pages - 1));
+               std::to_string(page),
+               "0 to " + std::to_string(cache.pages - 1) +
+                   (page == -1 ? ": sequence " + std::to_string(b) +
+                                     " has no page there, KVCache.allocate gives one"
+                               : ""));
       places.table[size_t(b * cache.max_pages + i)] = page;
     }
   }

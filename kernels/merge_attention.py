@@ -42,11 +42,13 @@ def _kernel(
     tl.store(lse + line, top + tl.log(total), mask=inside)
     factor = tl.where(top == float("-inf"), 0.0, 1.0 / total)
     there = inside[:, None] & (d < Dim)[None, :]
+    # what a set without keys has as output is not looked at: it may never have been written
+    some1, some2 = (one != float("-inf"))[:, None] & there, (two != float("-inf"))[:, None] & there
     first = tl.load(
-        o1 + ((b * batch1 + i * row1 + head * head1) * Align)[:, None] + d[None, :], mask=there, other=0.0
+        o1 + ((b * batch1 + i * row1 + head * head1) * Align)[:, None] + d[None, :], mask=some1, other=0.0
     )
     second = tl.load(
-        o2 + ((b * batch2 + i * row2 + head * head2) * Align)[:, None] + d[None, :], mask=there, other=0.0
+        o2 + ((b * batch2 + i * row2 + head * head2) * Align)[:, None] + d[None, :], mask=some2, other=0.0
     )
     w1, w2 = (w1 * factor)[:, None], (w2 * factor)[:, None]
     both = first.to(tl.float32) * w1 + second.to(tl.float32) * w2

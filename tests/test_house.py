@@ -28,6 +28,7 @@ RANK = {
             "weight",
             "codebook",
             "cost",
+            "pages",
             "arch",
             "policy",
             "tensors",
@@ -36,7 +37,16 @@ RANK = {
         0,
     ),
     **dict.fromkeys(
-        ("activations", "attention_args", "blockwise", "dropout", "kv_cache", "lora_args", "multi_lora_args"),
+        (
+            "activations",
+            "attention_args",
+            "autocast",
+            "blockwise",
+            "dropout",
+            "kv_cache",
+            "lora_args",
+            "multi_lora_args",
+        ),
         0,
     ),
     **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
@@ -83,6 +93,9 @@ PEERS = {
     "lora_args": 4,
     "multi_lora_args": 4,
     "kv_cache": 4,
+    "attention_args": 0,
+    "autocast": 1,
+    "pages": 0,
 }
 
 

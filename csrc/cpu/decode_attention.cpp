@@ -1044,8 +1044,11 @@ void merge_attention(const MergeCall& call) {
       call.lse[at] = none ? -kInfinity : most + std::log(total);
       for (int64_t c = 0; c < call.dim; c += kLanes * 4) {
         const int64_t part = least(kLanes * 4, call.dim - c), from = r * call.dim + c;
-        to_float(element(call.o1, call.dtype, from), call.dtype, a, part);
-        to_float(element(call.o2, call.dtype, from), call.dtype, b, part);
+        // what a set without keys has as output is not looked at: it may never have been written
+        std::fill(a, a + part, 0.0f);
+        std::fill(b, b + part, 0.0f);
+        if (x != -kInfinity) to_float(element(call.o1, call.dtype, from), call.dtype, a, part);
+        if (y != -kInfinity) to_float(element(call.o2, call.dtype, from), call.dtype, b, part);
         for (int64_t i = 0; i < part; ++i) a[i] = first * a[i] + second * b[i];
         from_float(a, element(call.out, call.dtype, from), call.dtype, part);
       }

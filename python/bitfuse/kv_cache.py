@@ -248,7 +248,8 @@ def rows_of(cache: CacheTensors, sequence: int, begin: int, end: int) -> tuple[t
     return cache.block_table[sequence].long()[positions // size], positions % size
 
 
-def _bytes(t: torch.Tensor) -> torch.Tensor:
+def bytes_of(t: torch.Tensor) -> torch.Tensor:
+    """e4m3, which few of torch's functions index, as bytes."""
     return t.view(torch.uint8) if t.dtype == FP8 else t
 
 
@@ -258,7 +259,7 @@ def gather(
     """K and V of a sequence's first `length` tokens, dequantised in float32 (float64 for float64) and rounded
     to dtype: [length, kv_heads, head_dim] and [..., head_dim_v]."""
     page, slot = rows_of(cache, sequence, 0, length)
-    k, v = _bytes(cache.k)[page, slot], _bytes(cache.v)[page, slot]
+    k, v = bytes_of(cache.k)[page, slot], bytes_of(cache.v)[page, slot]
     if cache.format == "none":
         return k.to(dtype), v.to(dtype)
     if cache.format == "fp8":
@@ -288,7 +289,7 @@ def store(cache: CacheTensors, sequence: int, begin: int, k: torch.Tensor, v: to
         page, slot = rows_of(cache, sequence, begin, end)
         if cache.format == "fp8":
             k, v = to_fp8(k, cache.k_scales), to_fp8(v, cache.v_scales)
-        _bytes(cache.k)[page, slot], _bytes(cache.v)[page, slot] = _bytes(k), _bytes(v)
+        bytes_of(cache.k)[page, slot], bytes_of(cache.v)[page, slot] = bytes_of(k), bytes_of(v)
         return
     parts = (cache.k_scales, cache.k_offsets, cache.v_scales, cache.v_offsets, cache.k_tail, cache.v_tail)
     k_scales, k_offsets, v_scales, v_offsets, k_tail, v_tail = parts
@@ -430,6 +431,26 @@ def check_rotary(rotary: Rotary, batch: int, tokens: int, dim: int, device: torc
         check_tensor("positions", positions, (torch.int32,), shape, device)
 
 
+def check_sequence(cache: CacheTensors, b: int, length: int, new: int) -> None:
+    """Raise ValueError where a sequence of this length, with new tokens behind it, has no room or lacks a
+    page. Waits for the device."""
+    page_size, pages, capacity = cache.k.shape[1], cache.k.shape[0], cache.capacity
+    total = length + new
+    if length < 0:
+        raise ValueError(f"cache_seqlens[{b}] is {length}, expected 0 or more")
+    if new > capacity:
+        raise ValueError(f"{new} new tokens do not fit: sequence {b} has room for {capacity}")
+    if total > capacity:
+        why = f", and {new} new tokens do not fit: the cache of sequence {b} is full" if new else ""
+        raise ValueError(f"cache_seqlens[{b}] is {length}, expected at most {capacity - new}{why}")
+    if cache.block_table is None:
+        return
+    for i, page in enumerate(cache.block_table[b, : -(-total // page_size)].tolist()):
+        if not 0 <= page < pages:
+            why = f": sequence {b} has no page there, KVCache.allocate gives one" if page == -1 else ""
+            raise ValueError(f"block_table[{b}, {i}] is {page}, expected 0 to {pages - 1}{why}")
+
+
 def check_places(
     cache: CacheTensors, cache_seqlens: torch.Tensor, queries: int, new: int, rotary: Rotary
 ) -> None:
@@ -439,18 +460,9 @@ def check_places(
     Args:
         queries, new: queries and new tokens of each sequence.
     """
-    page_size, pages, capacity = cache.k.shape[1], cache.k.shape[0], cache.capacity
     for b, length in enumerate(cache_seqlens.tolist()):
-        if length < 0:
-            raise ValueError(f"cache_seqlens[{b}] is {length}, expected 0 or more")
-        if length + new > capacity:
-            why = f", and {new} new tokens do not fit: the cache of sequence {b} is full" if new else ""
-            raise ValueError(f"cache_seqlens[{b}] is {length}, expected at most {capacity - new}{why}")
+        check_sequence(cache, b, length, new)
         total = length + new
-        if cache.block_table is not None:
-            for i, page in enumerate(cache.block_table[b, : -(-total // page_size)].tolist()):
-                if not 0 <= page < pages:
-                    raise ValueError(f"block_table[{b}, {i}] is {page}, expected 0 to {pages - 1}")
         if rotary.cos is None:
             continue
         rows = rotary.cos.shape[0]

@@ -312,6 +312,12 @@ def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:
     return n, k
 
 
+def check_frozen(name: str, t: torch.Tensor) -> None:
+    """Raise ValueError for a tensor that asks for a gradient which the op does not give."""
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which the op does not give: pass {name}.detach()")
+
+
 def check_tensor(
     name: str,
     t: object,

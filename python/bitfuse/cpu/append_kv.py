@@ -53,7 +53,7 @@ def cache_integers(cache: CacheTensors, batch: int, dtype: torch.dtype) -> tuple
     return (
         FORMAT_NUMBERS[format], _DTYPES[dtype], batch, pages, page_size, kv_heads, dim, dim_v, group,
         channels, *rows(k), *rows(v), *codes, 0 if table is None else table.data_ptr(),
-        1 if table is None else table.shape[1],
+        -1 if table is None else table.shape[1],
     )  # fmt: skip
 
 

@@ -96,6 +96,8 @@ def supports(
     pages, page_size = cache.k.shape[:2]
     if cache.format in BITS and max(pages * page_size, 2 * batch * cache.group_size) > _LARGEST:
         return f"{pages} pages of {page_size} tokens are too many"
+    if not cache.capacity and cache.block_table is not None:
+        return "the block_table has no pages"
     if queries * heads * batch * (cache.capacity // 64 + 2) > _LARGEST:
         return "its units of work are too many"
     device = base._device(q.device.index or 0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
+from .. import autocast
 from ..cost import Cost, moved
 from ..cpu import append_kv as cpp
 from ..kernels import append_kv as triton
@@ -18,21 +21,23 @@ from ..kv_cache import (
     FP8,
     CacheTensors,
     Rotary,
+    bytes_of,
     check_cache,
     check_places,
     check_rotary,
+    check_sequence,
     default_channels,
     gather,
     rotate,
     store,
 )
 from ..op import Backend, Explanation, Op, explains
+from ..pages import Copies, Pages
 from ..weight import check_tensor
 from .lowbit_linear import FLOATS
-from .rope import as_positions
+from .rope import CHECK_PLACES, as_rotary
 
 MAX_HEAD_DIM = 256
-CHECK_PLACES = os.environ.get("BITFUSE_CHECK", "") not in ("", "0")  # on a GPU, where it makes the host wait
 
 CACHE_SCHEMA = (
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? k_offsets, "
@@ -125,6 +130,21 @@ append_kv_op = Op(
 )
 
 
+State = tuple[torch.Tensor | None, int]  # a tensor, and how often it had been written to
+
+
+def _state(t: torch.Tensor | None) -> State:
+    return t, -1 if t is None or t.is_inference() else t._version
+
+
+def _same(state: State, t: torch.Tensor | None) -> bool:
+    """Whether it is the same tensor and nobody has written to it; not known of those of inference mode."""
+    return state[0] is t and t is not None and not t.is_inference() and state[1] == t._version
+
+
+Sequences = int | Iterable[int] | torch.Tensor | None
+
+
 class KVCache:
     """Keys and values of a batch of sequences in memory that is allocated once, contiguous or paged, in full
     or few bits. `bitfuse.decode_attention` takes it, and appends to it, in place of tensors.
@@ -144,8 +164,10 @@ class KVCache:
         channel_group: int8, int4: channels that share V's scales, a multiple of 32; by default 32 for int4,
             the whole head for int8.
         page_size: tokens of a page, a power of two; None for a contiguous cache.
-        pages: of a paged cache; as many as the batch can fill by default. `block_table` starts with pages in
-            order: copy your own into it when you give out pages yourself, or where sequences share some.
+        pages: of a paged cache, for all sequences together. None: as many as the batch can fill, all given
+            out, in order. A number: nothing is given out, entries of `block_table` without a page are -1, and
+            a token without a page is refused on the CPU, and neither written nor read on a GPU. Pages are
+            then given out as below, unless you write your own `block_table`, which ends that.
         k_scale, v_scale: fp8: float32 [kv_heads]; 1 by default.
         device: of all tensors.
 
@@ -153,7 +175,18 @@ class KVCache:
         tensors: what the ops take.
         seqlens: int32 [batch]: tokens of each sequence. Lower it to take back the last tokens, by group_size
             at most where codes are kept.
-        block_table: int32 [batch, max_pages], or None.
+        block_table: int32 [batch, max_pages], or None; -1 where there is no page.
+
+    With `pages` given, pages are handed out and shared as in vLLM (Kwon et al., 2023), by lists on the host.
+    `append`, and decode_attention with new keys, give each sequence the pages that it lacks, and copy a page
+    that others share before writing to it; they raise ValueError, having done nothing, where too few are
+    free. `allocate` does so beforehand, `free` and `truncate` give pages back, `fork` and `reorder` share
+    them.
+
+    None of them waits for a GPU: the lengths are counted on the host too. Only where you have written to
+    `seqlens` yourself they are read back, once. Inside torch.compile and in a CUDA graph nothing is given out
+    and nothing copied, for this host code does not run: `allocate` the length to come before each step. After
+    replays of a graph, which move seqlens unseen, call `refresh` before anything else from Python.
 
     Raises:
         TypeError, ValueError: a dtype or a size that does not fit.
@@ -178,6 +211,13 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        for name, integer in (
+            ("batch", batch), ("max_len", max_len), ("kv_heads", kv_heads), ("head_dim", head_dim),
+            ("head_dim_v", head_dim_v), ("group_size", group_size), ("channel_group", channel_group),
+            ("page_size", page_size), ("pages", pages),
+        ):  # fmt: skip
+            if not hasattr(integer, "__index__") and integer is not None:
+                raise TypeError(f"{name} is {integer!r}, expected an int")
         if format not in CACHE_FORMATS:
             raise ValueError(f"format is {format!r}, expected one of {', '.join(map(repr, CACHE_FORMATS))}")
         if dtype not in FLOATS:
@@ -188,8 +228,9 @@ class KVCache:
             ("kv_heads", kv_heads, None),
             ("head_dim", head_dim, MAX_HEAD_DIM),
             ("head_dim_v", head_dim_v, MAX_HEAD_DIM),
+            ("pages", 0 if pages is None else pages, None),
         ):
-            least = 0 if name in ("batch", "max_len") else 1
+            least = 0 if name in ("batch", "max_len", "pages") else 1
             if size < least or (most is not None and size > most):
                 raise ValueError(
                     f"{name} is {size}, expected {least}" + (" or more" if most is None else f" to {most}")
@@ -207,7 +248,6 @@ class KVCache:
                 if format != "fp8":
                     raise ValueError(f"{name} is given, which a cache of format {format!r} has no place for")
                 check_tensor(name, scale, (torch.float32,), (kv_heads,), scale.device)
-        table = None
         if page_size is None:
             if pages is not None:
                 raise ValueError(f"pages is {pages} without a page_size")
@@ -216,33 +256,42 @@ class KVCache:
         else:
             each = -(-max_len // page_size)
             rows, room = batch * each if pages is None else pages, page_size
-            table = torch.arange(batch * each, dtype=torch.int32, device=device).view(batch, each)
-            if pages is not None:
-                table.clamp_(max=pages - 1)
             group_size = min(group_size, page_size)
         bits = BITS.get(format)
         stored = dtype if format == "none" else FP8 if bits is None else torch.uint8
         sizes = [dim if bits is None else dim * bits // 8 for dim in (head_dim, head_dim_v)]
-        k, v = (torch.zeros(rows, room, kv_heads, s, dtype=stored, device=device) for s in sizes)
-        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.block_table = table
-        if bits is None:
-            scales = [None if s is None else s.to(k.device) for s in (k_scale, v_scale)]
-            self.tensors = CacheTensors(k, v, scales[0], None, scales[1], None, None, None, table, format)
-            return
         channels = default_channels(format, head_dim_v) if channel_group is None else channel_group
-        of_k = (rows, room // group_size, kv_heads, head_dim)
-        of_v = (rows, room, kv_heads, -(-head_dim_v // channels))
-        k_tail, v_tail = (
-            torch.zeros(batch, 2 * group_size, kv_heads, dim, dtype=dtype, device=device)
-            for dim in (head_dim, head_dim_v)
-        )
-        scales_k, offsets_k = (torch.zeros(of_k, dtype=torch.float16, device=device) for _ in range(2))
-        scales_v, offsets_v = (torch.zeros(of_v, dtype=torch.float16, device=device) for _ in range(2))
-        self.tensors = CacheTensors(
-            k, v, scales_k, offsets_k, scales_v, offsets_v, k_tail, v_tail, table, format, group_size,
-            channels,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # tensors that may be written in it and outside of it
+            k, v = (torch.zeros(rows, room, kv_heads, s, dtype=stored, device=device) for s in sizes)
+            self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+            self._pages = None
+            table = None
+            if page_size is not None:
+                each = -(-max_len // page_size)
+                table = torch.arange(batch * each, dtype=torch.int32, device=device).view(batch, each)
+                if pages is not None:
+                    self._pages = Pages(pages, page_size, batch, each)
+                    table.fill_(-1)
+            self.block_table = table
+            if bits is None:
+                scales = [None if s is None else s.to(k.device) for s in (k_scale, v_scale)]
+                self.tensors = CacheTensors(k, v, scales[0], None, scales[1], None, None, None, table, format)
+            else:
+                half: dict[str, Any] = dict(dtype=torch.float16, device=device)
+                of_k = (rows, room // group_size, kv_heads, head_dim)
+                of_v = (rows, room, kv_heads, -(-head_dim_v // channels))
+                k_tail, v_tail = (
+                    torch.zeros(batch, 2 * group_size, kv_heads, dim, dtype=dtype, device=device)
+                    for dim in (head_dim, head_dim_v)
+                )
+                scales_k, offsets_k = (torch.zeros(of_k, **half) for _ in range(2))
+                scales_v, offsets_v = (torch.zeros(of_v, **half) for _ in range(2))
+                self.tensors = CacheTensors(
+                    k, v, scales_k, offsets_k, scales_v, offsets_v, k_tail, v_tail, table, format, group_size,
+                    channels,
+                )  # fmt: skip
+        self._lengths = [0] * batch
+        self._noted, self._written = _state(self.seqlens), _state(self.block_table)
 
     @property
     def format(self) -> str:
@@ -258,12 +307,101 @@ class KVCache:
         """Of all tensors: codes, scales, tails, lengths and the block table."""
         return self.seqlens.nbytes + sum(t.nbytes for t in self.tensors if isinstance(t, torch.Tensor))
 
-    def reset(self, sequences: torch.Tensor | None = None) -> None:
-        """Forget all tokens, or those of some sequences (indices, or a bool mask). The memory stays."""
-        if sequences is None:
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds, of a cache with `pages`.
+
+        Raises:
+            ValueError: the cache gives out no pages.
+        """
+        return self._giving("free_pages").free
+
+    def reset(self, sequences: Sequences = None) -> None:
+        """Forget all tokens, or those of some sequences (indices, or a bool mask). The memory stays; pages
+        that were given out are free again."""
+        if self._pages is not None and not self._by_hand():
+            self.free(sequences)
+        elif sequences is None:
             self.seqlens.zero_()
         else:
             self.seqlens[sequences] = 0
+
+    def allocate(self, length: int, sequences: Sequences = None) -> None:
+        """Pages for `length` tokens in all of each sequence, or of some (indices, or a bool mask), which none
+        of them shares past the tokens that it has.
+
+        Raises:
+            ValueError: more tokens than a sequence has room for, or too few free pages; nothing has changed.
+                The cache gives out no pages.
+        """
+        pages, lengths = self._giving("allocate"), self._host_lengths()
+        if length < 0:
+            raise ValueError(f"length is {length}, expected 0 or more")
+        chosen = self._chosen(sequences)
+        self._write_down(pages.prepare([(b, min(lengths[b], length), length) for b in chosen]))
+
+    def free(self, sequences: Sequences = None) -> None:
+        """Forget all tokens, or those of some sequences (indices, or a bool mask), and give back their
+        pages."""
+        pages, chosen = self._giving("free"), self._chosen(sequences)
+        for b in chosen:
+            pages.keep(b, 0)
+        self._set_lengths(dict.fromkeys(chosen, 0))
+        self._write_down([])
+
+    def truncate(self, length: int, sequences: Sequences = None) -> None:
+        """Take back tokens past the first `length` of each sequence, or of some (indices, or a bool mask),
+        and the pages that hold none of the others. A sequence that is no longer stays as it is.
+
+        Raises:
+            ValueError: in a cache of codes the last tokens that stay are codes already: `length` is neither a
+                multiple of group_size nor group_size or less below what the sequence has.
+        """
+        lengths = self._host_lengths()
+        chosen = [b for b in self._chosen(sequences) if lengths[b] > length]
+        for b in chosen:
+            self._check_cut(lengths[b], length, b)
+        self._set_lengths(dict.fromkeys(chosen, length))
+        if self._pages is not None and not self._by_hand():
+            for b in chosen:
+                self._pages.keep(b, length)
+            self._write_down([])
+
+    def fork(self, source: int, targets: Sequences, length: int | None = None) -> None:
+        """Make sequences begin with the first `length` tokens of another, by default all, in place of what
+        they had. Whole pages are shared; one that is not full is copied.
+
+        Raises:
+            ValueError: too few free pages, or a `length` that the source has not, or can't be cut to (see
+                `truncate`); nothing has changed. The cache gives out no pages.
+        """
+        lengths = self._host_lengths()
+        (source,) = self._chosen(source)
+        length = lengths[source] if length is None else length
+        if not 0 <= length <= lengths[source]:
+            raise ValueError(f"length is {length}, expected 0 to {lengths[source]}, as sequence {source} has")
+        self._check_cut(lengths[source], length, source)
+        chosen = [b for b in self._chosen(targets) if b != source]
+        self._share({b: (source, length) for b in chosen})
+
+    def reorder(self, sources: Iterable[int] | torch.Tensor) -> None:
+        """Sequence b becomes what sequence sources[b] is, as beam search wants it: whole pages are shared,
+        one that is not full is copied. Indices [batch] in a list; a tensor on a GPU is waited for.
+
+        Raises:
+            ValueError: too few free pages, an index that is not there; nothing has changed. The cache gives
+                out no pages.
+        """
+        lengths = self._host_lengths()
+        order = self._indices("sources", sources)
+        if len(order) != len(lengths):
+            raise ValueError(f"sources has {len(order)} indices, expected {len(lengths)}, one a sequence")
+        self._share({b: (source, lengths[source]) for b, source in enumerate(order) if b != source})
+
+    def refresh(self) -> None:
+        """Read `seqlens` back, which waits for the device: after something moved them that the host can't
+        see, such as replays of a CUDA graph."""
+        self._lengths, self._noted = self.seqlens.tolist(), _state(self.seqlens)
 
     def append(
         self,
@@ -283,9 +421,151 @@ class KVCache:
 
     def gather(self, sequence: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a sequence as plain tensors [length, kv_heads, head_dim], dequantised; float32
-        by default. Waits for the device."""
+        by default. Waits for the device.
+
+        Raises:
+            ValueError: seqlens has a length that the cache has no room, or a sequence no page for.
+        """
         length = int(self.seqlens[sequence])
+        check_sequence(self.tensors, range(len(self.seqlens))[sequence], length, 0)
         return gather(self.tensors, sequence, length, torch.float32 if dtype is None else dtype)
+
+    # pages: what the host knows
+
+    @property
+    def gives_pages(self) -> bool:
+        return self._pages is not None
+
+    def before_new(self, tokens: int, seqlens: torch.Tensor | None) -> None:
+        """Find pages for new tokens, which are written next: at seqlens, where they are given, in place of
+        the cache's own. Does nothing where the cache gives out no pages, or the host does not run each
+        time."""
+        if self._pages is None or is_compiling() or self._by_hand():
+            return
+        lengths = self._host_lengths() if seqlens is None else seqlens.tolist()
+        spans = [(b, n, n + tokens) for b, n in enumerate(lengths) if n >= 0]
+        if not self._pages.ready(spans):
+            if self.seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    "a sequence lacks a page for its new tokens, or shares it, and a CUDA graph is captured: "
+                    "KVCache.allocate gives pages out beforehand"
+                )
+            self._write_down(self._pages.prepare(spans))
+
+    def after_new(self, tokens: int) -> None:
+        """seqlens grow."""
+        if self._pages is None or is_compiling():
+            self.seqlens += tokens
+            return
+        known = _same(self._noted, self.seqlens)
+        self.seqlens += tokens
+        if known:
+            self._lengths, self._noted = [n + tokens for n in self._lengths], _state(self.seqlens)
+
+    def _host_lengths(self) -> list[int]:
+        """seqlens on the host, without waiting where nobody else wrote to them."""
+        if self.seqlens.is_cpu or not _same(self._noted, self.seqlens):
+            self.refresh()
+        return self._lengths
+
+    def _by_hand(self) -> bool:
+        """Whether somebody has written to the block table, or put another in its place."""
+        return self.tensors.block_table is not self.block_table or not _same(self._written, self.block_table)
+
+    def _giving(self, what: str) -> Pages:
+        if self._pages is None:
+            raise ValueError(
+                f"{what}: the cache gives out no pages, expected one that was made with page_size and pages"
+            )
+        if self._by_hand():
+            raise ValueError(f"{what}: block_table was written by hand, which ends the giving out of pages")
+        return self._pages
+
+    def _indices(self, name: str, given: Iterable[int] | torch.Tensor) -> list[int]:
+        indices = [operator.index(i) for i in (given.tolist() if isinstance(given, torch.Tensor) else given)]
+        for i in indices:
+            if not 0 <= i < len(self.seqlens):
+                raise ValueError(f"{name} holds {i}, expected 0 to {len(self.seqlens) - 1}")
+        return indices
+
+    def _chosen(self, sequences: Sequences) -> list[int]:
+        """Indices of sequences, each once."""
+        if sequences is None:
+            return list(range(len(self.seqlens)))
+        if isinstance(sequences, torch.Tensor):
+            if sequences.dtype == torch.bool:
+                if sequences.shape != self.seqlens.shape:
+                    raise ValueError(
+                        f"sequences is a mask of shape {list(sequences.shape)}, expected "
+                        f"[{len(self.seqlens)}]"
+                    )
+                sequences = sequences.nonzero()
+            sequences = sequences.flatten()
+        elif not isinstance(sequences, Iterable):
+            sequences = (sequences,)
+        return list(dict.fromkeys(self._indices("sequences", sequences)))
+
+    def _check_cut(self, has: int, length: int, sequence: int) -> None:
+        if length < 0:
+            raise ValueError(f"length is {length}, expected 0 or more")
+        size = self.tensors.group_size
+        if self.format in BITS and length % size and has - length > size:
+            raise ValueError(
+                f"length is {length}, expected a multiple of {size}, or {has - size} or more: sequence "
+                f"{sequence} has {has} tokens, and those before its last {size} may be codes"
+            )
+
+    def _share(self, sources: dict[int, tuple[int, int]]) -> None:
+        """{sequence: (which one's tokens it takes, how many)}"""
+        self._write_down(self._giving("fork").share(sources))
+        into, taken = self._on_device([list(sources), [source for source, _ in sources.values()]])
+        for tail in (self.tensors.k_tail, self.tensors.v_tail):
+            if tail is not None:
+                tail.index_copy_(0, into, tail.index_select(0, taken))
+        self._set_lengths({b: n for b, (_, n) in sources.items()})
+
+    def _set_lengths(self, lengths: dict[int, int]) -> None:
+        self._host_lengths()
+        for b, n in lengths.items():
+            self._lengths[b] = n
+        into, values = self._on_device([list(lengths), list(lengths.values())])
+        self.seqlens.index_copy_(0, into, values.to(torch.int32))
+        self._noted = _state(self.seqlens)
+
+    def _write_down(self, copies: Copies) -> None:
+        """Copy pages, and write what has changed into the block table."""
+        assert self._pages is not None and self.block_table is not None
+        t = self.tensors
+        if copies:
+            source, target = self._on_device([list(side) for side in zip(*copies, strict=True)])
+            of_pages = (t.k, t.v) if self.format not in BITS else t[:6]
+            for tensor in of_pages:
+                if tensor is not None:
+                    whole = bytes_of(tensor)
+                    whole.index_copy_(0, target, whole.index_select(0, source))
+        if self._pages.changed:
+            changed = self._pages.changed
+            places, numbers = self._on_device([list(changed), list(changed.values())])
+            self.block_table.view(-1).index_copy_(0, places, numbers.to(torch.int32))
+            changed.clear()
+            self._written = _state(self.block_table)
+
+    def _on_device(self, numbers: list[list[int]]) -> torch.Tensor:
+        """int64, moved without waiting."""
+        on_gpu = self.seqlens.is_cuda
+        made = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        return made.to(self.seqlens.device, non_blocking=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        own = self._pages is not None and not self._by_hand()
+        state["_pages"] = self._pages if own else None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh()
+        self._written = _state(self.block_table)
 
     def __repr__(self) -> str:
         where = "contiguous" if self.block_table is None else f"pages of {self.tensors.k.shape[1]}"
@@ -322,6 +602,17 @@ def as_cache(
     )
 
 
+def of_cache(cache: CacheTensors, *tensors: Any) -> tuple[Any, ...]:
+    """Under autocast queries, keys and values in the dtype that the cache keeps full precision in; over fp8
+    in the autocast dtype."""
+    dtype = autocast.dtype_of(tensors[0]) if autocast.is_any_enabled() else None
+    if dtype is None:
+        return tensors
+    if cache.format != "fp8":
+        dtype = (cache.k if cache.k_tail is None else cache.k_tail).dtype
+    return tuple(autocast.cast(t, dtype) for t in tensors)
+
+
 def append_kv(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -340,7 +631,7 @@ def append_kv(
 
     On the CPU a cache that is full, or a page that is not there, is refused before anything is written; on a
     GPU, where the host does not look, such tokens are left out, unless the environment has BITFUSE_CHECK=1.
-    No gradient flows through a cache.
+    No gradient flows through a cache. Under `torch.autocast` k and v take the cache's dtype.
 
     Args:
         k, v: [batch, tokens, kv_heads, head_dim] and [..., head_dim_v], of the cache's dtype (fp8: any
@@ -361,10 +652,17 @@ def append_kv(
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
     cache, seqlens = as_cache(k_cache, v_cache, cache_seqlens, block_table)
-    rotary = Rotary(rotary_cos, rotary_sin, as_positions(positions), rotary_interleaved)
-    append_kv_op(k.detach(), v.detach(), cache, seqlens, rotary)
-    if isinstance(k_cache, KVCache) and cache_seqlens is None:
-        k_cache.seqlens += k.shape[1]
+    rotary = as_rotary(rotary_cos, rotary_sin, positions, rotary_interleaved)
+    k, v = k.detach(), v.detach()
+    if autocast.is_any_enabled():
+        k, v = of_cache(cache, k, v)
+    own = k_cache if isinstance(k_cache, KVCache) else None
+    if own is not None and own.gives_pages:
+        append_kv_op.check(k, v, cache, seqlens, rotary)
+        own.before_new(k.shape[1], cache_seqlens)
+    append_kv_op(k, v, cache, seqlens, rotary)
+    if own is not None and cache_seqlens is None:
+        own.after_new(k.shape[1])
 
 
 @explains(append_kv)
@@ -378,8 +676,8 @@ def _explain(
     **options: Any,
 ) -> Explanation:
     cache, seqlens = as_cache(k_cache, v_cache, cache_seqlens, block_table)
-    rotary = Rotary(
-        options.get("rotary_cos"), options.get("rotary_sin"), as_positions(options.get("positions")),
+    rotary = as_rotary(
+        options.get("rotary_cos"), options.get("rotary_sin"), options.get("positions"),
         options.get("rotary_interleaved", False),
     )  # fmt: skip
-    return append_kv_op.explain(k, v, cache, seqlens, rotary)
+    return append_kv_op.explain(*of_cache(cache, k, v), cache, seqlens, rotary)

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.compiler import is_compiling
 
+from .. import autocast
 from ..attention_args import AttentionArgs
 from ..autograd import Function, once, recorded
 from ..cost import Cost, moved
@@ -22,7 +24,7 @@ from ..kernels import attention as triton
 from ..kernels import attention_backward as triton_backward
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
-from ..weight import check_tensor
+from ..weight import check_frozen, check_tensor
 from .lora_linear import new_seed
 from .lowbit_linear import FLOATS
 
@@ -513,7 +515,9 @@ class _Attention(Function):
 def apply_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs, deterministic: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and lse, with gradients: what the public functions call."""
+    """Output and lse, with gradients: what the public functions call. Follows autocast."""
+    if autocast.is_any_enabled():
+        q, k, v, a = autocast.of_attention(q, k, v, a)
     learnt = (a.bias, a.sinks, a.prefix_k, a.prefix_v)
     if recorded(q, k, v, *learnt):
         return _Attention.call(q, k, v, *learnt, a, deterministic)
@@ -541,17 +545,19 @@ def _args(
     for name, t in (("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks)):
         if not (t is None or isinstance(t, torch.Tensor)):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
+    if alibi_slopes is not None:
+        check_frozen("alibi_slopes", alibi_slopes)
     left, right = window_size
     if causal:
         right = 0 if right < 0 else min(right, 0)
     if dropout_p and not isinstance(seed, torch.Tensor):
-        seed = new_seed(q) if seed is None else torch.tensor(seed, dtype=torch.int64, device=q.device)
+        seed = new_seed(q) if seed is None else given_seed(seed, q.device)
     if attn_bias is not None:
         if attn_bias.dim() > 4:
             raise ValueError(f"attn_bias has shape {list(attn_bias.shape)}, expected at most four dimensions")
         attn_bias = attn_bias[(None,) * (4 - attn_bias.dim())]
     return AttentionArgs(
-        q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        default_scale(q) if softmax_scale is None else float(softmax_scale),
         max(left, -1),
         max(right, -1),
         False,
@@ -564,6 +570,24 @@ def _args(
         prefix_k,
         prefix_v,
     )
+
+
+def default_scale(q: torch.Tensor) -> float:
+    """head_dim ** -0.5; of what the op refuses, any."""
+    return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+
+
+def given_seed(seed: int, device: torch.device) -> torch.Tensor:
+    """A seed that is no tensor as one.
+
+    Raises:
+        TypeError, ValueError: it is not an int of 64 bits.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed is {seed!r}, expected an int or an int64 tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, expected an int of 64 bits")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 def attention(
@@ -590,7 +614,8 @@ def attention(
 
     Query i meets key j at distance d = j - i - (seqlen_k - seqlen_q): the last query is aligned with the last
     key. A query that sees no key gives 0, and lse -inf. Gradients flow to q, k, v, a float attn_bias, sinks,
-    prefix_k, prefix_v, and through lse.
+    prefix_k, prefix_v, and through lse. Under `torch.autocast` q, k, v, a float attn_bias and prefixes take
+    the autocast dtype, as in torch's scaled_dot_product_attention.
 
     Args:
         q: [batch, seqlen_q, heads, head_dim], float32, float16 or bfloat16, any strides.
@@ -600,7 +625,8 @@ def attention(
         softmax_scale: head_dim ** -0.5 by default.
         window_size: (left, right): -left <= d <= right only; -1 is no bound.
         softcap: logits become softcap * tanh(logit / softcap), before what is added to them; 0 is none.
-        alibi_slopes: [heads] or [batch, heads]: -slope * |d| is added (Press et al., 2022).
+        alibi_slopes: [heads] or [batch, heads]: -slope * |d| is added (Press et al., 2022). They get no
+            gradient: slopes that require one are refused.
         attn_bias: added, or bool, False for a key that is not seen; broadcast to [batch, heads, seqlen_q,
             seqlen_k].
         sinks: [heads], one more logit a head, that takes probability and gives no value (Xiao et al., 2024;
@@ -618,7 +644,7 @@ def attention(
 
     Raises:
         TypeError: a dtype or a type that is not listed.
-        ValueError: sizes that do not fit, tensors on two devices.
+        ValueError: sizes that do not fit, tensors on two devices, alibi_slopes that require a gradient.
     """
     _check_tensors(q, k, v)
     a = _args(
@@ -700,7 +726,8 @@ def varlen_attention(
     ):
         if not isinstance(cu, torch.Tensor):
             raise TypeError(f"{name} is a {type(cu).__name__}, expected a tensor")
-        if cu.is_cpu and cu.dim() == 1 and cu.numel():
+        # inside torch.compile nothing can be read; the CPU's kernel looks again
+        if not is_compiling() and cu.is_cpu and cu.dim() == 1 and cu.numel():
             lengths = cu.diff()
             if int(cu[0]) != 0 or int(cu[-1]) != t.shape[0] or bool((lengths < 0).any()):
                 raise ValueError(
@@ -720,4 +747,4 @@ def _explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) 
     defaults = inspect.signature(attention).parameters
     names = inspect.signature(_args).parameters
     given = {n: options.get(n, defaults[n].default) for n in names if n != "q"}
-    return attention_op.explain(q, k, v, _args(q, **given))
+    return attention_op.explain(*autocast.of_attention(q, k, v, _args(q, **given)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .. import autocast
 from ..activations import activate, check_activation, derivative
 from ..autograd import Function, once, recorded, refuse_intermediate
 from ..cost import Cost, moved
@@ -164,7 +165,8 @@ def bottleneck_adapter(
     """y = x + act(x down^T + down_bias) up^T + up_bias (Houlsby et al., 2019; Pfeiffer et al., 2021).
 
     The middle, [rows, r], is float32 and never rounded; x is read, y written, and nothing of their size lies
-    between. Gradients flow to x, both matrices and both biases.
+    between. Gradients flow to x, both matrices and both biases. Under `torch.autocast` the output has the
+    autocast dtype or, where x is added to it, x's: what torch's layers give.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16, any strides.
@@ -183,6 +185,8 @@ def bottleneck_adapter(
     for name, t in (("x", x), ("down", down), ("up", up)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+    if not residual:  # x in the sum keeps the dtype, as in torch
+        (x,) = autocast.of_matmul(x)
     tensors = (x, down, down_bias, up, up_bias)
     if recorded(*tensors):
         return _BottleneckAdapter.call(*tensors, activation, residual)[0]

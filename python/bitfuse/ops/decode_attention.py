@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import autocast
 from ..attention_args import AttentionArgs
 from ..autograd import recorded, without_gradient
 from ..cost import Cost, moved
@@ -34,12 +35,13 @@ from .append_kv import (
     KVCache,
     as_cache,
     check_new,
+    of_cache,
     turned,
     unflatten_cache,
 )
-from .attention import attention_op
+from .attention import attention_op, default_scale
 from .lowbit_linear import FLOATS
-from .rope import as_positions
+from .rope import as_rotary
 
 
 def _check(
@@ -168,7 +170,7 @@ def _cost(
     batch, queries, heads, dim = q.shape
     known = type(cache_seqlens) is torch.Tensor
     tokens = int(cache_seqlens.sum()) if known else batch * cache.capacity
-    own = cache.k.shape[0] * cache.k.shape[1]
+    own = max(1, cache.k.shape[0] * cache.k.shape[1])  # a cache of nothing moves nothing
     token = moved(cache.k, cache.v, cache.k_scales, cache.v_scales, cache.k_offsets, cache.v_offsets) / own
     new = 0 if k is None else k.shape[0] * k.shape[1]
     out = batch * queries * heads * (cache.head_dim_v * q.element_size() + 4)
@@ -257,7 +259,7 @@ def _args(
     if causal and tree_mask is None:
         right = 0
     return DecodeArgs(
-        q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        default_scale(q) if softmax_scale is None else float(softmax_scale),
         max(left, -1),
         max(right, -1),
         float(softcap),
@@ -302,7 +304,11 @@ def decode_attention(
     prefix alone, with all sequences' queries as one sequence's (causal=False), merged with the rest by
     `bitfuse.merge_attention`. Queries are then rotated beforehand, by `bitfuse.rope`.
 
-    No gradient flows: a backward through the output is an error.
+    No gradient flows: a backward through the output is an error, whichever of the tensors asked for one.
+
+    Under `torch.autocast` the output has the autocast dtype, as torch's attention gives it; q, k and v take
+    the dtype that the cache keeps full precision in (over fp8 the autocast dtype): the cache is read as it
+    is.
 
     Args:
         q: [batch, seqlen_q, heads, head_dim], float32, float16 or bfloat16, any strides. Head dims from 1 to
@@ -346,15 +352,29 @@ def decode_attention(
         if not (t is None or isinstance(t, torch.Tensor)):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
     cache, seqlens = as_cache(k_cache, v_cache, cache_seqlens, block_table)
-    rotary = Rotary(rotary_cos, rotary_sin, as_positions(positions), rotary_interleaved)
+    given = (q, k, v, rotary_cos, rotary_sin, alibi_slopes, sinks)
+    learnt = tuple(t for t in given if isinstance(t, torch.Tensor))
+    if recorded(*learnt):  # what the cache keeps has no history
+        q = q.detach()
+        k, v, rotary_cos, rotary_sin, alibi_slopes, sinks = (
+            t.detach() if isinstance(t, torch.Tensor) else t for t in given[1:]
+        )
+    rotary = as_rotary(rotary_cos, rotary_sin, positions, rotary_interleaved)
     a = _args(q, tree_mask, causal, softmax_scale, window_size, softcap, alibi_slopes, sinks)
-    given = (q, k, v)
-    if recorded(*given):  # what the cache keeps has no history
-        q, k, v = (t if t is None else t.detach() for t in given)
+    dtype = None
+    if autocast.is_any_enabled():
+        dtype = autocast.dtype_of(q)
+        q, k, v = of_cache(cache, q, k, v)
+    own = k_cache if k is not None and isinstance(k_cache, KVCache) else None
+    if own is not None and k is not None and own.gives_pages:
+        decode_attention_op.check(q, k, v, cache, seqlens, rotary, a)
+        own.before_new(k.shape[1], cache_seqlens)
     out, lse = decode_attention_op(q, k, v, cache, seqlens, rotary, a)
-    if k is not None and cache_seqlens is None and isinstance(k_cache, KVCache):
-        k_cache.seqlens += k.shape[1]
-    out, lse = without_gradient(_NO_GRADIENT, (out, lse), (*given, cache.k, cache.v, sinks, alibi_slopes))
+    if own is not None and k is not None and cache_seqlens is None:
+        own.after_new(k.shape[1])
+    if dtype is not None:
+        out = out.to(dtype)
+    out, lse = without_gradient(_NO_GRADIENT, (out, lse), (*learnt, cache.k, cache.v))
     return (out, lse) if return_lse else out
 
 
@@ -370,11 +390,9 @@ def _explain(
     cache, seqlens = as_cache(k_cache, v_cache, cache_seqlens, block_table)
     defaults = inspect.signature(decode_attention).parameters
     given = {n: options.get(n, p.default) for n, p in defaults.items() if p.kind is p.KEYWORD_ONLY}
-    rotary = Rotary(
-        given["rotary_cos"],
-        given["rotary_sin"],
-        as_positions(given["positions"]),
-        given["rotary_interleaved"],
+    rotary = as_rotary(
+        given["rotary_cos"], given["rotary_sin"], given["positions"], given["rotary_interleaved"]
     )
     args = _args(q, *(given[n] for n in inspect.signature(_args).parameters if n != "q"))
-    return decode_attention_op.explain(q, given["k"], given["v"], cache, seqlens, rotary, args)
+    q, k, v = of_cache(cache, q, given["k"], given["v"])
+    return decode_attention_op.explain(q, k, v, cache, seqlens, rotary, args)

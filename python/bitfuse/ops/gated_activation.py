@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .. import autocast
 from ..activations import activate, check_activation, derivative
 from ..autograd import Function, once, recorded
 from ..cpu import gated_activation as cpp
@@ -93,7 +94,8 @@ class _GatedActivation(Function):
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """act(gate) * up: SwiGLU with "silu", GeGLU with "gelu" (erf) or "gelu_tanh", ReGLU with "relu"
-    (Shazeer, 2020). One read of both and one write; float32 inside; the backward is one pass too.
+    (Shazeer, 2020). One read of both and one write; float32 inside; the backward is one pass too. Under
+    `torch.autocast` two dtypes become the wider one, as where torch multiplies.
 
     Args:
         gate, up: one shape, float32, float16 or bfloat16, any strides.
@@ -106,6 +108,8 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "si
     for name, t in (("gate", gate), ("up", up)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+    if autocast.is_any_enabled():
+        gate, up = autocast.of_elements(gate, up)
     if recorded(gate, up):
         return _GatedActivation.call(gate, up, activation)
     return gated_activation_op(gate, up, activation)
@@ -113,4 +117,4 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "si
 
 @explains(gated_activation)
 def _explain(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> Explanation:
-    return gated_activation_op.explain(gate, up, activation)
+    return gated_activation_op.explain(*autocast.of_elements(gate, up), activation)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import autocast
 from ..autograd import Function, recorded
 from ..cpu import merge_attention as cpp
 from ..kernels import merge_attention as triton
@@ -37,11 +38,17 @@ def _of_rows(share: torch.Tensor) -> torch.Tensor:
     return share.transpose(1, 2).unsqueeze(-1)
 
 
+def seen(o: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """o, and 0 in rows that saw nothing of the set, whatever stands there: it may never have been written."""
+    return o.masked_fill(_of_rows(lse == -math.inf), 0)
+
+
 def _reference(
     o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o = w1 o1 + w2 o2 with w = exp(lse_i - lse), lse = log(exp(lse1) + exp(lse2))."""
     lse, w1, w2 = shares(lse1, lse2)
+    o1, o2 = seen(o1, lse1), seen(o2, lse2)
     out = _of_rows(w1) * o1.to(lse.dtype) + _of_rows(w2) * o2.to(lse.dtype)
     return out.to(o1.dtype).contiguous(), lse
 
@@ -87,7 +94,7 @@ class _Merge(Function):
         _, w1, w2 = shares(lse1, lse2)
         grad32, out32 = grad.float(), out.float()
         found: list[torch.Tensor] = []
-        for o, w in ((o1, w1), (o2, w2)):
+        for o, w in ((seen(o1, lse1), w1), (seen(o2, lse2), w2)):
             along = (grad32 * (o.float() - out32)).sum(-1).transpose(1, 2)
             found += [(_of_rows(w) * grad32).to(o.dtype), w * (grad_lse + along)]
         return tuple(found)
@@ -99,8 +106,9 @@ def merge_attention(
     """Attention over two disjoint sets of keys, from the outputs and lse of each: exact (the split-KV merge
     of Flash-Decoding: Dao et al., 2023; shared prefixes as in Cascade Inference: Ye et al., 2024).
 
-    A set that a row saw nothing of has lse -inf, and gives nothing; where both are, the output is 0 and lse
-    -inf. Gradients flow to all four.
+    A set that a row saw nothing of has lse -inf, and gives nothing, whatever its output holds there; where
+    both are, the output is 0 and lse -inf. Gradients flow to all four. Under `torch.autocast` two dtypes
+    become the wider one.
 
     Args:
         o1, o2: [batch, seq, heads, head_dim], one of float32, float16, bfloat16.
@@ -117,6 +125,9 @@ def merge_attention(
     for name, t in zip(("o1", "lse1", "o2", "lse2"), tensors, strict=True):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+    if autocast.is_any_enabled():
+        o1, o2 = autocast.of_elements(o1, o2)
+        tensors = (o1, lse1, o2, lse2)
     if recorded(*tensors):
         return _Merge.call(*tensors)
     return merge_attention_op(*tensors)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import autocast
 from ..cpu import quantize_kv as cpp
 from ..kernels import quantize_kv as triton
 from ..kv_cache import (
@@ -139,6 +140,7 @@ def quantize_kv(
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
     sizes = _sizes(v, format, group_size, channel_group)
+    k, v = autocast.of_elements(k, v)
     return QuantizedKV(*quantize_kv_op(k.detach(), v.detach(), format, *sizes))
 
 
@@ -150,4 +152,6 @@ def _explain(
     group_size: int | None = None,
     channel_group: int | None = None,
 ) -> Explanation:
-    return quantize_kv_op.explain(k, v, format, *_sizes(v, format, group_size, channel_group))
+    return quantize_kv_op.explain(
+        *autocast.of_elements(k, v), format, *_sizes(v, format, group_size, channel_group)
+    )

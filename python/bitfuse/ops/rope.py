@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
+from .. import autocast
 from ..autograd import Function, elsewhere, no_forward_mode, recorded
 from ..cpu import rope as cpp
 from ..kernels import rope as triton
 from ..kv_cache import Rotary, check_rotary, rotate
 from ..op import Backend, Explanation, Op, explains
+from ..weight import check_frozen
 from .lowbit_linear import FLOATS
+
+CHECK_PLACES = os.environ.get("BITFUSE_CHECK", "") not in ("", "0")  # on a GPU, where it makes the host wait
+LAST = 2**31 - 1
 
 
 def _check(x: torch.Tensor, rotary: Rotary, inverse: bool) -> None:
@@ -24,21 +31,28 @@ def _check(x: torch.Tensor, rotary: Rotary, inverse: bool) -> None:
     check_rotary(rotary, x.shape[0], x.shape[1], x.shape[3], x.device)
     if rotary.positions is None and x.shape[1] > rotary.cos.shape[0]:
         raise ValueError(f"rotary_cos has {rotary.cos.shape[0]} positions, expected {x.shape[1]} or more")
+    if CHECK_PLACES and x.is_cuda:
+        _check_positions(rotary)
 
 
-def _reference(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
-    """Each pair (a, b) of a token's first rotary_dim channels becomes (a cos - b sin, b cos + a sin)."""
-    assert rotary.cos is not None and rotary.sin is not None
-    positions = rotary.positions
-    if positions is None:
-        positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device).unsqueeze(0)
-    elif positions.numel():
-        low, high = (int(p) for p in torch.aminmax(positions))
+def _check_positions(rotary: Rotary) -> None:
+    """Raise ValueError for a position that cos does not have. Waits for the device."""
+    if rotary.positions is not None and rotary.cos is not None and rotary.positions.numel():
+        low, high = (int(p) for p in torch.aminmax(rotary.positions))
         if low < 0 or high >= rotary.cos.shape[0]:
             raise ValueError(
                 f"positions holds {low if low < 0 else high}, expected 0 to {rotary.cos.shape[0] - 1}, as "
                 "rotary_cos has"
             )
+
+
+def _reference(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
+    """Each pair (a, b) of a token's first rotary_dim channels becomes (a cos - b sin, b cos + a sin)."""
+    assert rotary.cos is not None and rotary.sin is not None
+    _check_positions(rotary)
+    positions = rotary.positions
+    if positions is None:
+        positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device).unsqueeze(0)
     at = positions.long()
     return rotate(x, rotary.cos[at], rotary.sin[at], rotary.interleaved, inverse).contiguous()
 
@@ -102,14 +116,44 @@ def apply_rope(x: torch.Tensor, rotary: Rotary, inverse: bool = False) -> torch.
 
 
 def as_positions(positions: torch.Tensor | None) -> torch.Tensor | None:
-    """int32 [batch or 1, tokens]."""
+    """int32 [batch or 1, tokens].
+
+    Raises:
+        ValueError: on the CPU, a position of more than 32 bits. On a GPU, where nobody looks, it becomes one
+            that no table has.
+    """
     if positions is None:
         return None
     if not isinstance(positions, torch.Tensor):
         raise TypeError(f"positions is a {type(positions).__name__}, expected a tensor")
     if positions.dtype == torch.int64:
-        positions = positions.int()
+        if positions.is_cpu and positions.numel() and not is_compiling():
+            low, high = (int(p) for p in torch.aminmax(positions))
+            if low < -LAST or high > LAST:
+                raise ValueError(
+                    f"positions holds {low if low < 0 else high}, expected 0 to {LAST}, what 32 bits hold"
+                )
+        positions = positions.clamp(-LAST, LAST).int()
     return positions.unsqueeze(0) if positions.dim() == 1 else positions
+
+
+def as_rotary(
+    cos: torch.Tensor | None, sin: torch.Tensor | None, positions: torch.Tensor | None, interleaved: bool
+) -> Rotary:
+    """What the public functions take as one thing.
+
+    Raises:
+        TypeError: neither tensors nor None.
+        ValueError: positions as `as_positions`; cos or sin require a gradient, which no op gives them.
+    """
+    for name, t in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if t is not None:
+            if not isinstance(t, torch.Tensor):
+                raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
+            check_frozen(name, t)
+    if cos is not None and sin is not None and autocast.is_any_enabled():
+        cos, sin = autocast.of_elements(cos, sin)
+    return Rotary(cos, sin, as_positions(positions), interleaved)
 
 
 def rope(
@@ -124,10 +168,12 @@ def rope(
 
     Args:
         x: [batch, seq, heads, head_dim], float32, float16 or bfloat16, any strides.
-        cos, sin: [positions, rotary_dim / 2], one float dtype; rotary_dim is 2 to head_dim, and the channels
-            past it are left as they are.
+        cos, sin: [positions, rotary_dim / 2], one float dtype (under `torch.autocast` two become the wider);
+            rotary_dim is 2 to head_dim, and the channels past it are left as they are. They get no gradient:
+            tables that require one are refused.
         positions: [batch or 1, seq] or [seq], int32 or int64: the row of cos for each token; 0, 1, ... by
-            default. On the CPU a position past the last row is refused.
+            default. On the CPU a position without a row is refused; on a GPU (but with BITFUSE_CHECK=1 in the
+            environment, which waits for it) what it turns becomes NaN.
         interleaved: pairs are channels (2 i, 2 i + 1), as in GPT-J, not (i, i + rotary_dim / 2), as in Llama.
 
     Returns:
@@ -139,7 +185,7 @@ def rope(
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
-    rotary = Rotary(cos, sin, as_positions(positions), interleaved)
+    rotary = as_rotary(cos, sin, positions, interleaved)
     return apply_rope(x, rotary)
 
 
@@ -151,4 +197,4 @@ def _explain(
     positions: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> Explanation:
-    return rope_op.explain(x, Rotary(cos, sin, as_positions(positions), interleaved), False)
+    return rope_op.explain(x, as_rotary(cos, sin, positions, interleaved), False)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import autocast
 from ..attention_args import AttentionArgs
 from ..op import Explanation, explains
 from .attention import apply_attention, attention_op
@@ -82,6 +83,7 @@ def _arranged(
     scale: float | None,
     enable_gqa: bool,
 ) -> _Call:
+    query, key, value, attn_mask = autocast.of_matmul(query, key, value, attn_mask)
     _check(query, key, value, dropout_p)
     # the dimension before the sequence counts as heads, whatever it is to the caller: one batch of them
     q, k, v = (t[(None,) * (4 - t.dim())] if t.dim() < 4 else t for t in (query, key, value))
@@ -142,7 +144,8 @@ def scaled_dot_product_attention(
         enable_gqa: key and value may have fewer heads, divisors of query's.
 
     Returns:
-        [..., heads, seqlen_q, head_dim_v] of query's dtype; heads are not the outer dimension in memory.
+        [..., heads, seqlen_q, head_dim_v] of query's dtype, under `torch.autocast` of the autocast dtype,
+        which the tensors and a float mask take; heads are not the outer dimension in memory.
 
     Raises:
         RuntimeError: what torch refuses: sizes that do not fit, two dtypes.
