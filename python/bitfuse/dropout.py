@@ -3,7 +3,11 @@ pass, another backend or another device draws the same mask again."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
+from torch.compiler import is_compiling
 
 # the multipliers of a 32-bit integer hash with little bias (Wellons, "Prospecting for hash functions", 2018)
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
@@ -55,3 +59,63 @@ def _mix(v: torch.Tensor) -> torch.Tensor:
     v = _times(v ^ (v >> 16), FIRST)
     v = _times(v ^ (v >> 15), SECOND)
     return v ^ (v >> 16)
+
+
+# the seed
+
+_library = torch.library.Library("bitfuse", "FRAGMENT")
+
+
+def new_seed(x: torch.Tensor) -> torch.Tensor:
+    """A seed from torch's generator of x's device: `torch.manual_seed` fixes it, checkpointing repeats it."""
+    if is_compiling():
+        return torch.ops.bitfuse.new_seed(0, device=x.device)
+    return _draw(0, device=x.device)
+
+
+def _draw(number: int, *, device: torch.device) -> torch.Tensor:
+    return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
+
+
+def _fake_draw(number: int, *, device: torch.device) -> torch.Tensor:
+    _keep_in_graphs()
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+@functools.cache
+def _keep_in_graphs() -> None:
+    """See that a compiled backward has the seed of its forward.
+
+    What divides the graph of both in two (torch._functorch.partitioners) may compute anything of the forward
+    again to save memory, as much as `activation_memory_budget` says, and knows of few random ops that it must
+    not. So the seed is marked to be saved; inside `torch.utils.checkpoint`, which marks it to be computed
+    again, the state of the generator is kept instead, as for every op with the tag nondeterministic_seeded.
+    Seeds are numbered, for two calls with the same arguments would count as one.
+    """
+    from torch._functorch import config
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    def trace(mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        made = mode.__torch_dispatch__(func, types, args, kwargs or {})
+        drawn = [node for node in mode.tracer.graph.nodes if node.target is func]
+        node = drawn[-1]
+        node.args = (len(drawn), *node.args[1:])
+        node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+        if config.activation_memory_budget == 0:
+            node.meta["memory_budget"] = 1e-9  # at 0 the mark is not looked at
+        annotated = node.meta.get("custom")
+        for key, value in annotated.items() if isinstance(annotated, dict) else ():
+            if "memory_budget" in str(key) and value == 0:
+                raise RuntimeError(
+                    "a region with an activation memory budget of 0 would draw the seed of dropout again in the "
+                    "backward: expected a budget above 0, such as 1e-9"
+                )
+        return made
+
+    torch.library.register_torch_dispatch("bitfuse::new_seed", ProxyTorchDispatchMode, trace, lib=_library)
+
+
+_library.define("new_seed(int number, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.impl("new_seed", _draw, "CompositeExplicitAutograd")
+torch.library.register_fake("bitfuse::new_seed", _fake_draw, lib=_library)

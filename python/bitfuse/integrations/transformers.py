@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..attention_args import AttentionArgs
+from ..dropout import new_seed
 from ..ops.attention import apply_attention
-from ..ops.lora_linear import new_seed
 
 NAME = "bitfuse"
 log = logging.getLogger("bitfuse")

@@ -11,9 +11,10 @@ import torch
 from torch.compiler import is_compiling
 
 from ..cost import Cost, moved
+from ..dropout import new_seed
 from ..lora_args import LoraArgs
 from ..op import Explanation, explain
-from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear, new_seed
+from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear
 from ..ops.lowbit_linear import FLOATS, check_float
 from .adapters import AdapterLinear, options_from_bytes, options_to_bytes
 from .dora import RowNorms, dora_scale

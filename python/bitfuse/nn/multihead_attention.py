@@ -9,10 +9,9 @@ import torch
 
 from ..attention_args import AttentionArgs
 from ..autograd import Function, once
-from ..dropout import keep_rows
+from ..dropout import keep_rows, new_seed
 from ..op import Explanation
 from ..ops.attention import MAX_HEAD_DIM, apply_attention, attention_op
-from ..ops.lora_linear import new_seed
 
 _linear = torch.nn.functional.linear
 

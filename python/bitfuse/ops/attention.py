@@ -19,13 +19,12 @@ from ..autograd import Function, once, recorded
 from ..cost import Cost, moved
 from ..cpu import attention as cpp
 from ..cuda import attention as cuda
-from ..dropout import keep
+from ..dropout import keep, new_seed
 from ..kernels import attention as triton
 from ..kernels import attention_backward as triton_backward
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
 from ..weight import check_frozen, check_tensor
-from .lora_linear import new_seed
 from .lowbit_linear import FLOATS
 
 MAX_HEAD_DIM = 256

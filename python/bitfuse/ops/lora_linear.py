@@ -17,7 +17,7 @@ from ..autograd import Function, materialized, once, recorded, recording, refuse
 from ..cost import Cost, moved
 from ..cpu import lora_linear as cpp
 from ..cuda import lora_linear as cuda
-from ..dropout import keep
+from ..dropout import keep, new_seed
 from ..kernels import lora_linear as triton
 from ..lora_args import LoraArgs
 from ..op import Backend, Explanation, Op, explains
@@ -503,11 +503,6 @@ def lora_args(
     if out_scale is not None:
         out_scale = out_scale.to(torch.float32)
     return LoraArgs(weight, lora_A, lora_B, float(scaling), scale_by, bias, out_scale, seed), perm
-
-
-def new_seed(x: torch.Tensor) -> torch.Tensor:
-    """A seed from torch's generator of x's device: `torch.manual_seed` fixes it, checkpointing repeats it."""
-    return torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
 
 
 def lora_linear(

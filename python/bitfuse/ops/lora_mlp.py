@@ -9,6 +9,7 @@ import torch
 
 from ..activations import check_activation
 from ..autograd import Function, once, recorded, refuse_intermediate
+from ..dropout import new_seed
 from ..lora_args import LoraArgs
 from ..weight import LowBitWeight
 from .gated_activation import gated_activation, gated_activation_backward, gated_activation_op
@@ -19,7 +20,6 @@ from .lora_linear import (
     learnt,
     lora_args,
     lora_linear_op,
-    new_seed,
     put_together,
     taken_apart,
 )

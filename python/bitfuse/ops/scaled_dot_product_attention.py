@@ -10,9 +10,9 @@ import torch
 
 from .. import autocast
 from ..attention_args import AttentionArgs
+from ..dropout import new_seed
 from ..op import Explanation, explains
 from .attention import apply_attention, attention_op
-from .lora_linear import new_seed
 
 
 class _Call(NamedTuple):
