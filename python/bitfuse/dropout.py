@@ -108,8 +108,8 @@ def _keep_in_graphs() -> None:
         for key, value in annotated.items() if isinstance(annotated, dict) else ():
             if "memory_budget" in str(key) and value == 0:
                 raise RuntimeError(
-                    "a region with an activation memory budget of 0 would draw the seed of dropout again in the "
-                    "backward: expected a budget above 0, such as 1e-9"
+                    "a region with an activation memory budget of 0 would draw the seed of dropout again in "
+                    "the backward: expected a budget above 0, such as 1e-9"
                 )
         return made
 

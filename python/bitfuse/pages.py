@@ -49,7 +49,9 @@ class Pages:
         Raises:
             ValueError: a sequence has no room for so many tokens, or there are too few free pages.
         """
-        places = []  # (sequence, i): where a page is lacking, or shared and about to be written
+        places: list[
+            tuple[int, int]
+        ] = []  # (sequence, i): where a page is lacking, or shared and about to be written
         left: Counter[int] = Counter()  # who leaves a page to the others
         for sequence, begin, end in spans:
             own, needed = self.owned[sequence], self._pages(end)

@@ -324,7 +324,7 @@ class KVCache:
         elif sequences is None:
             self.seqlens.zero_()
         else:
-            self.seqlens[sequences] = 0
+            self.seqlens[sequences if isinstance(sequences, (int, torch.Tensor)) else list(sequences)] = 0
 
     def allocate(self, length: int, sequences: Sequences = None) -> None:
         """Pages for `length` tokens in all of each sequence, or of some (indices, or a bool mask), which none

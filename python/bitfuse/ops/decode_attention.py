@@ -10,7 +10,7 @@ import torch
 
 from .. import autocast
 from ..attention_args import AttentionArgs
-from ..autograd import recorded, without_gradient
+from ..autograd import recorded, recording, without_gradient
 from ..cost import Cost, moved
 from ..cpu import decode_attention as cpp
 from ..cuda import decode_attention as cuda
@@ -352,13 +352,15 @@ def decode_attention(
         if not (t is None or isinstance(t, torch.Tensor)):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
     cache, seqlens = as_cache(k_cache, v_cache, cache_seqlens, block_table)
-    given = (q, k, v, rotary_cos, rotary_sin, alibi_slopes, sinks)
-    learnt = tuple(t for t in given if isinstance(t, torch.Tensor))
-    if recorded(*learnt):  # what the cache keeps has no history
-        q = q.detach()
-        k, v, rotary_cos, rotary_sin, alibi_slopes, sinks = (
-            t.detach() if isinstance(t, torch.Tensor) else t for t in given[1:]
-        )
+    learnt: tuple[torch.Tensor, ...] = ()
+    if recording():
+        given = (q, k, v, rotary_cos, rotary_sin, alibi_slopes, sinks)
+        learnt = tuple(t for t in given if isinstance(t, torch.Tensor))
+        if recorded(*learnt):  # what the cache keeps has no history
+            q = q.detach()
+            k, v, rotary_cos, rotary_sin, alibi_slopes, sinks = (
+                t.detach() if isinstance(t, torch.Tensor) else t for t in given[1:]
+            )
     rotary = as_rotary(rotary_cos, rotary_sin, positions, rotary_interleaved)
     a = _args(q, tree_mask, causal, softmax_scale, window_size, softcap, alibi_slopes, sinks)
     dtype = None
@@ -374,7 +376,8 @@ def decode_attention(
         own.after_new(k.shape[1])
     if dtype is not None:
         out = out.to(dtype)
-    out, lse = without_gradient(_NO_GRADIENT, (out, lse), (*learnt, cache.k, cache.v))
+    if learnt:
+        out, lse = without_gradient(_NO_GRADIENT, (out, lse), (*learnt, cache.k, cache.v))
     return (out, lse) if return_lse else out
 
 
