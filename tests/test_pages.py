@@ -118,8 +118,8 @@ def test_a_shared_prefix_is_copied_before_it_is_written(format: str) -> None:
     alone.append(*(t[:1].expand(3, -1, -1, -1) for t in (k, v)))
     for one in (c, alone):
         one.append(*new)
-    for a, b in zip(contents(c), contents(alone), strict=True):
-        assert torch.equal(a, b)
+    for got, fresh in zip(contents(c), contents(alone), strict=True):
+        assert torch.equal(got, fresh)
     # taken back into the shared pages: who writes there copies, the others keep what they have
     before = contents(c)
     c.truncate(32, 1)
