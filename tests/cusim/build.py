@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -99,16 +100,32 @@ def library() -> Path:
     return built
 
 
+def declared(include: Path) -> list[str]:
+    """The functions of the CUDA runtime, all of which a torch built for CUDA expects somewhere."""
+    headers = (include / "cuda_runtime_api.h", include / "cuda_profiler_api.h")
+    text = "".join(header.read_text(errors="replace") for header in headers if header.exists())
+    return sorted(set(re.findall(r"\bcudaError_t\s+CUDARTAPI\s+(cuda\w+)\s*\(", text)))
+
+
+def _rest(include: Path) -> str:
+    """C++ that gives way to what the sources define: every other function says that it is not simulated."""
+    weak = '__attribute__((weak)) int {0}() {{ return cusim_not_simulated("{0}"); }}'
+    functions = [weak.format(name) for name in declared(include)]
+    return "\n".join(['extern "C" {', "int cusim_not_simulated(const char* name);", *functions, "}", ""])
+
+
 def _build(sources: list[Path], out: Path) -> Path:
-    compiler, include = _compiler(), str(cuda_include())
+    compiler, include = _compiler(), cuda_include()
+    rest = out / "rest.cpp"
+    rest.write_text(_rest(include))
 
     def compile_one(source: Path) -> str:
         made = str(out / f"{source.stem}.o")
-        _run([compiler, *FLAGS, "-isystem", include, "-c", str(source), "-o", made])
+        _run([compiler, *FLAGS, "-isystem", str(include), "-c", str(source), "-o", made])
         return made
 
     with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(compile_one, [*sources, rest]))
     made = out / NAME
     script = f"-Wl,-soname,{NAME},--version-script={SOURCE / 'runtime.map'}"
     _run([compiler, "-shared", *objects, "-o", str(made), script, "-ldl", "-pthread"])

@@ -28,13 +28,15 @@ T field(const char* p, size_t at) {
 
 }  // namespace
 
-FatBinary::FatBinary(const void* wrapper) {
+FatBinary::FatBinary(const void* wrapper) : data_(field<const char*>((const char*)wrapper, 8)) {
   constexpr uint32_t kMagic = 0xBA55ED50;
+  if (field<uint32_t>(data_, 0) != kMagic) throw Fault("not a fat binary");
+}
+void FatBinary::read() {
   constexpr uint16_t kPtx = 1;
-  const char* data = field<const char*>((const char*)wrapper, 8);
-  if (field<uint32_t>(data, 0) != kMagic) throw Fault("not a fat binary");
-  const char* p = data + field<uint16_t>(data, 6);
-  const char* end = p + field<uint64_t>(data, 8);
+  images_.clear();
+  const char* p = data_ + field<uint16_t>(data_, 6);
+  const char* end = p + field<uint64_t>(data_, 8);
   while (p < end) {
     uint32_t header = field<uint32_t>(p, 4), compressed = field<uint32_t>(p, 16);
     uint64_t size = field<uint64_t>(p, 8);
@@ -50,6 +52,7 @@ FatBinary::FatBinary(const void* wrapper) {
     }
     p += header + size;
   }
+  read_ = true;
 }
 bool FatBinary::Image::runs_on(int sm) const {
   if (suffix == 'a') return sm == arch;
@@ -57,6 +60,7 @@ bool FatBinary::Image::runs_on(int sm) const {
   return sm >= arch;
 }
 Module& FatBinary::module_for(int sm) {
+  if (!read_) read();
   Image* best = nullptr;
   for (Image& image : images_)
     if (image.runs_on(sm) &&

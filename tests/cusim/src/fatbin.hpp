@@ -14,6 +14,7 @@ class FatBinary {
   Module& module_for(int sm);
 
  private:
+  void read();  // the images, when first asked for: a torch built for CUDA registers hundreds of binaries
   struct Image {
     std::string ptx;
     int arch = 0;
@@ -21,6 +22,8 @@ class FatBinary {
     std::unique_ptr<Module> module;
     bool runs_on(int sm) const;
   };
+  const char* data_;
+  bool read_ = false;
   std::vector<Image> images_;
 };
 

@@ -1,7 +1,8 @@
-// The part of libcudart.so.13 that an extension built with `nvcc -cudart shared` calls.
+// The part of libcudart.so.13 that a library built with `nvcc -cudart shared` calls; build.py adds the rest.
 // Memory is the host's; a launch runs to its end before it returns.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <chrono>
@@ -129,6 +130,14 @@ int blocks_per_multiprocessor(const void* host, int threads, size_t dynamic) {
 
 const auto kStream = (cudaStream_t)1;
 
+bool asked_by_torch(const void* caller) {
+  Dl_info found;
+  if (!dladdr(caller, &found) || !found.dli_fname) return false;
+  const char* slash = strrchr(found.dli_fname, '/');
+  std::string name = slash ? slash + 1 : found.dli_fname;
+  return name.starts_with("libtorch") || name.starts_with("libc10");
+}
+
 }  // namespace
 
 extern "C" {
@@ -212,6 +221,8 @@ const char* cudaGetErrorName(cudaError_t e) {
       return "cudaErrorMemoryAllocation";
     case cudaErrorNotSupported:
       return "cudaErrorNotSupported";
+    case cudaErrorNoDevice:
+      return "cudaErrorNoDevice";
     default:
       return "cudaErrorUnknown";
   }
@@ -297,9 +308,10 @@ cudaError_t cudaGetDevice(int* d) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+// torch, where it is one for CUDA, is to stay on the CPU: for it there is no GPU.
 cudaError_t cudaGetDeviceCount(int* n) {
-  *n = 1;
-  return cudaSuccess;
+  *n = asked_by_torch(__builtin_return_address(0)) ? 0 : 1;
+  return *n ? cudaSuccess : fail(cudaErrorNoDevice);
 }
 cudaError_t cudaDeviceSynchronize() { return t_error; }
 cudaError_t cudaDeviceReset() { return cudaSuccess; }
@@ -482,6 +494,11 @@ cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
   *ms = float(*(double*)b - *(double*)a);
   return cudaSuccess;
+}
+
+// ---- what an extension of ours does not call, but a torch built for CUDA links with: see build.py ----
+int cusim_not_simulated(const char* name) {
+  return fail(cudaErrorNotSupported, std::string(name) + " is not simulated");
 }
 
 // ---- the driver's tensor-map encoder ----
