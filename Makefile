@@ -15,8 +15,9 @@ SETUP := $(VENV)/.ready
 endif
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
-# the simulator runs PTX, for the two generations that the kernels are written for
+# the simulator runs PTX, for the two generations that the kernels are written for, and stands in for a shared runtime
 TEST_ARCHS ?= 80+PTX;90a+PTX
+TEST_BUILD = BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' BITFUSE_CUDART=shared
 NVCC_WHEELS = $(shell PYTHONPATH=python/bitfuse python3 -c 'from arch.toolchain import NVCC_WHEELS; print(*NVCC_WHEELS)')
 
 .PHONY: demo test lint bench gpu clean
@@ -44,11 +45,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(PIP) install -c constraints.txt 'setuptools>=77' 'pybind11>=2.13' torch triton
 	command -v nvcc >/dev/null || test -n "$$CUDA_HOME" || $(PIP) install $(NVCC_WHEELS)
-	BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' $(PIP) install -c constraints.txt --no-build-isolation -e .
+	$(TEST_BUILD) $(PIP) install -c constraints.txt --no-build-isolation -e .
 	touch $@ $(VENV)/.built
 
 $(VENV)/.built: $(SOURCES) | $(SETUP)
-	BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' $(PYTHON) setup.py -q build_ext --inplace
+	$(TEST_BUILD) $(PYTHON) setup.py -q build_ext --inplace
 	touch $@
 
 # one stamp an extra: the demo needs no linters, the linters need no model

@@ -158,7 +158,8 @@ def build(run: Run) -> None:
     ):
         return
     command = [PYTHON, "setup.py", "-q", "build_ext", "--inplace"]
-    code, seconds = run.command(name, command, run.stage("build"), log, {"BITFUSE_CUDA": "1"})
+    environment = {"BITFUSE_CUDA": "1", "BITFUSE_CUDART": "static"}  # as users have it
+    code, seconds = run.command(name, command, run.stage("build"), log, environment)
     run.note(name, Unit("cut" if code is None else "failed" if code else "ok", seconds, last_line(log)))
 
 

@@ -43,20 +43,32 @@ __all__ = [
 
 def compiler_wheels() -> list[str]:
     """The pinned wheels of nvcc, where the build is to make CUDA kernels and finds no nvcc."""
-    wanted = os.environ.get("BITFUSE_CUDA", "")
-    if wanted == "0" or (wanted != "1" and shutil.which("nvidia-smi") is None):
+    wanted = toolchain.cuda_wanted()
+    if wanted is False or (wanted is None and shutil.which("nvidia-smi") is None):
         return []
     try:
         toolchain.find_nvcc()
     except toolchain.CompilerMissing:
         # a CUDA_HOME that holds none is the user's mistake: wheels would not be looked at
-        return [] if os.environ.get("CUDA_HOME") else list(toolchain.NVCC_WHEELS)
+        if not os.environ.get("CUDA_HOME"):
+            return list(toolchain.NVCC_WHEELS)
+        if wanted:
+            raise
     return []
 
 
+def needed() -> list[str]:
+    """What a build needs here; what is wrong with the environment ends it before anything is fetched."""
+    try:
+        toolchain.check_settings()
+        return compiler_wheels()
+    except (ValueError, toolchain.CompilerMissing) as why:
+        raise SystemExit(f"bitfuse: {why}") from None
+
+
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *compiler_wheels()]
+    return [*needed(), *build_meta.get_requires_for_build_wheel(config_settings)]
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *compiler_wheels()]
+    return [*needed(), *build_meta.get_requires_for_build_editable(config_settings)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import cusim
 import pytest
 import torch
+from cusim.build import declared
 
 NVCC = cusim.cuda_include().parent / "bin" / "nvcc"
 pytestmark = [
@@ -127,6 +128,19 @@ def test_runtime_functions(library: ctypes.CDLL) -> None:
     host = ctypes.create_string_buffer(100)
     assert library.copies(host, 100) == 0
     assert host.raw == b"\7" * 100
+
+
+def test_a_torch_for_cuda_finds_all_of_the_runtime() -> None:
+    """And no GPU: with one it would begin to use it."""
+    runtime = cusim.load()
+    names = declared(cusim.cuda_include())
+    assert len(names) > 200 and [name for name in names if not hasattr(runtime, name)] == []
+    runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    assert (
+        runtime.cudaGetErrorString(runtime.cudaGraphLaunch(None, None)) == b"cudaGraphLaunch is not simulated"
+    )
+    runtime.cudaGetLastError()
+    assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
 
 
 def test_the_simulator_can_be_detected() -> None:

@@ -249,7 +249,8 @@ def _native(module: str, says: str) -> dict[str, Any]:
         return {"built": False, "reason": "not built"}
     except ImportError as error:
         return {"built": True, "reason": str(error).splitlines()[0]}
-    return {"built": True, says: getattr(loaded, says)()}
+    found = {"built": True, says: getattr(loaded, says)()}
+    return found if module == "_cpu" else found | {"runtime": bundle.cudart_of(str(loaded.__file__))}
 
 
 def _output(*command: str) -> str | None:

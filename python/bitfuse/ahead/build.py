@@ -257,12 +257,12 @@ def _cuda(
         return None
     nvcc = toolchain.find_nvcc()
     targets = list(dict.fromkeys(_target(gpu) for gpu in gpus))
-    library = nvcc.cudart()
+    runtime = nvcc.cudart(toolchain.cudart_kind())
     objects = cache_folder() / "objects" / f"{'-'.join(map(str, targets))}{bundle.abi()}"
     jobs = toolchain.cuda_jobs(csrc, objects, nvcc, targets)
     made = _in_threads("CUDA C++", [job.make for job in jobs], progress)
     extension = f"_cuda{bundle.abi()}"
-    toolchain.link(folder / extension, made, [str(library)])
+    toolchain.link(folder / extension, made, runtime)
     sources = [(path.stem, image) for path in made for image in cubin.read(path)]
     mixes = _in_threads("SASS", [functools.partial(_mix, image.elf) for _, image in sources], progress)
     for (stem, image), mix in zip(sources, mixes, strict=True):

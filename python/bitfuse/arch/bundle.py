@@ -12,6 +12,7 @@ process that maps it, and a cut cubin the driver's. What does not fit is told an
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import logging
@@ -236,7 +237,7 @@ def on_extension(swap: Callable[[ModuleType], None]) -> None:
 
 
 def _take_extension(folder: Path, said: dict[str, Any]) -> str | None:
-    import torch  # noqa: F401  its wheel carries the CUDA runtime that the extension links with
+    import torch  # noqa: F401  its wheel carries the CUDA runtime, which a shared link needs
 
     package: Any = sys.modules[PACKAGE.name]
     file = folder / f"_cuda{abi()}"
@@ -263,6 +264,11 @@ def _take_triton(folder: Path, said: dict[str, Any]) -> str | None:
 
     add(folder / "triton")
     return None
+
+
+def cudart_of(extension: str | os.PathLike[str]) -> str:
+    """How CUDA's runtime is linked to an extension that loads: "static", hidden in it, or "shared"."""
+    return "shared" if hasattr(ctypes.CDLL(os.fspath(extension)), "cudaGetErrorString") else "static"
 
 
 # which machine code a card runs

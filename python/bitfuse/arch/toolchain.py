@@ -8,6 +8,7 @@ standard library: setup.py loads this file before there is torch.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import platform
 import re
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,10 @@ DEFAULT_ARCHS = "80;90a+PTX"
 CXXFLAGS: tuple[str, ...] = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 # uninitialized: GCC 12 says it of its own AVX-512 headers
 CXXFLAGS += ("-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+# -cudart says nothing of an object: which runtime is linked, `Nvcc.cudart` does
 NVCCFLAGS = ("-std=c++20", "-O3", "-lineinfo", "-cudart", "shared")
+# an older g++ says 201709 of C++20
+PROBE = "#include <bit>\n#include <concepts>\nstatic_assert(__cplusplus >= 202002L);\n"
 X86_LEVELS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -201,22 +206,34 @@ class Nvcc:
     def __str__(self) -> str:
         return f"nvcc {self.version} of {self.origin}"
 
+    def release(self) -> tuple[str, str]:
+        """Its folder, and a name."""
+        return str(self.home), f"nvcc {self.version}"
+
     def includes(self) -> list[str]:
         """The host compiler's arguments for CUDA's headers."""
         folders = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
         return [f"-I{self.home / folder}" for folder in folders if (self.home / folder).exists()]
 
-    def cudart(self) -> Path:
-        """The runtime's shared library to link with.
+    def cudart(self, kind: str = "static") -> list[str]:
+        """The linker's arguments for CUDA's runtime.
+
+        Args:
+            kind: "static", which runs beside a torch of any CUDA; "shared", in whose place the tests'
+                simulator can stand.
 
         Raises:
             CompilerMissing: there is none beside this compiler.
         """
+        name = "libcudart_static.a" if kind == "static" else "libcudart.so*"
         for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-            for library in sorted((self.home / folder).glob("libcudart.so*"), key=lambda p: len(p.name)):
-                return library
+            for library in sorted((self.home / folder).glob(name), key=lambda p: len(p.name)):
+                # hidden, or those of another runtime in the process, torch's, would be called in their place
+                own = [f"-Wl,--exclude-libs,{library.name}", "-ldl", "-lrt", "-lpthread"]
+                return [str(library), *(own if kind == "static" else [])]
+        wheel = next(w for w in NVCC_WHEELS if "runtime" in w)
         raise CompilerMissing(
-            f"no libcudart.so beside {self}: install the CUDA runtime (PyPI: nvidia-cuda-runtime==13.0.96)"
+            f"no {name.rstrip('*')} beside {self}: install the CUDA runtime (PyPI: {wheel})"
         )
 
 
@@ -288,8 +305,38 @@ def find_tool(name: str) -> Path | None:
 
 
 def host_compiler() -> list[str]:
-    """CXX, else g++."""
-    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    """CXX, else g++.
+
+    Raises:
+        ValueError: CXX has a quote that is never closed.
+    """
+    try:
+        return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    except ValueError as why:
+        raise ValueError(f"CXX is {os.environ['CXX']!r}: {why}") from None
+
+
+def check_host_compiler() -> None:
+    """Before minutes of compiling.
+
+    Raises:
+        CompilerMissing: it is not here, or knows no C++20.
+    """
+    command = host_compiler()
+    asked = os.environ.get("CXX", "").strip()
+    name = f"CXX is {asked!r}, which" if asked else f"the C++ compiler {command[0]}"
+    wanted = "bitfuse needs g++ 11 or later, or another compiler of C++20 that CXX names"
+    try:
+        done = subprocess.run(
+            [*command, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"],
+            input=PROBE, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as why:
+        said = "is not here" if isinstance(why, FileNotFoundError) else f"does not run ({why})"
+        raise CompilerMissing(f"{name} {said}: {wanted}") from None
+    if done.returncode:
+        said = next(iter((done.stderr or done.stdout).strip().splitlines()), f"exit status {done.returncode}")
+        raise CompilerMissing(f"{name} knows no C++20 ({said}): {wanted}")
 
 
 @functools.cache
@@ -312,16 +359,68 @@ def worker_count() -> int:
     return int(asked or cores or 1)
 
 
+# what is to be built
+
+
+def cuda_wanted() -> bool | None:
+    """BITFUSE_CUDA: the CUDA extension is demanded, left out, or made where that is possible (None).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    said = os.environ.get("BITFUSE_CUDA", "")
+    if said not in ("", "0", "1"):
+        raise ValueError(
+            f"BITFUSE_CUDA is {said!r}, expected 1 (CUDA kernels or no build), 0 (none) or unset"
+        )
+    return bool(int(said)) if said else None
+
+
+def cudart_kind(default: str = "static") -> str:
+    """BITFUSE_CUDART: how CUDA's runtime is linked.
+
+    Raises:
+        ValueError: neither "static" nor "shared".
+    """
+    kind = os.environ.get("BITFUSE_CUDART") or default
+    if kind not in ("static", "shared"):
+        raise ValueError(f"BITFUSE_CUDART is {kind!r}, expected static or shared")
+    return kind
+
+
+def check_settings() -> None:
+    """The environment and the host compiler, before anything is fetched or compiled.
+
+    Raises:
+        ValueError, CompilerMissing: with what is wrong, in a line.
+    """
+    worker_count()
+    cudart_kind()
+    if cuda_wanted() is not False:
+        try:
+            asked_targets()
+        except CompilerMissing:
+            if cuda_wanted():
+                raise
+    check_host_compiler()
+
+
 # objects
 
 
 @dataclass(frozen=True)
 class Job:
-    """An object file to be made: the compiler with its arguments, what it reads, and where it goes."""
+    """An object file to be made: the compiler with its arguments, what it reads, and where it goes.
+
+    Attributes:
+        releases: folders of released packages, each with a name that tells its version. pip's isolated builds
+            have them somewhere else each time, so they are compared by name, neither by path nor by time.
+    """
 
     compiler: tuple[str, ...]
     source: Path
     target: Path
+    releases: tuple[tuple[str, str], ...] = ()
 
     def up_to_date(self) -> bool:
         """Whether the object was made by the same command from files that have not changed since."""
@@ -338,7 +437,17 @@ class Job:
     def command(self) -> str:
         """What makes the object, for the next run to compare."""
         output = ["-o", str(self.target), "-MD", "-MF", str(self.target.with_suffix(".d"))]
-        return shlex.join([*self.compiler, "-c", str(self.source), *output])
+        said = shlex.join([*self.compiler, "-c", str(self.source), *output])
+        for folder, name in self.releases:
+            said = said.replace(folder, f"<{name}>")
+        return said
+
+    def _forget_releases(self, depfile: Path) -> None:
+        """Leave in the list of dependencies what may change."""
+        files = depfile.read_text().replace("\\\n", " ").partition(":")[2].split()
+        folders = tuple(f"{folder}{os.sep}" for folder, _ in self.releases)
+        kept = [file for file in files if not file.startswith(folders)]
+        depfile.write_text(f"{self.target}: " + " \\\n  ".join(kept) + "\n")
 
     def make(self) -> Path:
         """Compile it, unless that is done. What is half-written bears another name.
@@ -355,6 +464,7 @@ class Job:
                 output = ["-o", str(aside), "-MD", "-MF", str(depfile), "-MT", str(self.target)]
                 log.unlink(missing_ok=True)
                 run([*self.compiler, "-c", str(self.source), *output], f"compiling {self.source.name}")
+                self._forget_releases(depfile)
                 os.replace(aside, self.target)
             finally:
                 aside.unlink(missing_ok=True)
@@ -375,17 +485,24 @@ def run(command: list[str], what: str) -> None:
         print(done.stderr.strip(), file=sys.stderr)
 
 
-def make_all(jobs: Sequence[Job], done: Callable[[Job], None] = lambda job: None) -> list[Path]:
-    """All objects, as many at once as `worker_count` says; `done` is called after each, in one thread at a
-    time. The first that fails ends it, when those that were begun are through.
+def make_all(jobs: Sequence[Job], what: str = "bitfuse") -> list[Path]:
+    """All objects, as many at once as `worker_count` says; those that are compiled are counted on stderr, as
+    `what`. The first that fails ends it, when those that were begun are through.
 
     Raises:
         CompileError: a compiler failed.
     """
+    stale = {job.target for job in jobs if not job.up_to_date()}
+    count = itertools.count(1)
+    if stale:
+        _say(f"{what}: {len(stale)} of {len(jobs)} files to compile, {worker_count()} at once")
 
     def make(job: Job) -> Path:
+        start = time.monotonic()
         made = job.make()
-        done(job)
+        if job.target in stale:
+            took = time.monotonic() - start
+            _say(f"{what}: [{next(count)}/{len(stale)}] {job.target.stem}, {took:.0f} s")
         return made
 
     pool = ThreadPoolExecutor(worker_count())
@@ -393,6 +510,10 @@ def make_all(jobs: Sequence[Job], done: Callable[[Job], None] = lambda job: None
         return list(pool.map(make, jobs))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def link(target: Path, objects: Sequence[Path], libraries: Sequence[str]) -> Path:
@@ -420,12 +541,21 @@ def levels() -> dict[str, list[str]]:
     return X86_LEVELS if x86 else {"portable": []}
 
 
-def _bindings(csrc: Path) -> list[str]:
+def pybind11_release() -> tuple[str, str]:
+    """The headers' folder, and a name.
+
+    Raises:
+        CompilerMissing: it is not installed.
+    """
     try:
         import pybind11
     except ImportError:
         raise CompilerMissing("pybind11 is not installed: pip install pybind11") from None
-    includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()}
+    return pybind11.get_include(), f"pybind11 {pybind11.__version__}"
+
+
+def _bindings(csrc: Path) -> list[str]:
+    includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11_release()[0]}
     return [*ccache(), *host_compiler(), *CXXFLAGS, f"-I{csrc}", *(f"-I{i}" for i in sorted(includes))]
 
 
@@ -438,7 +568,10 @@ def cpu_jobs(csrc: Path, out: Path) -> list[Job]:
         for source in sorted((csrc / "cpu").glob("*.cpp"))
         for level, flags in levels().items()
     ]
-    return jobs + [Job(tuple(bindings), s, out / f"{s.stem}.o") for s in sorted(csrc.glob("bind_cpu*.cpp"))]
+    return jobs + [
+        Job(tuple(bindings), source, out / f"{source.stem}.o", (pybind11_release(),))
+        for source in sorted(csrc.glob("bind_cpu*.cpp"))
+    ]
 
 
 def cuda_jobs(csrc: Path, out: Path, nvcc: Nvcc, targets: Sequence[Target]) -> list[Job]:
@@ -449,8 +582,11 @@ def cuda_jobs(csrc: Path, out: Path, nvcc: Nvcc, targets: Sequence[Target]) -> l
     bindings = [*_bindings(csrc), f'-DBITFUSE_CUDA_ARCHITECTURES="{made_for(targets)}"']
     bindings += [*(["-DBITFUSE_SM90A"] if hopper else []), *nvcc.includes()]
     jobs = [
-        Job((*common, *flags), source, out / f"{source.stem}.o")
+        Job((*common, *flags), source, out / f"{source.stem}.o", (nvcc.release(),))
         for source in sorted((csrc / "cuda").glob("*.cu"))
         if (flags := hopper if source.stem.endswith("_sm90") else everywhere)
     ]
-    return jobs + [Job(tuple(bindings), s, out / f"{s.stem}.o") for s in sorted(csrc.glob("bind_cuda*.cpp"))]
+    return jobs + [
+        Job(tuple(bindings), source, out / f"{source.stem}.o", (pybind11_release(), nvcc.release()))
+        for source in sorted(csrc.glob("bind_cuda*.cpp"))
+    ]
