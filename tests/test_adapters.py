@@ -103,3 +103,26 @@ def test_autocast_gives_the_dtype_of_linear(adapters: list[Any], few_bit: bool, 
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         # with lora_B = 0 it is the base: the layer's own error, and no more than bfloat16's
         assert (layer(x).float() - layer.base_layer(x).float()).abs().max() <= want.abs().max() * 2**-7
+
+
+def test_patterns_of_ranks_and_alphas() -> None:
+    model: Any = Model()
+    report = add_lora_(
+        model,
+        ["q_proj", "v_proj"],
+        4,
+        8,
+        rank_pattern={"layers.1.*": 2, "v_proj": 6},
+        alpha_pattern={"q_proj": 3},
+    )
+    found = {a.name: (a.r, model.get_submodule(a.name).adapter("default").alpha) for a in report.layers}
+    assert found == {Q[0]: (4, 3), V[0]: (6, 8), Q[1]: (2, 3), V[1]: (2, 8)}
+    for wrong, match in (
+        (dict(rank_pattern={"head": 2}), "rank_pattern holds 'head', which names no target"),
+        (dict(rank_pattern={"q_proj": 0}), "r is 0"),
+        (dict(alpha_pattern={"q_proj": 1e39}), "alpha is"),
+    ):
+        other = Model()
+        with pytest.raises(ValueError, match=match):
+            add_lora_(other, "q_proj", 4, **wrong)
+        assert not adapted_layers(other)

@@ -337,6 +337,54 @@ def test_an_adapted_output_embedding_of_transformers(tied: bool, tmp_path: Path)
     assert torch.equal(type(model).from_pretrained(tmp_path / "base")(IDS).logits, model(IDS).logits)
 
 
+def gpt2() -> Any:
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40, n_positions=16)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_conv1d_of_gpt2_both_ways(dora: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = gpt2()
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=dora)
+    theirs = adapt(base, config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = theirs(IDS).logits
+    ours = copy.deepcopy(base)
+    before, keys = ours(IDS).logits, list(ours.state_dict())
+    report = load_peft_(ours, tmp_path / "theirs")
+    assert {layer.shape for layer in report.layers} == {(96, 32), (32, 32), (32, 128)}
+    torch.testing.assert_close(ours(IDS).logits, want, rtol=1e-4, atol=1e-5)
+    save_peft(ours, tmp_path / "ours")
+    assert same(load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS))
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(IDS).logits, want, rtol=1e-4, atol=1e-5)
+    few_bit = copy.deepcopy(base)
+    bitfuse.quantize_(few_bit, "int8", progress=False)
+    load_peft_(few_bit, tmp_path / "theirs")
+    merged = copy.deepcopy(ours)
+    remove_adapters_(ours)
+    assert torch.equal(ours(IDS).logits, before) and list(ours.state_dict()) == keys
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.state_dict().values(), base.state_dict().values(), strict=True)
+    )
+    merge_adapters_(merged)
+    remove_adapters_(merged)
+    torch.testing.assert_close(merged(IDS).logits, want, rtol=1e-4, atol=1e-5)
+    assert list(merged.state_dict()) == keys
+    assert len(add_lora_(gpt2(), "all-linear", 4).layers) == 4
+
+
+def test_keys_that_version_0_1_wrote_of_a_compiled_model(tmp_path: Path) -> None:
+    base = Model()
+    adapt(base, peft.LoraConfig(r=4, target_modules=QV)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    renamed = {k.replace("base_model.model.", "base_model.model._orig_mod."): t for k, t in tensors.items()}
+    save_file(renamed, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert len(load_peft_(base, tmp_path).layers) == 4
+
+
 # files from anywhere
 
 HOSTILE = [

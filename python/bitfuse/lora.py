@@ -8,11 +8,13 @@ import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .nn import AdapterLinear, IA3Linear, Linear, LoRALinear, Merged
 from .nn.adapters import check_name, refusal
+from .nn.linear import is_conv1d
 from .nn.lora import check_dtype, check_options
 from .nn.module_copies import ModuleCopies
 
@@ -120,6 +122,8 @@ def add_lora_(
     use_dora: bool = False,
     dtype: torch.dtype = torch.float32,
     skip: Iterable[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> AdapterReport:
     """Put a `bitfuse.nn.LoRALinear` around linear layers of a model, in place, or add another adapter to
     those that are there; and freeze all that is no adapter.
@@ -130,31 +134,46 @@ def add_lora_(
     that is there already (with another rank, say) are active if it is.
 
     Args:
-        model: any module that holds `torch.nn.Linear` or `bitfuse.nn.Linear`.
+        model: any module that holds `torch.nn.Linear`, `bitfuse.nn.Linear` or transformers' Conv1D.
         targets: layers by full name, glob ("*.q_proj"), the end of the name ("self_attn.q_proj") or one
             component of it ("q_proj"); "all-linear" is every linear layer but the output embedding.
         r, alpha, dropout, use_rslora, use_dora, dtype: as of `bitfuse.nn.LoRALinear`.
         adapter_name: name of the adapter.
         skip: layers to leave, named like targets.
+        rank_pattern, alpha_pattern: another r or alpha for some of the layers, which are named like targets;
+            the first pattern that means a layer counts. The alpha of the others is alpha, or r, whatever
+            theirs is.
 
     Raises:
         TypeError: model is not a module, or is a Linear itself; options of the wrong type.
-        ValueError: options out of range; no layer matches; a layer has an adapter of that name or is merged.
+        ValueError: options out of range; no layer matches; a layer has an adapter of that name or is merged;
+            a rank or alpha pattern that means no target.
     """
     alpha = r if alpha is None else alpha
-    check_options(r, alpha, dropout)
+    ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
+    for rank in (r, *ranks.values()):
+        check_options(rank, alpha, dropout)
+    for value in alphas.values():
+        check_options(r, value, dropout)
     check_dtype(dtype)
 
-    def add(layer: AdapterLinear) -> None:
-        assert isinstance(layer, LoRALinear)
-        layer.add_adapter(
-            adapter_name, r, alpha, dropout, use_rslora=use_rslora, use_dora=use_dora, dtype=dtype
-        )
+    def add(name: str) -> Callable[[AdapterLinear], None]:
+        own_r = next((rank for pattern, rank in ranks.items() if matches(pattern, name)), r)
+        own_alpha = next((value for pattern, value in alphas.items() if matches(pattern, name)), alpha)
+
+        def to(layer: AdapterLinear) -> None:
+            assert isinstance(layer, LoRALinear)
+            options: dict[str, Any] = dict(use_rslora=use_rslora, use_dora=use_dora, dtype=dtype)
+            layer.add_adapter(adapter_name, own_r, own_alpha, dropout, **options)
+
+        return to
 
     chosen, skipped = select(model, targets, skip, LoRALinear)
-    return wrap_(
-        model, chosen, skipped, adapter_name, lambda name, base: LoRALinear(base, None), lambda name: add
-    )
+    for argument, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        for pattern in _patterns(patterns, argument):
+            if not any(matches(pattern, name) for name in chosen):
+                raise ValueError(f"{argument} holds {pattern!r}, which names no target: {_some(chosen)}")
+    return wrap_(model, chosen, skipped, adapter_name, lambda name, base: LoRALinear(base, None), add)
 
 
 def add_ia3_(
@@ -222,7 +241,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 # what torch puts around modules: the key of the module inside
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -238,7 +257,7 @@ def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         above, _, key = name.rpartition(".")
         if not name:
             shown[name] = ""
-        elif key in _WRAPPED or (key == "module" and isinstance(parents[above], _PARALLEL)):
+        elif key in WRAPPED or (key == "module" and isinstance(parents[above], _PARALLEL)):
             shown[name] = shown[above]
         else:
             shown[name] = f"{shown[above]}.{key}" if shown[above] else key
@@ -255,6 +274,11 @@ _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 def adapted_layers(model: torch.nn.Module) -> dict[str, AdapterLinear]:
     """The layers of a model that carry adapters, by name."""
     return {name: m for name, m in layers_of(model).items() if isinstance(m, AdapterLinear)}
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer, with adapters or without."""
+    return isinstance(module, (torch.nn.Linear, Linear, AdapterLinear)) or is_conv1d(module)
 
 
 def module_copies(model: torch.nn.Module) -> dict[str, ModuleCopies]:
@@ -282,7 +306,7 @@ def select(
         if isinstance(module, ModuleCopies) and any(matches(p, name) for p in wanted):
             used.update(p for p in wanted if matches(p, name))
             skipped[name] = f"adapters {list(module.copies)} have copies of it (modules_to_save)"
-        if not isinstance(module, (torch.nn.Linear, Linear, AdapterLinear)):
+        if not is_linear(module):
             continue
         hits = [p for p in wanted if p == ALL_LINEAR or matches(p, name)]
         misses = [p for p in unwanted if matches(p, name)]
@@ -312,7 +336,7 @@ def select(
             if pattern not in used:
                 warnings.warn(f"{argument}={pattern!r} matches no linear layer of the model", stacklevel=3)
     if not chosen:
-        linear = [n for n, m in every.items() if isinstance(m, (torch.nn.Linear, Linear, AdapterLinear))]
+        linear = [n for n, m in every.items() if is_linear(m)]
         left = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise ValueError(
             f"targets is {wanted}, which means no layer that can be adapted ({left or 'nothing matches'}); "
@@ -368,9 +392,8 @@ def wrap_(
     with _all_or_nothing(model, chosen, adapter_name) as places:
         for name, layer in chosen.items():
             if not isinstance(layer, AdapterLinear):
-                assert isinstance(layer, (torch.nn.Linear, Linear))
                 at = places[id(layer)]
-                layer = make(name, layer)
+                layer = make(name, layer)  # type: ignore[arg-type]
                 for parent, key in at:
                     parent._modules[key] = layer
             add(name)(layer)
@@ -402,7 +425,8 @@ def _all_or_nothing(
                 layer.active_adapters = active[name]
             else:
                 for parent, key in places[id(layer)]:
-                    parent._modules[key] = layer
+                    around = parent._modules[key]
+                    parent._modules[key] = around.unwrap() if isinstance(around, AdapterLinear) else layer
         for p, flag in learning:
             p.requires_grad_(flag)
         raise

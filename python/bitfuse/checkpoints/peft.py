@@ -21,18 +21,20 @@ import torch
 
 from ..lora import (
     ALL_LINEAR,
+    WRAPPED,
     AdapterReport,
     adapted_layers,
     count_,
     describe,
     is_compiled,
+    is_linear,
     layers_of,
     module_copies,
     places_of,
     wrap_,
 )
 from ..nn import AdapterLinear, IA3Linear, Linear, LoRALinear
-from ..nn.adapters import check_name, float_rows, refusal
+from ..nn.adapters import check_name, float_rows, refusal, sizes_of
 from ..nn.lora import check_dtype, check_options
 from ..nn.module_copies import ModuleCopies
 from .patterns import fullmatch
@@ -54,9 +56,9 @@ _IGNORED = {
 _READ = {
     "LORA": {
         "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-        "target_modules", "modules_to_save", "init_lora_weights", "bias",
+        "target_modules", "modules_to_save", "init_lora_weights", "bias", "fan_in_fan_out",
     },
-    "IA3": {"target_modules", "feedforward_modules", "modules_to_save"},
+    "IA3": {"target_modules", "feedforward_modules", "modules_to_save", "fan_in_fan_out"},
 }  # fmt: skip
 # inits that leave the base weight alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from it
 _KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -108,7 +110,7 @@ def load_peft_(
     check_dtype(dtype)
     config = _read_config(folder / CONFIG)
     kind = config["peft_type"]
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors = {_unwrapped(key): t for key, t in _read_tensors(folder / WEIGHTS).items()}
     layers = layers_of(model)
     try:
         whole = _whole_modules(model, layers, tensors, config.get("modules_to_save") or [])
@@ -161,6 +163,11 @@ def load_peft_(
     finally:
         torch.set_rng_state(state)
     return _put_copies_(model, copies, report, trainable)
+
+
+def _unwrapped(key: str) -> str:
+    """A key without what torch puts around modules, which version 0.1 wrote into files."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPED)
 
 
 def _whole_modules(
@@ -479,7 +486,7 @@ def _check_layers(
     for name in whole:
         if inside := [n for n in found if n == name or n.startswith(f"{name}.")]:
             raise ValueError(f"{inside[0]!r} has an adapter, and modules_to_save replaces {name!r}")
-    linear = [n for n, m in layers.items() if isinstance(m, (torch.nn.Linear, Linear, AdapterLinear))]
+    linear = [n for n, m in layers.items() if is_linear(m)]
     targeted = _targeted(config, linear, whole)
     if targeted is not None and targeted - set(found):
         missing = sorted(targeted - set(found))
@@ -502,7 +509,11 @@ def _check_layers(
         if len(places.get(id(module), ())) > 1:
             raise ValueError(f"{name} stands in several places of the model, which PEFT adapts in one only")
         chosen[name] = module
-        n, k = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        n, k = sizes_of(module)
+        plain = module.base_layer if isinstance(module, AdapterLinear) else module
+        over_conv1d = isinstance(module, AdapterLinear) and module.over_conv1d
+        if config.get("fan_in_fan_out") and type(plain) is torch.nn.Linear and not over_conv1d:
+            raise ValueError(f"fan_in_fan_out is True, and {name} is a torch.nn.Linear: it is for Conv1D")
         one = found[name]
         shapes: dict[str, tuple[int, ...]] = {
             "lora_A.weight": (one.r, k),
@@ -599,7 +610,7 @@ def save_peft(
             raise ValueError(f"modules_to_save holds {name!r}, which in PEFT means {alike[0]!r} too")
     config: dict[str, Any] = {
         "base_model_name_or_path": base_model_name_or_path,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.over_conv1d for layer in layers.values()),
         "inference_mode": True,
         "modules_to_save": whole or None,
         "target_modules": _targets_for(set(layers), every),

@@ -12,7 +12,7 @@ import torch
 
 from ..ops.lowbit_linear import FLOATS
 from ..weight import CHUNK, LowBitWeight, dequantize_rows, nest_scales, quantize
-from .linear import Linear
+from .linear import Linear, is_conv1d
 
 # what of a module calls hooks: they move from a layer to the one around it
 HOOKS = (
@@ -43,17 +43,46 @@ class Merged:
     nbytes: int
 
 
+def sizes_of(module: torch.nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a layer that can carry adapters."""
+    if is_conv1d(module):
+        assert isinstance(module.weight, torch.Tensor)
+        return module.weight.shape[1], module.weight.shape[0]
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def _take_conv1d(conv: Any) -> torch.nn.Linear:
+    """The layer as a `torch.nn.Linear`, to which its memory goes: it is not to be called until
+    `_give_conv1d_back`."""
+    n, k = sizes_of(conv)
+    linear = torch.nn.Linear(k, n, device="meta", dtype=conv.weight.dtype)
+    linear.weight = torch.nn.Parameter(conv.weight.detach().t().contiguous(), requires_grad=False)
+    linear.bias = conv.bias
+    conv.weight = torch.nn.Parameter(conv.weight.new_empty(0), requires_grad=False)
+    return linear.train(conv.training)
+
+
+def _give_conv1d_back(conv: Any, linear: torch.nn.Linear) -> torch.nn.Module:
+    conv.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous(), requires_grad=False)
+    conv.bias = linear.bias
+    made: torch.nn.Module = conv
+    return made
+
+
 def refusal(base: object) -> str | None:
     """Why a module can't carry adapters; None when it can."""
-    if type(base) not in (torch.nn.Linear, Linear):
+    if type(base) not in (torch.nn.Linear, Linear) and not is_conv1d(base):
         return f"a {type(base).__name__}, expected a torch.nn.Linear or a bitfuse.nn.Linear, no subclass"
     assert isinstance(base, torch.nn.Module)
     if "forward" in base.__dict__:
         return "its forward is replaced on the instance"
-    if type(base) is torch.nn.Linear and "weight" not in base._parameters:
+    if isinstance(base, Linear):
+        return None
+    weight = base._parameters.get("weight")
+    if weight is None:
         return "its weight is computed by a hook"
-    if isinstance(base, torch.nn.Linear) and base.weight.dtype not in FLOATS:
-        return f"its weight is {base.weight.dtype}, expected {' or '.join(map(str, FLOATS))}"
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype}, expected {' or '.join(map(str, FLOATS))}"
     return None
 
 
@@ -81,7 +110,8 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
     The state dict holds `base_layer.*` and `adapters.<name>.*`. It is always that of the unmerged layer.
 
     Args:
-        base: a `torch.nn.Linear` or a `bitfuse.nn.Linear`.
+        base: a `torch.nn.Linear` or a `bitfuse.nn.Linear`; or transformers' Conv1D, whose weight becomes that
+            of a `torch.nn.Linear`, and is its own again when the adapters are removed.
 
     Raises:
         TypeError: another kind of layer.
@@ -98,8 +128,9 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
         if reason := refusal(base):
             raise TypeError(f"base: {reason}" if reason.startswith("its") else f"base is {reason}")
         super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.base_layer = base.requires_grad_(False)
+        self.out_features, self.in_features = sizes_of(base)
+        self.base_layer = (_take_conv1d(base) if is_conv1d(base) else base).requires_grad_(False)
+        self.__dict__["_conv1d"] = base if is_conv1d(base) else None
         self.adapters = torch.nn.ModuleDict()
         self.register_module("merged_layer", None)
         self.active_adapters: tuple[str, ...] = ()
@@ -255,10 +286,17 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
     def _merge_bias(self, bias: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         return bias
 
-    def unwrap(self) -> torch.nn.Linear | Linear:
+    @property
+    def over_conv1d(self) -> bool:
+        """Whether the layer stands in the place of a transformers Conv1D."""
+        return self.__dict__.get("_conv1d") is not None
+
+    def unwrap(self) -> torch.nn.Module:
         """The layer to put in this one's place: the merged one if it is merged, else the base. It takes the
         hooks back."""
-        layer = self.merged_layer or self.base_layer
+        layer: torch.nn.Module = self.merged_layer or self.base_layer
+        if self.over_conv1d and type(layer) is torch.nn.Linear:
+            layer = _give_conv1d_back(self.__dict__["_conv1d"], layer)
         for name in (*HOOKS, "_is_full_backward_hook"):
             layer.__dict__[name] = self.__dict__[name]
         return layer.train(self.training)
