@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 
 import bitfuse
 import pytest
 import torch
+from bitfuse.ahead import triton_kernels
 from bitfuse.arch.gpus import GPUS, find
+from bitfuse.bench.shapes import SHAPES
 from bitfuse.cli import app
 from bitfuse.cost import Cost, Rates, moved
-from bitfuse.hypothetical import CALLS, Sizes, explain_sizes
+from bitfuse.hypothetical import CALLS, EVERY, Sizes, explain_sizes
 from typer.testing import CliRunner
 
 
@@ -76,6 +80,66 @@ def test_every_op_on_any_device(op: str, device: str | None) -> None:
         assert explanation.chosen in expected, str(explanation)
 
 
+def public_ops() -> list[str]:
+    """The functions of bitfuse that compute, by name."""
+    made = [name for name in bitfuse.__all__ if inspect.isfunction(getattr(bitfuse, name))]
+    ops = [n for n in made if getattr(bitfuse, n).__module__.startswith("bitfuse.ops.")]
+    return [*ops, "adamw8bit"]  # AdamW8bit's step
+
+
+@pytest.mark.parametrize("op", public_ops())
+def test_every_public_op_is_explained_and_compiled(op: str) -> None:
+    """By the name that it is called by, on any device; and `bitfuse compile` knows its Triton kernels."""
+    assert op in EVERY, f"{op} is public: give hypothetical.py a call of it"
+    for gpu in (None, find("h100"), find("a100")):
+        explanation = explain_sizes(op, Sizes(), gpu)
+        assert explanation.op == op and explanation.cost.nbytes > 0
+        assert str(explanation).startswith(f"{op} on {explanation.device}: ")
+    assert triton_kernels.has_kernels(op)
+    assert triton_kernels.sizes(op, [SHAPES["llama3-8b"]], ["int4"], [torch.bfloat16])
+
+
+def test_calls_of_several_parts_count_them_all() -> None:
+    """The product that adapters add to is a part of the call; a gated MLP is three projections and more."""
+    product = explain_sizes("lowbit_linear", Sizes(m=64), None).cost
+    many = explain_sizes("multi_lora_linear", Sizes(m=64), None)
+    assert many.cost.nbytes > product.nbytes and many.cost.flops > product.flops
+    assert "product: lowbit_linear" in str(many)
+    dense = explain_sizes("multi_lora_linear", Sizes(m=64, format="dense"), None)
+    assert dense.cost.nbytes > 2 * 4096 * 4096 and dense.cost.flops == many.cost.flops
+    single = explain_sizes("lora_linear", Sizes(m=64), None).cost
+    mlp = explain_sizes("lora_mlp", Sizes(m=64), None)
+    assert mlp.cost.flops == 3 * single.flops and mlp.cost.nbytes > 2.5 * single.nbytes
+    mixed = explain_sizes("lora_mlp", Sizes(), find("h100"))
+    assert mixed.chosen == "cuda" and "activation: gated_activation by triton" in str(mixed)
+
+
+def test_calls_of_nothing() -> None:
+    w, x, ids = bitfuse.quantize(torch.randn(16, 128)), torch.randn(3, 128), torch.full((3,), -1)
+    said = bitfuse.explain(bitfuse.multi_lora_linear, x, w, [], [], 1.0, ids)
+    assert said.op == "multi_lora_linear" and said.note == "no adapters"
+    cache = bitfuse.KVCache(0, 64, 2, 16, page_size=16, dtype=torch.float32)
+    assert bitfuse.explain(bitfuse.decode_attention, torch.zeros(0, 1, 4, 16), cache).cost.flops == 0
+    for op in EVERY:
+        least = {n: 0 for n in ("rank", "m", "batch", "seqlen", "kv_len") if n in EVERY[op].uses}
+        try:
+            explain_sizes(op, Sizes(**least, page_size=16), None)
+        except ValueError as error:  # what the op itself refuses
+            assert "\n" not in str(error)
+
+
+def test_the_examples_of_the_help_are_served() -> None:
+    """Each of them, by a kernel."""
+    examples = re.findall(
+        r"^ +bitfuse explain (.*)", CliRunner().invoke(app, ["explain", "--help"]).stdout, re.M
+    )
+    assert len(examples) > 3
+    for example in examples:
+        code, out, err = run(*example.split())
+        assert code == 0 and ": cuda runs" in out or ": triton runs" in out, (example, out, err)
+        assert "not cuda: " not in out or "above 64" in out or "sm_90" in out or "9.0" in out, out
+
+
 def test_nothing_of_a_pretended_gpu_stays() -> None:
     explain_sizes("lowbit_linear", Sizes(), GPUS["h100"])
     old = explain_sizes("lowbit_linear", Sizes(), GPUS["t4"])
@@ -105,6 +169,9 @@ def test_the_command() -> None:
         (("lowbit_linear", "--format", "dense"), "format is 'dense'"),
         (("lowbit_linear", "--k", "100"), "100"),
         (("lowbit_linear", "--n", "0"), "n is 0, expected 1 or more"),
+        (("lowbit_linear", "--m", "9" * 23), "expected at most 2147483647"),
+        (("attention", "--seqlen", "99999999"), "expected at most 16777216"),
+        (("attention", "--batch", "2147483647", "--seqlen", "16777216"), "there is no call of these sizes"),
         (("attention", "--heads", "30"), "q has 30 heads and k 8"),
         (("attention", "--dtype", "int8"), "no dtype 'int8'"),
         (("decode_attention", "--cache", "fp4"), "format is 'fp4'"),

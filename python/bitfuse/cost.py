@@ -50,6 +50,10 @@ class Cost:
     flops: int
     dtype: torch.dtype
 
+    def __add__(self, other: Cost) -> Cost:
+        """Of one call after another: what passes between them is moved out and in."""
+        return Cost(self.nbytes + other.nbytes, self.flops + other.flops, self.dtype)
+
     def seconds(self, rates: Rates) -> tuple[float, str]:
         """The least time on a device, and what sets it: "memory" or "arithmetic"."""
         memory = self.nbytes / rates.bytes_per_s

@@ -3,27 +3,34 @@ on a device that need not be here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from .arch.gpus import Gpu
 from .formats import get_format
-from .op import Explanation, explain, pretend
+from .json_files import brief
+from .op import BackendError, Explanation, explain, pretend
+from .ops.adamw8bit import adamw8bit
 from .ops.append_kv import KVCache, append_kv
-from .ops.attention import attention
+from .ops.attention import attention, varlen_attention
 from .ops.bottleneck_adapter import bottleneck_adapter
 from .ops.decode_attention import decode_attention
 from .ops.gated_activation import gated_activation
 from .ops.lora_linear import lora_linear
+from .ops.lora_mlp import Projection, lora_mlp, lora_qkv
 from .ops.lowbit_linear import lowbit_linear
 from .ops.merge_attention import merge_attention
 from .ops.multi_lora_linear import multi_lora_linear
 from .ops.quantize_kv import quantize_kv
 from .ops.rope import rope
 from .ops.sample import sample
+from .ops.scaled_dot_product_attention import scaled_dot_product_attention
+from .ops.speculative_sample import speculative_sample
+from .ops.speculative_sample_tree import speculative_sample_tree
 from .weight import LowBitWeight
 
 DENSE = "dense"
@@ -42,7 +49,7 @@ class Sizes:
         heads, kv_heads, head_dim: of attention.
         causal: whether a query sees later keys.
         cache, page_size: the KV cache's format ("none" for dtype itself); None for no pages.
-        vocab: tokens to choose from.
+        vocab: tokens to choose from; drafted: those that a draft model proposes.
     """
 
     m: int = 1
@@ -63,8 +70,10 @@ class Sizes:
     cache: str = "none"
     page_size: int | None = None
     vocab: int = 128256
+    drafted: int = 4
 
 
+MOST = {"seqlen": 1 << 24, "kv_len": 1 << 24}  # others: what an int32 holds
 Make = Callable[..., torch.Tensor]
 
 
@@ -116,6 +125,44 @@ def _merge(s: Sizes, make: Make) -> tuple[Any, ...]:
     return o, lse, o, lse
 
 
+def _projection(s: Sizes, make: Make, n: int, k: int) -> Projection:
+    return Projection(_weight(replace(s, n=n, k=k), make), make(s.rank, k), make(n, s.rank))
+
+
+def _qkv_projections(s: Sizes, make: Make) -> tuple[Any, ...]:
+    widths = (s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim)
+    return make(s.m, s.k), [_projection(s, make, n, s.k) for n in widths]
+
+
+def _mlp(s: Sizes, make: Make) -> tuple[Any, ...]:
+    wide = [_projection(s, make, s.n, s.k) for _ in range(2)]
+    return make(s.m, s.k), *wide, _projection(s, make, s.k, s.n)
+
+
+def _varlen(s: Sizes, make: Make) -> tuple[Any, ...]:
+    q, k, v = (t.flatten(0, 1) for t in _qkv(s, make, s.seqlen))
+    cu = make(s.batch + 1, dtype=torch.int32)
+    return q, k, v, cu, cu, s.seqlen, s.seqlen
+
+
+def _drafts(s: Sizes, make: Make) -> tuple[torch.Tensor, ...]:
+    """Probabilities and ids of a draft; the target's, and uniforms."""
+    ids = make(s.batch, s.drafted, dtype=torch.int64)
+    target = make(s.batch, s.drafted + 1, s.vocab)
+    return make(s.batch, s.drafted, s.vocab), ids, target, make(s.batch, s.drafted + 1, dtype=torch.float32)
+
+
+def _tree(s: Sizes, make: Make) -> tuple[Any, ...]:
+    probs, ids, target, uniforms = _drafts(s, make)
+    return probs, ids, make(s.batch, s.drafted, dtype=torch.int64), target, uniforms
+
+
+def _adamw(s: Sizes, make: Make) -> tuple[Any, ...]:
+    blocks = -(-s.n * s.k // 256)
+    moments = [(make(s.n, s.k, dtype=torch.uint8), make(blocks, dtype=torch.float32)) for _ in range(2)]
+    return make(s.n, s.k), make(s.n, s.k), *moments[0], *moments[1]
+
+
 @dataclass(frozen=True)
 class Call:
     """An op, what of `Sizes` it uses, and its arguments from them and from what makes a tensor."""
@@ -133,6 +180,12 @@ CALLS = {
     "lowbit_linear": Call(lowbit_linear, _LINEAR, _lowbit),
     "lora_linear": Call(lora_linear, (*_LINEAR, "rank"), _lora),
     "multi_lora_linear": Call(multi_lora_linear, (*_LINEAR, "rank", "adapters"), _multi),
+    "lora_qkv": Call(
+        lora_qkv,
+        ("m", "k", "heads", "kv_heads", "head_dim", "format", "group_size", "dtype", "rank"),
+        _qkv_projections,
+    ),
+    "lora_mlp": Call(lora_mlp, (*_LINEAR, "rank"), _mlp),
     "gated_activation": Call(
         gated_activation, ("m", "n", "dtype"), lambda s, make: (make(s.m, s.n), make(s.m, s.n))
     ),
@@ -146,6 +199,15 @@ CALLS = {
         (*_HEADS, "kv_heads", "causal"),
         lambda s, make: _qkv(s, make, s.seqlen),
         lambda s: {"causal": s.causal},
+    ),
+    "varlen_attention": Call(
+        varlen_attention, (*_HEADS, "kv_heads", "causal"), _varlen, lambda s: {"causal": s.causal}
+    ),
+    "scaled_dot_product_attention": Call(
+        scaled_dot_product_attention,
+        (*_HEADS, "kv_heads", "causal"),
+        lambda s, make: tuple(t.transpose(1, 2) for t in _qkv(s, make, s.seqlen)),
+        lambda s: {"is_causal": s.causal, "enable_gqa": s.heads != s.kv_heads},
     ),
     "decode_attention": Call(
         decode_attention,
@@ -178,7 +240,26 @@ CALLS = {
         ("batch", "vocab", "dtype"),
         lambda s, make: (make(s.batch, s.vocab), make(s.batch, dtype=torch.float32)),
     ),
+    "speculative_sample": Call(speculative_sample, ("batch", "drafted", "vocab", "dtype"), _drafts),
+    "speculative_sample_tree": Call(speculative_sample_tree, ("batch", "drafted", "vocab", "dtype"), _tree),
 }
+# what is called on parameters, not on activations
+STEPS = {"adamw8bit": Call(adamw8bit, ("n", "k", "dtype"), _adamw, lambda s: {"lr": 1e-3, "step": 1.0})}
+EVERY = {**CALLS, **STEPS}
+
+
+@contextlib.contextmanager
+def _in_a_line() -> Iterator[None]:
+    """What torch says of a tensor that there can't be comes with its own stack."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except (RuntimeError, OverflowError, MemoryError) as why:
+        said = str(why).strip().splitlines()
+        raise ValueError(
+            f"there is no call of these sizes: {said[0] if said else type(why).__name__}"
+        ) from None
 
 
 def explain_sizes(op: str, sizes: Sizes, gpu: Gpu | None) -> Explanation:
@@ -187,15 +268,18 @@ def explain_sizes(op: str, sizes: Sizes, gpu: Gpu | None) -> Explanation:
     Raises:
         ValueError: no op of that name, sizes that it refuses.
     """
-    if op not in CALLS:
-        raise ValueError(f"no op {op!r}: there are {', '.join(CALLS)}")
+    if op not in EVERY:
+        raise ValueError(f"no op {op!r}: there are {', '.join(EVERY)}")
     for field in fields(sizes):
         value = getattr(sizes, field.name)
         least = 0 if field.name in ("rank", "m", "batch", "seqlen", "kv_len") else 1
         if isinstance(value, int) and value < least:
             raise ValueError(f"{field.name} is {value}, expected {least} or more")
-    call = CALLS[op]
-    with pretend(gpu):
+        most = MOST.get(field.name, 2**31 - 1)
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{field.name} is {brief(value)}, expected at most {most}")
+    call = EVERY[op]
+    with pretend(gpu), _in_a_line():
 
         def make(*shape: int, dtype: torch.dtype = sizes.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="cpu" if gpu is None else "cuda")

@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,6 +172,25 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     if explainer is None:
         raise TypeError(f"op is {op!r}, expected a bitfuse op or layer, such as bitfuse.lowbit_linear")
     return explainer(*args, **kwargs)
+
+
+def together(name: str, parts: Sequence[tuple[str, Explanation]]) -> Explanation:
+    """The explanation of a function that makes several calls, each with what it is for.
+
+    Who serves it is who serves most of it, by bytes; where its parts differ, each is named.
+    """
+    several = len({part.chosen for _, part in parts}) > 1
+    chosen = max((part for _, part in parts), key=lambda part: part.cost.nbytes).chosen
+    refused: dict[str, str] = {}
+    for what, part in parts:
+        for backend, reason in part.refused.items():
+            if reason not in refused.get(backend, ""):
+                before = f"{refused[backend]}; " if backend in refused else ""
+                refused[backend] = f"{before}{reason}" + (f" ({what})" if several else "")
+    said = ", ".join(f"{what}: {part.op}" + (f" by {part.chosen}" if several else "") for what, part in parts)
+    cost = functools.reduce(lambda a, b: a + b, (part.cost for _, part in parts))
+    first = parts[0][1]
+    return Explanation(name, first.device, chosen, refused, said, cost, first.rates)
 
 
 class Op:

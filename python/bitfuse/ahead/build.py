@@ -27,7 +27,7 @@ from ..arch import bundle, cubin, toolchain
 from ..arch.gpus import ARCHS, Gpu, find
 from ..arch.toolchain import Target
 from ..bench.shapes import Shape
-from ..hypothetical import CALLS, Sizes, explain_sizes
+from ..hypothetical import EVERY, Sizes, explain_sizes
 from . import triton_kernels
 
 BACKENDS = ("cuda", "triton")
@@ -89,7 +89,7 @@ class Options:
 
     Attributes:
         gpus: for which.
-        ops: of `CALLS`.
+        ops: of `EVERY`.
         backends: of `BACKENDS`.
         shapes, formats, dtypes, backward: which calls the Triton kernels are for.
         out: the folder.
@@ -283,7 +283,7 @@ def _cuda(
 
 def _op_of(stem: str) -> str:
     """The op that a CUDA source is of: attention_sm90.cu and decode_attention_codes.cu begin with theirs."""
-    return max((op for op in CALLS if stem.startswith(op)), key=len, default=stem)
+    return max((op for op in EVERY if stem.startswith(op)), key=len, default=stem)
 
 
 def _target(gpu: Gpu) -> Target:

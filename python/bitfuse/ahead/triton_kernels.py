@@ -26,7 +26,7 @@ import torch
 
 from ..arch.gpus import GPUS, Gpu
 from ..bench.shapes import Shape
-from ..hypothetical import CALLS, DENSE, Sizes
+from ..hypothetical import EVERY, DENSE, Sizes
 from ..op import Backend, Op
 
 # rows of x: every number of tokens for which a plan may take another tile, and whole and odd ones of each
@@ -36,7 +36,11 @@ LENGTHS = (1, 17, 128, 1024, 4096)
 RANKS = (8, 16, 64)
 CACHES = ("none", "fp8", "int8", "int4")
 PAGES = (None, 16)
-_INFERENCE = ("append_kv", "quantize_kv", "sample", "decode_attention")  # no gradient flows
+# no gradient flows
+_INFERENCE = (
+    "append_kv", "quantize_kv", "sample", "speculative_sample", "speculative_sample_tree", "decode_attention",
+    "adamw8bit",
+)  # fmt: skip
 _BIASED = ("lowbit_linear", "lora_linear", "multi_lora_linear")
 
 
@@ -80,8 +84,8 @@ class Plan:
 
 
 def has_kernels(op: str) -> bool:
-    """Whether there are Triton kernels of an op of `CALLS`."""
-    return any(b.name == "triton" for o in _ops_of(CALLS[op].function.__module__) for b in o.backends)
+    """Whether there are Triton kernels of an op of `EVERY`."""
+    return any(b.name == "triton" for o in _ops_of(EVERY[op].function.__module__) for b in o.backends)
 
 
 def _ops_of(module: str) -> list[Op]:
@@ -92,11 +96,15 @@ def sizes(
     op: str, shapes: Iterable[Shape], formats: Iterable[str], dtypes: Iterable[torch.dtype]
 ) -> list[Sizes]:
     """The calls of an op that models of these shapes make."""
-    uses = CALLS[op].uses
+    uses = EVERY[op].uses
     models = list(shapes)
     linears = [nk for model in models for nk in model.linears.values()]
     if op == "gated_activation":
         linears = [(model.intermediate, model.hidden) for model in models]
+    if op == "lora_mlp":
+        linears = [(model.intermediate, model.hidden) for model in models]
+    if op == "lora_qkv":  # its widths are those of the heads
+        linears = [(model.hidden, model.hidden) for model in models]
     if op == "bottleneck_adapter":
         linears = [(model.hidden, model.hidden) for model in models]
     heads = list(dict.fromkeys((m.heads, m.kv_heads, m.head_dim) for m in models))
@@ -116,6 +124,7 @@ def sizes(
         "dtype": dtypes,
     }
     axes = {name: values for name, values in axes.items() if values}
+    own = {(m.heads, m.kv_heads, m.head_dim, m.hidden) for m in models}
     made = set()
     for chosen in itertools.product(*axes.values()):
         given = dict(zip(axes, chosen, strict=True))
@@ -123,17 +132,19 @@ def sizes(
             given["n"], given["k"] = given.pop("linear")
         if "attention" in given:
             given["heads"], given["kv_heads"], given["head_dim"] = given.pop("attention")
+        if op == "lora_qkv" and (given["heads"], given["kv_heads"], given["head_dim"], given["k"]) not in own:
+            continue  # the heads of one model over the columns of another
         made.add(Sizes(**{name: value for name, value in given.items() if name in uses}))
     return sorted(made, key=repr)
 
 
 def in_short(op: str, s: Sizes) -> str:
     """A call in a few words: "int4 bfloat16 m=16 n=4096 k=4096"."""
-    uses = CALLS[op].uses
+    uses = EVERY[op].uses
     words = [s.format] if "format" in uses else []
     words += [f"cache={s.cache}"] if "cache" in uses else []
     words.append(str(s.dtype).removeprefix("torch."))
-    names = ("m", "n", "k", "rank", "batch", "seqlen", "heads", "head_dim", "page_size", "vocab")
+    names = ("m", "n", "k", "rank", "batch", "seqlen", "heads", "head_dim", "page_size", "vocab", "drafted")
     return " ".join(
         words + [f"{n}={getattr(s, n)}" for n in names if n in uses and getattr(s, n) is not None]
     )
@@ -248,7 +259,7 @@ def _call(op: str, s: Sizes, gradient: bool, biased: bool) -> None:
         tensor = torch.empty(shape, dtype=dtype, device="meta")
         return tensor.requires_grad_(gradient and dtype == s.dtype and dtype.is_floating_point)
 
-    call = CALLS[op]
+    call = EVERY[op]
     keywords = call.keywords(s) | ({"bias": make(s.n)} if biased else {})
     out = call.function(*call.arguments(s, make), **keywords)
     if gradient:

@@ -91,10 +91,10 @@ def compile(
         from ..arch import toolchain
         from ..bench import shapes as models
         from ..formats import get_format
-        from ..hypothetical import CALLS, DENSE
+        from ..hypothetical import EVERY, DENSE
 
         dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-        ops = _known("op", op or list(CALLS), CALLS)
+        ops = _known("op", op or list(EVERY), EVERY)
         backends = _known("backend", backend or build.BACKENDS, build.BACKENDS)
         chosen = _known("dtype", dtype or ("bfloat16", "float16"), dtypes)
         formats = tuple(dict.fromkeys(format or ("int4", "nf4", "int8", "fp8")))

@@ -47,6 +47,7 @@ def explain(
     ] = None,
     page_size: Annotated[int | None, typer.Option(metavar="N", help="Tokens of a page (no pages).")] = None,
     vocab: Annotated[int | None, typer.Option(metavar="N", help="Tokens to choose from (128256).")] = None,
+    drafted: Annotated[int | None, typer.Option(metavar="N", help="Draft tokens, or nodes (4).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Who would serve a call, why the others would not, its bound.
@@ -59,7 +60,7 @@ def explain(
         bitfuse explain lowbit_linear --m 1 --n 4096 --k 14336 --format nf4 --device h100
         bitfuse explain lora_linear --m 8192 --rank 64 --device sm_80
         bitfuse explain attention --seqlen 16384 --kv-heads 8 --device rtx4090
-        bitfuse explain decode_attention --batch 16 --kv-len 16384 --cache int8 --page-size 16 --device a100
+        bitfuse explain decode_attention --batch 16 --kv-len 16384 --cache int8 --page-size 64 --device a100
     """
     given = {name: value for name, value in locals().items() if name in _SIZES and value is not None}
 
@@ -69,7 +70,7 @@ def explain(
     from ..arch.gpus import Gpu, find
 
     try:
-        call = hypothetical.CALLS.get(op)
+        call = hypothetical.EVERY.get(op)
         if call and (strange := [name for name in given if name not in call.uses]):
             options = ", ".join("--" + name.replace("_", "-") for name in call.uses)
             fail("explain", f"{op} has no --{strange[0].replace('_', '-')}; it has {options}")
@@ -103,5 +104,5 @@ def explain(
 
 _SIZES = (
     "m", "n", "k", "format", "group_size", "dtype", "rank", "adapters", "batch", "seqlen", "kv_len", "heads",
-    "kv_heads", "head_dim", "causal", "cache", "page_size", "vocab",
+    "kv_heads", "head_dim", "causal", "cache", "page_size", "vocab", "drafted",
 )  # fmt: skip

@@ -79,7 +79,10 @@ def supports(
             return f"{name} has strides {t.stride()}: its rows are not at multiples of {_UNIT} bytes"
     if cache.format in BITS:
         if cache.group_size % GROUP_STEP:
-            return f"group_size {cache.group_size} is not a multiple of {GROUP_STEP}"
+            return (
+                f"{cache.group_size} tokens share K's scales (group_size, never more than a page), "
+                f"not a multiple of {GROUP_STEP}"
+            )
         for name in ("k_scales", "k_offsets", "v_scales", "v_offsets", "k_tail", "v_tail"):
             t = getattr(cache, name)
             if t.data_ptr() % _UNIT:

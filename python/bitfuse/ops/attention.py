@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -747,3 +747,32 @@ def _explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) 
     names = inspect.signature(_args).parameters
     given = {n: options.get(n, defaults[n].default) for n in names if n != "q"}
     return attention_op.explain(*autocast.of_attention(q, k, v, _args(q, **given)))
+
+
+@explains(varlen_attention)
+def _explain_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
+    **named: Any,
+) -> Explanation:
+    """Offsets are taken as they are: a call of sizes alone has none."""
+    _check_tensors(q, k, v)
+    bound = inspect.signature(varlen_attention).bind(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, **named
+    )
+    bound.apply_defaults()
+    names = inspect.signature(_args).parameters
+    given: dict[str, Any] = {n: bound.arguments.get(n) for n in names}  # it has no bias
+    a = _args(**given)._replace(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    return replace(attention_op.explain(*autocast.of_attention(q, k, v, a)), op="varlen_attention")

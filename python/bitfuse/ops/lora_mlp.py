@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from ..activations import check_activation
 from ..autograd import Function, once, recorded, refuse_intermediate
 from ..dropout import new_seed
 from ..lora_args import LoraArgs
+from ..op import Explanation, explains, together
 from ..weight import LowBitWeight
 from .gated_activation import gated_activation, gated_activation_backward, gated_activation_op
 from .lora_linear import (
@@ -196,3 +198,32 @@ def lora_mlp(
         return _LoraMlp.call(x, tuple(wide), last, activation, dropout_p, *tensors)[0]
     g, u, *_ = lora_linear_op(x, tuple(wide), dropout_p)
     return lora_linear_op(gated_activation_op(g, u, activation), (last,), dropout_p)[0]
+
+
+@explains(lora_qkv)
+def _explain_qkv(x: torch.Tensor, projections: Sequence[Projection], dropout_p: float = 0.0) -> Explanation:
+    made = [_args(x, f"projections[{i}]", p, dropout_p)[0] for i, p in enumerate(projections)]
+    if not made:
+        raise ValueError("projections is empty, expected one or more")
+    return replace(lora_linear_op.explain(x, tuple(made), dropout_p), op="lora_qkv")
+
+
+@explains(lora_mlp)
+def _explain_mlp(
+    x: torch.Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str = "silu",
+    dropout_p: float = 0.0,
+) -> Explanation:
+    made = [_args(x, name, p, dropout_p)[0] for name, p in (("gate", gate), ("up", up), ("down", down))]
+    g, u = (x.new_empty(*x.shape[:-1], args.shape[0]) for args in made[:2])
+    return together(
+        "lora_mlp",
+        (
+            ("gate and up", lora_linear_op.explain(x, tuple(made[:2]), dropout_p)),
+            ("activation", gated_activation_op.explain(g, u, activation)),
+            ("down", lora_linear_op.explain(g, (made[2],), dropout_p)),
+        ),
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from ..multi_lora_args import (
     refuse_capture,
     transposed,
 )
-from ..op import Backend, Explanation, Op, explains
+from ..op import Backend, Explanation, Op, explains, together
 from ..policy import bucket
 from ..tensors import as_rows, aside
 from ..weight import LowBitWeight, WeightTensors, check_tensor
@@ -531,8 +532,19 @@ def _explain(
     adapter_ids: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> Explanation:
-    """Of the adapters' part; the base's is that of `lowbit_linear`."""
+    """Of both parts: the product without adapters, and what these add to it."""
     _weight_of(x, w, bias)
     a, b = _listed("lora_A", lora_A), _listed("lora_B", lora_B)
     y = x.new_empty(*x.shape[:-1], w.shape[0])
-    return multi_lora_add_.explain(y, x, a, b, _scales(scaling, count_of(a), x.device), adapter_ids)
+    if isinstance(w, LowBitWeight) and not count_of(a):
+        return replace(forward_op.explain(x, w.op_args, bias), op="multi_lora_linear", note="no adapters")
+    adapters = multi_lora_add_.explain(y, x, a, b, _scales(scaling, count_of(a), x.device), adapter_ids)
+    adapters = replace(adapters, op="their sum")
+    if isinstance(w, LowBitWeight):
+        base = forward_op.explain(x, w.op_args, bias)
+        return together("multi_lora_linear", (("product", base), ("adapters", adapters)))
+    flops = 2 * y.numel() * w.shape[1]
+    cost = adapters.cost + Cost(moved(x, w, y) + (0 if bias is None else moved(bias)), flops, x.dtype)
+    return replace(
+        adapters, op="multi_lora_linear", note="behind torch's own product", cost=cost, policy_key=None
+    )

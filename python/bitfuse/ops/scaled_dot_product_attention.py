@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -170,4 +171,5 @@ def _explain(
     enable_gqa: bool = False,
 ) -> Explanation:
     call = _arranged(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return attention_op.explain(call.q, call.k, call.v, call.args)
+    found = attention_op.explain(call.q, call.k, call.v, call.args)
+    return replace(found, op="scaled_dot_product_attention")
