@@ -26,7 +26,7 @@ import torch
 
 from ..arch.gpus import GPUS, Gpu
 from ..bench.shapes import Shape
-from ..hypothetical import EVERY, DENSE, Sizes
+from ..hypothetical import DENSE, EVERY, Sizes
 from ..op import Backend, Op
 
 # rows of x: every number of tokens for which a plan may take another tile, and whole and odd ones of each

@@ -91,7 +91,7 @@ def compile(
         from ..arch import toolchain
         from ..bench import shapes as models
         from ..formats import get_format
-        from ..hypothetical import EVERY, DENSE
+        from ..hypothetical import DENSE, EVERY
 
         dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
         ops = _known("op", op or list(EVERY), EVERY)
