@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from typing import Any
 
 import bitfuse
 import pytest
@@ -121,7 +122,8 @@ def test_calls_of_nothing() -> None:
     cache = bitfuse.KVCache(0, 64, 2, 16, page_size=16, dtype=torch.float32)
     assert bitfuse.explain(bitfuse.decode_attention, torch.zeros(0, 1, 4, 16), cache).cost.flops == 0
     for op in EVERY:
-        least = {n: 0 for n in ("rank", "m", "batch", "seqlen", "kv_len") if n in EVERY[op].uses}
+        names = ("rank", "m", "batch", "seqlen", "kv_len")
+        least: dict[str, Any] = {n: 0 for n in names if n in EVERY[op].uses}
         try:
             explain_sizes(op, Sizes(**least, page_size=16), None)
         except ValueError as error:  # what the op itself refuses

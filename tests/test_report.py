@@ -269,6 +269,33 @@ def test_many_bars_are_told_apart(tmp_path: Path) -> None:
     assert len(set(look)) == 20
 
 
+def test_names_beside_bars_stay_apart(tmp_path: Path) -> None:
+    """However little room there is; and a lone case of bitfuse has a name."""
+    for device in load([RESULTS]):
+        for figures in device.ops:
+            look = list(styles(figures).values())
+            assert len({style.brief(134) for style in look}) == len(look), figures.op
+            assert not any(style.label.startswith("(") for style in look)
+
+
+def test_lines_that_would_be_a_bundle_are_drawn_apart(tmp_path: Path) -> None:
+    rows = [
+        row(f"bitfuse f{f} (cpp)", dtype=dtype, m=m)
+        for f in range(7) for dtype in ("float32", "bfloat16") for m in (1, 16)
+    ]  # fmt: skip
+    limits = {"bytes_per_s": 4.7e10, "flop_per_s": {"bfloat16": 9.6e11, "float32": 9.6e11}}
+    (device,) = load([put(tmp_path / "machine", record(rows, limits=limits))])
+    latency = next(figure for figure in figures_of(device.ops[0]) if figure.kind == "latency")
+    assert [chart.choice for chart in latency.charts] == ["x fp32", "x bf16"]
+
+
+def test_words_where_a_number_would_say_nothing(tmp_path: Path) -> None:
+    rows = [row(m=m, error=error, in_cache=True, tflop_per_s=0.0) for m, error in ((1, 0.0), (2, 1e-3))]
+    text = render(load([put(tmp_path / "machine", record(rows))]))
+    assert "<td>exact" in text and "0.0e+00" not in text and "<td>1.0e-03" in text
+    assert 'data-name="of the ceiling, median (best)">in cache' in text
+
+
 def test_package_data() -> None:
     """What the page is made from is in the wheel."""
     globs = re.findall(r'"(report/[^"]+)"', (ROOT / "pyproject.toml").read_text())

@@ -469,3 +469,12 @@ def test_format_refuses() -> None:
         Format("x", 2, codebook=(0.0, 1.0, 2.0))
     with pytest.raises(ValueError, match="with nested scales"):
         get_format("int4", nested=True)
+
+
+def test_what_a_format_may_be() -> None:
+    """The docstring names them all; one of one's own holds numbers only."""
+    assert all(f'"{name}"' in (bitfuse.quantize.__doc__ or "") for name in FORMATS)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"codebook\[2\] of 'mine' is (nan|inf), expected finite"):
+            bitfuse.register_format(bitfuse.Format("mine", 2, (-1.0, 0.0, value, 1.0)))
+    assert "mine" not in FORMATS

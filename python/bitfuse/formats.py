@@ -8,6 +8,7 @@ minifloat (FP8) differ in that table and in how a scale is chosen, and in nothin
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -206,11 +207,20 @@ def check_scale_dtype(format: Format, scale_dtype: object) -> None:
 
 
 def register_format(format: Format) -> Format:
-    """Make a format of one's own known by its name; the reference serves it at once.
+    """Make a format of one's own known by its name.
+
+    The reference serves it at once; a codebook of 4 bits, or one that differs from a known format in its
+    groups or its scales alone, also the kernels of C++ and CUDA that read any table of 16 values: ask
+    `bitfuse.explain`.
 
     Raises:
-        ValueError: the name stands for other codes already.
+        ValueError: the name stands for other codes already; a codebook holds a NaN or an infinity.
     """
+    if format.codebook is not None and format.name not in FORMATS:
+        wrong = [at for at, value in enumerate(format.codebook) if not math.isfinite(value)]
+        if wrong:
+            value = format.codebook[wrong[0]]
+            raise ValueError(f"codebook[{wrong[0]}] of {format.name!r} is {value}, expected finite numbers")
     if format.name in FORMATS and not same_codes(format, FORMATS[format.name]):
         raise ValueError(
             f"format {format.name!r} is registered already, with other codes: choose another name"

@@ -77,7 +77,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
                 f"{row['gb_per_s']:.1f}",
                 f"{row['tflop_per_s']:.3g}" if row["flops"] else "-",
                 ("cache" if share is None else f"{share:.0%}") + ("*" if row["in_cache"] and share else ""),
-                "-" if row["error"] is None else f"{row['error']:.1e}",
+                "-" if row["error"] is None else f"{row['error']:.1e}" if row["error"] else "exact",
                 _bytes(row["peak_bytes"]),
                 *(f"{row['ratio'][h]:.2f}" if h in row["ratio"] else "" for h in heads),
             ]

@@ -20,6 +20,7 @@ WIDTH = 360
 COLOURS = 8
 OWN_MARKS, PEER_MARKS = 8, 8  # as many as the page's <defs> hold
 LONGEST = 26  # bars in one chart; more are told apart by the axis
+MOST_LINES = 9  # of latencies in one chart
 LABEL = 142  # units that the names beside bars have
 LETTER = 6.1  # units of a letter, in a wide typeface
 
@@ -93,8 +94,8 @@ def styles(figures: OpFigures) -> dict[tuple[str, str], Style]:
         hollow = " h" if dtypes and row.dtype == "float32" else ""
         told = dtype if dtypes and dtype not in case.split() else ""
         label = case.removeprefix("bitfuse ")
-        if shared and label != shared:
-            label = " ".join(label.replace(shared, "").split())
+        if shared:  # that all have it goes without saying; alone it would say nothing
+            label = " ".join(label.replace(shared, "").split()) or case
         found[key] = Style(case, told, label, f"s{len(found)} {colour}{hollow}", mark)
     return found
 
@@ -155,8 +156,12 @@ def _line(x1: float, y1: float, x2: float, y2: float, classes: str) -> str:
 
 
 def _clip(words: str, units: float) -> str:
+    """Cut in the middle: names that begin alike differ in their ends."""
     letters = int(units / LETTER)
-    return words if len(words) <= letters else words[: letters - 1].rstrip(" ,+") + "…"
+    if len(words) <= letters:
+        return words
+    end = (letters - 1) * 2 // 5
+    return words[: letters - 1 - end].rstrip(" ,+") + "…" + words[-end:].lstrip(" ,+")
 
 
 def _svg(height: float, label: str, parts: Iterable[str]) -> str:
@@ -391,10 +396,23 @@ class _Pen:
         facets: dict[str, list[list[Row]]] = {}
         for line in self.figures.lines(axis).values():
             facets.setdefault(self.figures.where(line[0], (axis,)), []).append(line)
-        charts = [Chart(self._lines(lines, axis), name) for name, lines in facets.items()]
+        charts = [
+            Chart(self._lines(part, axis), ", ".join(w for w in (name, dtype) if w))
+            for name, lines in facets.items()
+            for dtype, part in self._apart(lines)
+        ]
         words = AXIS_WORDS.get(axis, axis)
         title = f"Latency against {words.split(',')[0]}"
         return Figure("latency", title, "milliseconds, lower is better", charts)
+
+    def _apart(self, lines: Sequence[list[Row]]) -> list[tuple[str, list[list[Row]]]]:
+        """Lines that would be a bundle in one chart: a chart for each dtype of x."""
+        parts: dict[str, list[list[Row]]] = {}
+        for line in lines:
+            parts.setdefault(short(line[0].dtype), []).append(line)
+        if len(lines) <= MOST_LINES or len(parts) == 1:
+            return [("", list(lines))]
+        return [(f"x {dtype}", part) for dtype, part in parts.items()]
 
     def _lines(self, lines: Sequence[Sequence[Row]], axis: str) -> str:
         rows = [row for line in lines for row in line]
