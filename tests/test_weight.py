@@ -476,5 +476,5 @@ def test_what_a_format_may_be() -> None:
     assert all(f'"{name}"' in (bitfuse.quantize.__doc__ or "") for name in FORMATS)
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"codebook\[2\] of 'mine' is (nan|inf), expected finite"):
-            bitfuse.register_format(bitfuse.Format("mine", 2, (-1.0, 0.0, value, 1.0)))
+            bitfuse.register_format(Format("mine", 2, codebook=(-1.0, 0.0, value, 1.0)))
     assert "mine" not in FORMATS

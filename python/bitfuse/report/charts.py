@@ -93,7 +93,7 @@ def styles(figures: OpFigures) -> dict[tuple[str, str], Style]:
         mark = f"o{(at + at // COLOURS) % OWN_MARKS}" if row.own else f"q{at % PEER_MARKS}"
         hollow = " h" if dtypes and row.dtype == "float32" else ""
         told = dtype if dtypes and dtype not in case.split() else ""
-        label = case.removeprefix("bitfuse ")
+        label = case.removeprefix("bitfuse ").replace(" activations)", ")")
         if shared:  # that all have it goes without saying; alone it would say nothing
             label = " ".join(label.replace(shared, "").split()) or case
         found[key] = Style(case, told, label, f"s{len(found)} {colour}{hollow}", mark)
