@@ -442,7 +442,8 @@ def quantize(
     Args:
         weight: [out_features, in_features], float32, float16 or bfloat16, any strides, in_features a
             multiple of 8.
-        format: a name ("int8", "int4", "nf4", "fp8", ...) or a `Format`.
+        format: a name ("int8", "int4", "int3", "int2", "ternary", "nf4", "fp4", "fp8", "mxfp4", "mxfp8",
+            "nvfp4", or one of your own that `register_format` knows) or a `Format`.
         group_size: input columns that share a scale, a multiple of 8 that divides in_features; -1 is the
             whole row. By default the format's, or where that does not divide in_features the largest power of
             two below it that does.
