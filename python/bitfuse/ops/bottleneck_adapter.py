@@ -166,7 +166,7 @@ def bottleneck_adapter(
 
     The middle, [rows, r], is float32 and never rounded; x is read, y written, and nothing of their size lies
     between. Gradients flow to x, both matrices and both biases. Under `torch.autocast` the output has the
-    autocast dtype or, where x is added to it, x's: what torch's layers give.
+    autocast dtype or, where x is added to it, the wider of the two: what torch's layers give.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16, any strides.
@@ -185,8 +185,9 @@ def bottleneck_adapter(
     for name, t in (("x", x), ("down", down), ("up", up)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
-    if not residual:  # x in the sum keeps the dtype, as in torch
-        (x,) = autocast.of_matmul(x)
+    if autocast.is_any_enabled() and (dtype := autocast.dtype_of(x)) is not None:
+        # as what torch's layers give, in the autocast dtype, and as its sum with x
+        x = autocast.cast(x, torch.promote_types(x.dtype, dtype) if residual else dtype)
     tensors = (x, down, down_bias, up, up_bias)
     if recorded(*tensors):
         return _BottleneckAdapter.call(*tensors, activation, residual)[0]
