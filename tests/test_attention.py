@@ -326,6 +326,35 @@ def test_refuses(changes: dict[str, Any], error: type[Exception], words: str) ->
         bitfuse.attention(**given | changes)
 
 
+def test_packed_compiles_and_exports() -> None:
+    """fullgraph on the CPU too, with sizes that change; the kernel looks at the offsets."""
+    cu = torch.tensor([0, 3, 9], dtype=torch.int32)
+
+    def step(q: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        return bitfuse.varlen_attention(q, q, q, cu, cu, 6, 6, causal=True)
+
+    def as_flash(q: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        return bitfuse.compat.flash_attn.flash_attn_varlen_func(q, q, q, cu, cu, 6, 6, causal=True)
+
+    for function in (step, as_flash):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+        for offsets in (cu, torch.tensor([0, 5, 5, 11], dtype=torch.int32)):
+            q = torch.randn(int(offsets[-1]), 2, 8, requires_grad=True)
+            out, wanted = compiled(q, offsets), function(q, offsets)
+            assert torch.equal(out, wanted)
+            grads = [torch.autograd.grad(o.square().sum(), q)[0] for o in (out, wanted)]
+            assert torch.equal(*grads)
+        with pytest.raises(ValueError, match="cu_seqlens_q"):
+            compiled(q, cu)
+
+    class Packed(torch.nn.Module):
+        def forward(self, q: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+            return bitfuse.varlen_attention(q, q, q, cu, cu, 6, 6)
+
+    q = torch.randn(9, 2, 8)
+    assert torch.equal(torch.export.export(Packed(), (q, cu)).module()(q, cu), Packed()(q, cu))
+
+
 def test_packed_offsets_are_looked_at() -> None:
     q, k = torch.randn(6, 2, 16), torch.randn(8, 2, 16)
     good: dict[str, Any] = dict(

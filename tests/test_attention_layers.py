@@ -232,6 +232,84 @@ def test_transformers_dropout_is_of_the_seed() -> None:
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "Bert"])
+def test_transformers_packed_rows(name: str) -> None:
+    """Sequences one after the other, in one row or more, are each as it is alone, with a mask of ones beside
+    them or without."""
+    model, lengths = small_model(name), (7, 12, 3)
+    ids = torch.randint(2, 97, (1, sum(lengths)))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        alone = torch.cat([model(part).logits for part in ids.split(lengths, 1)], 1)
+        model.set_attn_implementation("bitfuse")
+        cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+        places = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+        given: dict[str, Any] = dict(cu_seq_lens_q=cu.int(), cu_seq_lens_k=cu.int(), position_ids=places)
+        for mask in (None, torch.ones_like(ids)):
+            for longest in (12, torch.tensor(12), None):
+                got = model(
+                    ids, attention_mask=mask, max_length_q=longest, max_length_k=longest, **given
+                ).logits
+                torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-4)
+        twice = torch.cat([cu, cu[1:] + cu[-1]]).int()
+        two: dict[str, Any] = dict(
+            cu_seq_lens_q=twice, cu_seq_lens_k=twice, position_ids=places.expand(2, -1),
+            attention_mask=torch.ones(2, sum(lengths), dtype=torch.int64),
+        )  # fmt: skip
+        got = model(ids.expand(2, -1), **two).logits
+        torch.testing.assert_close(got, alone.expand(2, -1, -1), rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="only one of cu_seq_lens_q and cu_seq_lens_k"):
+            model(ids, cu_seq_lens_q=cu.int())
+
+
+def test_transformers_packed_masks() -> None:
+    """Packed rows with a position bias, and with a float mask, forward and where no order is kept."""
+    q, k, v, bias = *(torch.randn(1, 2, 9, 8) for _ in range(3)), torch.randn(1, 2, 9, 9)
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    module = torch.nn.Module()
+    forward = bitfuse.integrations.transformers.attention_forward
+    for causal in (True, False):
+        for options in (dict(position_bias=bias), dict(attention_mask=bias)):
+            given: dict[str, Any] = dict(attention_mask=None, is_causal=causal) | options
+            got, _ = forward(module, q, k, v, cu_seq_lens_q=cu, cu_seq_lens_k=cu, **given)
+            for part in (slice(0, 4), slice(4, 9)):
+                mask = bias[..., part, part]
+                if causal and "position_bias" in options:
+                    n = mask.shape[-1]
+                    mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf)
+                rows = (t[:, :, part] for t in (q, k, v))
+                wanted = torch.nn.functional.scaled_dot_product_attention(*rows, mask)
+                torch.testing.assert_close(got[:, part].transpose(1, 2), wanted)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_autocast(name: str, dtype: torch.dtype) -> None:
+    """Training and generation in mixed precision, as Trainer(bf16=True) has it: rotated queries and keys come
+    in float32, values in 16 bits."""
+    model, given = small_model(name), tokens("left")
+    real = given["attention_mask"].bool()
+    found = {}
+    for implementation in ("bitfuse", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.autocast("cpu", dtype):
+            logits = model(**given).logits[real]
+        found[implementation] = [
+            logits.detach().float(),
+            *torch.autograd.grad(logits.float().square().mean(), list(model.parameters()), allow_unused=True),
+        ]
+    with torch.no_grad():
+        exact = model(**given).logits[real]
+    error, plain = (float((found[i][0] - exact).abs().max()) for i in ("bitfuse", "eager"))
+    assert error <= 2 * plain
+    norms = [sum(float(g.square().sum()) for g in f[1:] if g is not None) for f in found.values()]
+    assert abs(norms[0] / norms[1] - 1) < 0.1
+    if name != "Bert":
+        with torch.autocast("cpu", dtype):
+            model.set_attn_implementation("bitfuse")
+            assert model.generate(**given, max_new_tokens=3, do_sample=False).shape == (3, 14)
+
+
 def test_transformers_packaged_model() -> None:
     transformers = pytest.importorskip("transformers")
     from bitfuse.demo.embedder import find_model

@@ -300,6 +300,31 @@ def test_merge_has_gradients() -> None:
     torch.library.opcheck(torch.ops.bitfuse.merge_attention.default, halves(torch.float32))
 
 
+@pytest.mark.parametrize("target", targets("cpp", "triton", "reference"), ids=str)
+def test_what_saw_nothing_gives_nothing(target: Target) -> None:
+    """Whatever stands in its output: it may never have been written."""
+    for dtype, bad in zip(DTYPES, (math.nan, math.inf, -math.inf), strict=True):
+        o1, lse1, o2, lse2 = halves(dtype)
+        rows = [(lse == -math.inf).transpose(1, 2) for lse in (lse1, lse2)]
+        wanted = merge_reference(o1, lse1, o2, lse2)
+        o1[rows[0]], o2[rows[1]] = bad, bad
+        found = target.run(merge_attention_op, *target.place(o1, lse1, o2, lse2))
+        for got, exact in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got.cpu(), exact, rtol=1e-2, atol=1e-6)
+        assert not found[0].cpu()[rows[0] & rows[1]].any()
+
+
+def test_what_saw_nothing_gets_no_gradient() -> None:
+    leaves = [t.requires_grad_() for t in halves(torch.float32)]
+    empty = [(lse == -math.inf).transpose(1, 2) for lse in (leaves[1], leaves[3])]
+    with torch.no_grad():
+        for o, rows in zip((leaves[0], leaves[2]), empty, strict=True):
+            o[rows] = math.nan
+    out, _ = bitfuse.merge_attention(*leaves)
+    for gradient, rows in zip(torch.autograd.grad(out.sum(), leaves)[::2], empty, strict=True):
+        assert torch.isfinite(gradient).all() and not gradient[rows].any()
+
+
 def test_a_shared_prefix_is_a_call_of_its_own() -> None:
     """Three sequences behind one prefix, read once and merged by lse: as caches with the prefix in front."""
     prefix_k, prefix_v = torch.randn(1, 50, 2, 32), torch.randn(1, 50, 2, 32)
@@ -318,7 +343,71 @@ def test_a_shared_prefix_is_a_call_of_its_own() -> None:
     torch.testing.assert_close(lse, wanted_lse)
 
 
+# positions
+
+
+@pytest.mark.parametrize("backend", ("cpp", "reference"))
+@pytest.mark.parametrize("bad", (2**32, 2**32 + 1, 2**31, -(2**32), 2**63 - 1, -1, 20))
+def test_positions_never_wrap(bad: int, backend: str) -> None:
+    cos, sin = torch.randn(2, 20, 16)
+    x, at = torch.randn(2, 3, 2, 32), torch.tensor([0, bad, 1])
+    cache = bitfuse.KVCache(2, 16, 2, 32, dtype=torch.float32)
+    tables = dict(rotary_cos=cos, rotary_sin=sin, positions=at)
+    with bitfuse.use_backend(backend):
+        for call in (
+            lambda: bitfuse.rope(x, cos, sin, at),
+            lambda: cache.append(x, x, **tables),
+            lambda: bitfuse.append_kv(x, x, cache, **tables),
+            lambda: bitfuse.decode_attention(x, cache, k=x, v=x, **tables),
+        ):
+            with pytest.raises(ValueError, match=f"positions (is|holds) {bad}, expected 0 to"):
+                call()
+    assert not cache.seqlens.any()
+    if abs(bad) > 2**31:  # where nobody looks it is a row that is not there
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        compiled = torch.compile(lambda x, at: bitfuse.rope(x, cos, sin, at), backend="eager", fullgraph=True)
+        with pytest.raises(ValueError, match="positions"):
+            compiled(x, at)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            bitfuse.rope(x, cos, sin, torch.zeros(3, dtype=torch.int64))
+
+
 # decode_attention
+
+
+@pytest.mark.parametrize("name", ("q", "k", "v", "k_cache", "v_cache", "sinks", "alibi_slopes", "rotary_cos"))
+def test_whatever_asks_for_a_gradient_is_told(name: str) -> None:
+    given = dict(
+        q=torch.randn(2, 3, 2, 32), k=torch.randn(2, 3, 2, 32), v=torch.randn(2, 3, 2, 32),
+        k_cache=torch.zeros(2, 16, 2, 32), v_cache=torch.zeros(2, 16, 2, 32), sinks=torch.randn(2),
+        alibi_slopes=torch.rand(2), rotary_cos=torch.randn(20, 16), rotary_sin=torch.randn(20, 16),
+    )  # fmt: skip
+    given[name].requires_grad_()
+    lengths = torch.zeros(2, dtype=torch.int32)
+    for made in bitfuse.decode_attention(**given, cache_seqlens=lengths, return_lse=True):
+        assert made.requires_grad
+        with pytest.raises(RuntimeError, match="decode_attention has no gradient"):
+            made.sum().backward()
+    with torch.no_grad():
+        assert not bitfuse.decode_attention(**given, cache_seqlens=lengths).requires_grad
+
+
+def test_what_gets_no_gradient_is_refused() -> None:
+    x, table = torch.randn(2, 3, 2, 32), torch.randn(20, 16)
+    learnt = table.clone().requires_grad_()
+    slopes = torch.rand(2).requires_grad_()
+    calls: list[tuple[str, Any]] = [
+        ("rotary_cos", lambda: bitfuse.rope(x, learnt, table)),
+        ("rotary_sin", lambda: bitfuse.rope(x, table, learnt)),
+        ("alibi_slopes", lambda: bitfuse.attention(x, x, x, alibi_slopes=slopes)),
+        ("alibi_slopes", lambda: bitfuse.compat.flash_attn.flash_attn_func(x, x, x, alibi_slopes=slopes)),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=f"{name} requires a gradient"):
+            call()
+        with torch.no_grad():
+            call()
 
 
 def test_decodes_as_torch_attends() -> None:
@@ -478,6 +567,11 @@ BAD_CACHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(group_size=24), ValueError, "group_size is 24, expected a power of two"),
     (dict(channel_group=24), ValueError, "channel_group is 24, expected a multiple of 32"),
     (dict(pages=4), ValueError, "pages is 4 without a page_size"),
+    (dict(page_size=16, pages=-1), ValueError, "pages is -1, expected 0 or more"),
+    (dict(page_size=2.0), TypeError, "page_size is 2.0, expected an int"),
+    (dict(max_len=16.0), TypeError, "max_len is 16.0, expected an int"),
+    (dict(page_size=16, pages=2.5), TypeError, "pages is 2.5, expected an int"),
+    (dict(head_dim="32"), TypeError, "head_dim is '32', expected an int"),
     (dict(k_scale=torch.ones(2)), ValueError, "k_scale is given, which a cache of format 'none'"),
     (dict(format="fp8", k_scale=torch.ones(3)), ValueError, r"k_scale has shape \[3\], expected \[2\]"),
 ]
@@ -488,6 +582,39 @@ def test_a_cache_refuses(changes: dict[str, Any], error: type[Exception], words:
     given: dict[str, Any] = dict(batch=1, max_len=16, kv_heads=2, head_dim=32)
     with pytest.raises(error, match=words):
         bitfuse.KVCache(**given | changes)
+
+
+@pytest.mark.parametrize("page_size", (None, 16))
+@pytest.mark.parametrize("format", CACHE_FORMATS)
+@pytest.mark.parametrize("backend", ("cpp", "reference"))
+def test_caches_of_nothing(format: str, page_size: int | None, backend: str) -> None:
+    """No room, no sequences, no new tokens: what torch's attention over no keys would be."""
+    for batch, max_len in ((2, 0), (0, 16), (0, 0)):
+        cache = bitfuse.KVCache(
+            batch, max_len, 2, 32, dtype=torch.float32, format=format, page_size=page_size
+        )
+        none, one = torch.randn(batch, 0, 2, 32), torch.randn(batch, 1, 2, 32)
+        with bitfuse.use_backend(backend):
+            cache.append(none, none)
+            out, lse = bitfuse.decode_attention(one, cache, k=none, v=none, return_lse=True)
+            assert out.shape == (batch, 1, 2, 32) and not out.any() and (lse == -math.inf).all()
+            if batch:
+                assert cache.gather(0)[0].shape == (0, 2, 32)
+                with pytest.raises(ValueError, match=r"at most 0|fit"):
+                    cache.append(one, one)
+        explained = bitfuse.explain(bitfuse.decode_attention, one, cache)
+        assert explained.op == "decode_attention" and "nan" not in str(explained)
+
+
+def test_gather_looks_at_lengths() -> None:
+    for length in (65, 2**31 - 1, -1):
+        cache = filled()
+        cache.seqlens[1] = length
+        with pytest.raises(ValueError, match=rf"cache_seqlens\[1\] is {length}"):
+            cache.gather(1)
+    cache = filled()
+    with pytest.raises(ValueError, match=r"new tokens is 70, expected at most 64|70 new tokens"):
+        cache.append(torch.randn(2, 70, 2, 32), torch.randn(2, 70, 2, 32))
 
 
 LEVEL = """

@@ -139,6 +139,22 @@ def test_probabilities() -> None:
     torch.testing.assert_close(found, torch.softmax(z / 0.8, -1), rtol=0, atol=1 / rows)
 
 
+def test_speculation_wants_what_was_drawn_from() -> None:
+    """Drafts and target both filtered: tokens as if the target had drawn them."""
+    rows, draft, target = 40000, torch.randn(9), torch.randn(9)
+    filters: dict[str, Any] = dict(top_k=3, temperature=0.7, return_probs=True)
+    ids, p = bitfuse.sample(draft.expand(rows, -1), torch.rand(rows), **filters)
+    _, q = bitfuse.sample(target.expand(2 * rows, -1), torch.zeros(2 * rows), top_p=0.8, return_probs=True)
+    assert p.dtype == torch.float32 and int((p[0] > 0).sum()) == 3
+    kept = draft.topk(3).indices
+    torch.testing.assert_close(p[0][kept], torch.softmax(draft[kept] / 0.7, -1))
+    torch.testing.assert_close(p.sum(-1), torch.ones(rows))
+    uniforms = torch.rand(rows, 2, dtype=torch.float64)
+    found, _ = bitfuse.speculative_sample(p.unsqueeze(1), ids.unsqueeze(1), q.view(rows, 2, 9), uniforms)
+    often = torch.bincount(found[:, 0], minlength=9) / rows
+    assert 0.5 * float((often - q[0]).abs().sum()) < 0.015  # 0.1 and more with the plain softmax of the draft
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_odd_rows(target: Target) -> None:
     inf, nan = torch.inf, torch.nan
@@ -169,6 +185,8 @@ def test_compiles_and_opcheck() -> None:
         (dict(uniforms=torch.rand(3)), ValueError, r"uniforms has shape \[3\], expected \[2\]"),
         (dict(temperature=-1.0), ValueError, "temperature is -1.0"),
         (dict(top_k=-1), ValueError, "top_k is -1"),
+        (dict(top_k=2.5), TypeError, "top_k is 2.5, expected an int"),
+        (dict(top_k=torch.tensor([2.5, 1.0])), TypeError, "top_k has dtype torch.float32"),
         (dict(top_p=1.5), ValueError, "top_p is 1.5"),
         (dict(min_p=torch.rand(3)), ValueError, r"min_p has shape \[3\], expected \[2\]"),
     ),

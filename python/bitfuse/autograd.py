@@ -92,7 +92,7 @@ class Function(torch.autograd.Function):
         """`apply`; where no transform is at work, without its look at the signature, which takes longer than
         a small op."""
         if is_compiling():
-            return cls.apply(*args)
+            return cls.apply(*_apart(args))
         if forward_ad._current_level >= 0:
             inside = pytree.tree_leaves([a for a in args if isinstance(a, (tuple, list))])
             given = {id(a) for a in args}
@@ -101,6 +101,15 @@ class Function(torch.autograd.Function):
         if transformed():
             return cls.eager.apply(*args)
         return super(_Base, cls.eager).apply(*args)  # type: ignore[misc]
+
+
+def _apart(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments, a tensor that comes twice as a view of itself: torch.compile refuses it otherwise."""
+    made: list[Any] = []
+    for a in args:
+        again = isinstance(a, torch.Tensor) and any(a is b for b in made)
+        made.append(a.view_as(a) if again else a)
+    return made
 
 
 class _Saved:

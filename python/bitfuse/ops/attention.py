@@ -725,8 +725,8 @@ def varlen_attention(
     ):
         if not isinstance(cu, torch.Tensor):
             raise TypeError(f"{name} is a {type(cu).__name__}, expected a tensor")
-        # inside torch.compile nothing can be read; the CPU's kernel looks again
-        if not is_compiling() and cu.is_cpu and cu.dim() == 1 and cu.numel():
+        # a graph and a fake have no values; the CPU's kernel looks again
+        if type(cu) is torch.Tensor and not is_compiling() and cu.is_cpu and cu.dim() == 1 and cu.numel():
             lengths = cu.diff()
             if int(cu[0]) != 0 or int(cu[-1]) != t.shape[0] or bool((lengths < 0).any()):
                 raise ValueError(

@@ -127,7 +127,9 @@ def as_positions(positions: torch.Tensor | None) -> torch.Tensor | None:
     if not isinstance(positions, torch.Tensor):
         raise TypeError(f"positions is a {type(positions).__name__}, expected a tensor")
     if positions.dtype == torch.int64:
-        if positions.is_cpu and positions.numel() and not is_compiling():
+        # what a graph, a fake or a transform has no values of is looked at by the kernel
+        known = type(positions) is torch.Tensor and not is_compiling() and not elsewhere()
+        if known and positions.is_cpu and positions.numel():
             low, high = (int(p) for p in torch.aminmax(positions))
             if low < -LAST or high > LAST:
                 raise ValueError(

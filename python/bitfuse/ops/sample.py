@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..cpu import sample as cpp
@@ -37,14 +39,14 @@ def _check(
     check_tensor("top_k", top_k, (torch.int64,), rows, logits.device)
 
 
-def _reference(
+def _weights(
     logits: torch.Tensor,
-    uniforms: torch.Tensor,
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
 ) -> torch.Tensor:
+    """What each token weighs after the filters: int64 [rows, vocabulary]."""
     z = torch.where(logits.isnan(), -torch.inf, logits.double())
     top = z.amax(-1, keepdim=True)
     temperature = torch.where(temperature > 0, temperature, 0.0)
@@ -60,7 +62,18 @@ def _reference(
     total = sorted_weights.sum(-1)
     needed = torch.where(top_p < 1, (top_p * total.double()).to(torch.int64).clamp(min=1), total)
     sorted_weights = torch.where(before < needed.unsqueeze(1), sorted_weights, 0)
-    return _inverse_cdf(torch.zeros_like(fixed).scatter(-1, order, sorted_weights), uniforms)
+    return torch.zeros_like(fixed).scatter(-1, order, sorted_weights)
+
+
+def _reference(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+) -> torch.Tensor:
+    return _inverse_cdf(_weights(logits, temperature, top_k, top_p, min_p), uniforms)
 
 
 def _fake(
@@ -91,9 +104,13 @@ def _per_row(
     name: str, value: float | torch.Tensor, logits: torch.Tensor, dtype: torch.dtype, low: float, high: float
 ) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
+        if dtype == torch.int64 and value.is_floating_point():
+            raise TypeError(f"{name} has dtype {value.dtype}, expected whole numbers")
         if value.dim() == 0:
             value = value.expand(logits.shape[0])
         return value.to(dtype)
+    if dtype == torch.int64 and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}, expected an int or a tensor of them")
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, expected {low} to {high}")
     return torch.full((logits.shape[0],), value, dtype=dtype, device=logits.device)
@@ -128,7 +145,9 @@ def sample(
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
     min_p: float | torch.Tensor = 0.0,
-) -> torch.Tensor:
+    *,
+    return_probs: bool = False,
+) -> Any:
     """One token a row. The filters come in vLLM's order, each over what the one before has left: temperature,
     min-p (Nguyen et al., 2024), top-k (Fan et al., 2018), top-p (Holtzman et al., 2020).
 
@@ -146,16 +165,24 @@ def sample(
         top_k: tokens that are kept; 0 is all.
         top_p: the fewest, most likely tokens whose probabilities sum to top_p or more; 1 is all.
         min_p: tokens with a probability of min_p times the largest, or more.
+        return_probs: return the probabilities too, which takes a sort of each row.
 
     Returns:
-        int64 [rows].
+        int64 [rows]; with return_probs also what the tokens were drawn from, filtered and summing to 1:
+        float32 [rows, vocabulary]. That, not the softmax of the logits, is what `bitfuse.speculative_sample`
+        wants as draft_probs and, of the target's logits with the target's filters, as target_probs.
 
     Raises:
         TypeError: a dtype or a type that is not listed.
         ValueError: sizes that do not fit, a number out of its range, tensors on two devices.
     """
     with torch.no_grad():
-        return sample_op(*_arguments(logits, uniforms, temperature, top_k, top_p, min_p))
+        arguments = _arguments(logits, uniforms, temperature, top_k, top_p, min_p)
+        ids = sample_op(*arguments)
+        if not return_probs:
+            return ids
+        weights = _weights(logits, *arguments[2:])
+        return ids, (weights / weights.sum(-1, keepdim=True, dtype=torch.float64)).float()
 
 
 @explains(sample)

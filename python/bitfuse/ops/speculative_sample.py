@@ -117,10 +117,13 @@ def speculative_sample(
 
     Args:
         draft_probs: [batch, drafted, vocabulary], float32, float16 or bfloat16: what each draft token was
-            drawn from. Rows need not be normalised exactly.
+            drawn from: after temperature, top-k and the like, which `bitfuse.sample` returns with
+            return_probs; the plain softmax makes the tokens something other than the target's. Rows need not
+            be normalised exactly.
         draft_ids: int32 or int64 [batch, drafted]. An id outside the vocabulary (-1) ends its draft early:
             the last token is then drawn from the target's row there.
-        target_probs: [batch, drafted + 1, vocabulary]: the target's, at each draft token and after the last.
+        target_probs: [batch, drafted + 1, vocabulary]: the target's, at each draft token and after the last;
+            filtered likewise where the target samples with filters.
         uniforms: float32 or float64 [batch, drafted + 1], in [0, 1), independent of one another. float32 can
             tell 2^24 cases apart. One outside counts as the nearest end, NaN as 0.
 

@@ -183,7 +183,8 @@ def speculative_sample_tree(
     without siblings gives those of `bitfuse.speculative_sample`.
 
     Args:
-        draft_probs: [batch, rows, vocabulary], float32, float16 or bfloat16: what nodes were drawn from.
+        draft_probs: [batch, rows, vocabulary], float32, float16 or bfloat16: what nodes were drawn from:
+            filtered, as `bitfuse.sample` returns them with return_probs.
         draft_ids: int32 or int64 [batch, nodes]. An id outside the vocabulary (-1) is no node.
         parents: int32 or int64 [nodes] or [batch, nodes]: the node that each continues, which stands before
             it; -1 for the root, the tokens that are there already. A node whose parent is not before it is
