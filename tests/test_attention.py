@@ -343,7 +343,7 @@ def test_packed_compiles_and_exports() -> None:
             out, wanted = compiled(q, offsets), function(q, offsets)
             assert torch.equal(out, wanted)
             grads = [torch.autograd.grad(o.square().sum(), q)[0] for o in (out, wanted)]
-            assert torch.equal(*grads)
+            torch.testing.assert_close(*grads)  # summed over the three uses in another order
         with pytest.raises(ValueError, match="cu_seqlens_q"):
             compiled(q, cu)
 

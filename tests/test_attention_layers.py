@@ -277,8 +277,8 @@ def test_transformers_packed_masks() -> None:
                 if causal and "position_bias" in options:
                     n = mask.shape[-1]
                     mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf)
-                rows = (t[:, :, part] for t in (q, k, v))
-                wanted = torch.nn.functional.scaled_dot_product_attention(*rows, mask)
+                own = [t[:, :, part] for t in (q, k, v)]
+                wanted = torch.nn.functional.scaled_dot_product_attention(own[0], own[1], own[2], mask)
                 torch.testing.assert_close(got[:, part].transpose(1, 2), wanted)
 
 

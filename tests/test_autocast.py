@@ -41,19 +41,18 @@ def decoded(
 
 
 def with_kvcache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    caches = [torch.zeros(B, 16, KV, D) for _ in range(2)]
-    return fa.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=0)
+    k_cache, v_cache = torch.zeros(2, B, 16, KV, D)
+    return fa.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=0)
 
 
-def module_of_adapters(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return x + F.linear(F.gelu(F.linear(x, down)), up)
+def heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return bitfuse.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
 
 ATTENTION: dict[str, Callable[..., torch.Tensor]] = {
     "attention": bitfuse.attention,
-    "scaled_dot_product_attention": lambda q, k, v: bitfuse.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True
-    ).transpose(1, 2),
+    "scaled_dot_product_attention": heads_first,
     "varlen_attention": lambda q, k, v: packed(bitfuse.varlen_attention, q, k, v),
     "flash_attn_func": fa.flash_attn_func,
     "flash_attn_varlen_func": lambda q, k, v: packed(fa.flash_attn_varlen_func, q, k, v),
@@ -108,9 +107,9 @@ def test_masks_and_prefixes(dtype: torch.dtype) -> None:
     bias, prefix = torch.randn(B, H, T, T), torch.randn(2, B, 3, H, D)
     with torch.autocast("cpu", dtype):
         for mask in (bias, bias.half(), bias > 0):
-            args = [t.transpose(1, 2) for t in (q, k, v.to(dtype))]
-            got = bitfuse.scaled_dot_product_attention(*args, mask)
-            plain = F.scaled_dot_product_attention(*args, mask)
+            query, key, value = (t.transpose(1, 2) for t in (q, k, v.to(dtype)))
+            got = bitfuse.scaled_dot_product_attention(query, key, value, mask)
+            plain = F.scaled_dot_product_attention(query, key, value, mask)
             assert got.dtype == plain.dtype == dtype
             torch.testing.assert_close(got, plain, rtol=2e-2, atol=2e-2)
         out = bitfuse.attention(

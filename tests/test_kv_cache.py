@@ -352,7 +352,7 @@ def test_positions_never_wrap(bad: int, backend: str) -> None:
     cos, sin = torch.randn(2, 20, 16)
     x, at = torch.randn(2, 3, 2, 32), torch.tensor([0, bad, 1])
     cache = bitfuse.KVCache(2, 16, 2, 32, dtype=torch.float32)
-    tables = dict(rotary_cos=cos, rotary_sin=sin, positions=at)
+    tables: dict[str, Any] = dict(rotary_cos=cos, rotary_sin=sin, positions=at)
     with bitfuse.use_backend(backend):
         for call in (
             lambda: bitfuse.rope(x, cos, sin, at),
@@ -378,7 +378,7 @@ def test_positions_never_wrap(bad: int, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ("q", "k", "v", "k_cache", "v_cache", "sinks", "alibi_slopes", "rotary_cos"))
 def test_whatever_asks_for_a_gradient_is_told(name: str) -> None:
-    given = dict(
+    given: dict[str, Any] = dict(
         q=torch.randn(2, 3, 2, 32), k=torch.randn(2, 3, 2, 32), v=torch.randn(2, 3, 2, 32),
         k_cache=torch.zeros(2, 16, 2, 32), v_cache=torch.zeros(2, 16, 2, 32), sinks=torch.randn(2),
         alibi_slopes=torch.rand(2), rotary_cos=torch.randn(20, 16), rotary_sin=torch.randn(20, 16),
