@@ -30,7 +30,7 @@ EVERY: list[dict[str, Any]] = [
     dict(format="fp8"),
     dict(format="fp8", group_size=128),
 ]
-# formats that only the reference serves so far: the same mechanism, the same tests
+# formats that a backend or several lack, and say so: the same mechanism, the same tests
 LATER: list[dict[str, Any]] = [
     dict(format=name) for name in ("int3", "int2", "ternary", "fp4", "mxfp8", "mxfp4", "nvfp4")
 ]
