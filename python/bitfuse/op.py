@@ -268,8 +268,11 @@ class Op:
             self._refuse_tangents(args)
         try:
             return self._serve(*args)
-        except RuntimeError:
-            if not any(map(_batched, pytree.tree_leaves(args))):
+        except (RuntimeError, ValueError):
+            leaves = pytree.tree_leaves(args)
+            if any(map(_dispatches, leaves)):  # its class says what an op does of it, or that it can't
+                return self._torch(*(args if self._flatten is None else self._flatten(*args)))
+            if not any(map(_batched, leaves)):
                 raise
         return self._mapped_gradients(
             args
@@ -456,6 +459,14 @@ class _Mapped(NamedTuple):
 
 def _batched(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and torch._C._dispatch_keys(leaf).has(_BATCHED)
+
+
+def _dispatches(leaf: Any) -> bool:
+    """Whether a tensor is of a class with torch's operators of its own (DTensor)."""
+    kind = type(leaf)
+    if not isinstance(leaf, torch.Tensor) or kind is torch.Tensor or kind is torch.nn.Parameter:
+        return False
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
 
 
 def _without(shape: torch.Size, dim: int) -> list[int]:

@@ -111,7 +111,8 @@ def to_bitfuse(layer: torch.nn.Module) -> Linear:
         qweight = codes.view(torch.uint8)
         _flip_signs(qweight)
         state.CB = weight.CB = None
-        w = LowBitWeight(qweight, (scales.float() / 127).view(n, 1), Format("int8", 8), (n, k))
+        scales = (scales.float() / 127).view(n, 1)
+        w = LowBitWeight(qweight, scales, Format("int8", 8), (n, k), dtype=torch.float16)
     else:
         quant: Any = weight.quant_state
         found = _format(quant.quant_type, tuple(quant.code.tolist()))
@@ -127,6 +128,7 @@ def to_bitfuse(layer: torch.nn.Module) -> Linear:
             (n, k),
             scale_scales=None if nested is None else nested.absmax,
             scale_offset=None if nested is None else quant.offset.view(1),
+            dtype=quant.dtype,
         )
     weight.data = weight.data.new_empty(0)
     made = Linear.from_weight(w, bias)

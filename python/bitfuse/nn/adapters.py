@@ -384,7 +384,8 @@ def _requantise(
     """The merged weight in the format of w."""
     plain = replace(w.format, nested=False)
     if w.format.tensor_scale:
-        return quantize(torch.cat([merge(*part) for part in float_rows(base)]), plain, g_idx=w.g_idx)
+        whole = quantize(torch.cat([merge(*part) for part in float_rows(base)]), plain, g_idx=w.g_idx)
+        return replace(whole, dtype=w.dtype, perm=None)
     parts = [quantize(merge(*part), plain, g_idx=w.g_idx) for part in float_rows(base)]
     if not parts:
         return w
@@ -392,4 +393,5 @@ def _requantise(
     nested = nest_scales(scales) if w.format.nested else (scales, None, None)
     zeros = None if w.zeros is None else torch.cat([p.zeros for p in parts if p.zeros is not None])
     qweight = torch.cat([p.qweight for p in parts])
-    return LowBitWeight(qweight, nested[0], w.format, w.shape, zeros, w.g_idx, nested[1], nested[2])
+    parts_of = (qweight, nested[0], w.format, w.shape, zeros, w.g_idx, nested[1], nested[2])
+    return LowBitWeight(*parts_of, dtype=w.dtype)

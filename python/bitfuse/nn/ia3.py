@@ -9,7 +9,7 @@ import torch
 
 from ..ops.lora_linear import lora_linear
 from .adapters import AdapterLinear, options_to_bytes
-from .linear import Linear
+from .linear import Linear, on_rows
 from .lora import check_dtype
 
 
@@ -98,6 +98,8 @@ class IA3Linear(AdapterLinear):
         return product
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and input.is_nested:
+            return on_rows(self.forward, input)
         x = input
         if not self.enabled or not self.active_adapters:
             return self.base_layer.forward(x)

@@ -179,6 +179,8 @@ class Linear(torch.nn.Linear):
         return WeightTensors(*tensors, self.format.name, self.group_size)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and input.is_nested:
+            return on_rows(self.forward, input)
         p: dict[str, Any] = self._parameters
         if "qweight" not in p:
             p = self.__dict__ | p
@@ -279,6 +281,17 @@ class Linear(torch.nn.Linear):
             ).check_values()
         except (TypeError, ValueError) as why:
             raise ValueError(f"{prefix}{why}") from None
+
+
+def on_rows(forward: Callable[[torch.Tensor], torch.Tensor], nested: torch.Tensor) -> torch.Tensor:
+    """What a linear layer makes of a nested tensor: of its rows, wherever their sequences end."""
+    if nested.layout != torch.jagged:
+        raise TypeError(f"input is a nested tensor of layout {nested.layout}, expected torch.jagged")
+    rows: Any = nested
+    made = forward(rows.values())
+    return torch.nested.nested_tensor_from_jagged(  # type: ignore[no-any-return]
+        made, rows.offsets(), rows.lengths(), rows._ragged_idx, rows._maybe_min_seqlen, rows._maybe_max_seqlen
+    )
 
 
 def is_conv1d(module: object) -> bool:

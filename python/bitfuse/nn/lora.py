@@ -18,7 +18,7 @@ from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear
 from ..ops.lowbit_linear import FLOATS, check_float
 from .adapters import AdapterLinear, options_from_bytes, options_to_bytes
 from .dora import RowNorms, dora_scale
-from .linear import Linear
+from .linear import Linear, on_rows
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -354,6 +354,8 @@ class LoRALinear(AdapterLinear):
             self._norms.renew(name, self.base_layer, adapter.lora_A, adapter.lora_B, adapter.scale())
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and input.is_nested:
+            return on_rows(self.forward, input)
         if not self.enabled or not self.active_adapters:
             return self.base_layer.forward(input)
         if self.merged_layer is not None:
