@@ -93,6 +93,22 @@ def test_weight_says_what_the_layer_was_cast_to(options: dict[str, Any]) -> None
         layer.reset_parameters()
 
 
+def test_nested_tensors_and_tensors_of_other_classes() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    rows = [torch.randn(n, 128) for n in (2, 5)]
+    for layer in (make(), LoRALinear(make(), 4), IA3Linear(make())):
+        nested: Any = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+        out = layer(nested)
+        for got, x in zip(out.unbind(), rows, strict=True):
+            torch.testing.assert_close(got, layer(x))
+        out.values().sum().backward()
+        assert nested.grad is not None
+        if not isinstance(layer, IA3Linear):  # makes tensors of its own beside x
+            two = layer(TwoTensor(rows[0], rows[0] + 1))
+            torch.testing.assert_close((two.a, two.b), (layer(rows[0]), layer(rows[0] + 1)))
+
+
 def test_the_input_has_torchs_name() -> None:
     x = torch.randn(3, 128)
     for layer in (make(), LoRALinear(make(), 4), IA3Linear(make())):

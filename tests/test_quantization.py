@@ -118,7 +118,7 @@ def test_an_error_changes_nothing() -> None:
         (torch.full((64, 128), float("nan")), ValueError, r"1\.weight holds a NaN or Inf"),
         (torch.full((64, 128), 6e5), ValueError, r"1\.weight: scale_dtype torch.float16 can't hold"),
         (torch.full((64, 128), 1e-9), ValueError, r"1\.weight: scale_dtype torch.float16 can't hold"),
-        (torch.randn(64, 12), ValueError, r"1: shape is \(64, 12\), .* multiples of 8; skip=\['1'\]"),
+        (torch.randn(64, 12), ValueError, r"1: shape is \(64, 12\), .* a multiple of 8; skip=\['1'\]"),
         (torch.randn(64, 128, device="meta"), ValueError, r"1\.weight is on the meta device"),
     ],
     ids=["float64", "nan", "large", "small", "sizes", "meta"],
@@ -226,6 +226,14 @@ def test_groups_fit_each_layer() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(576, 64))
     with pytest.raises(ValueError, match="0: group_size 128 does not divide in_features 576"):
         bitfuse.quantize_(model, "int4", group_size=128, progress=False)
+
+
+def test_a_head_of_any_number_of_labels() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 3), torch.nn.Linear(3, 8))
+    bitfuse.quantize_(model, "nf4", skip="2", progress=False)
+    assert isinstance(model[1], Linear) and model[1].weight.shape == (3, 64)
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(model[1](x), x @ model[1].weight.T + model[1].bias)
 
 
 def test_adapters_are_left_and_what_is_under_them_is_not() -> None:

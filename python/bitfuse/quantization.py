@@ -315,11 +315,12 @@ def _warn(
     }
     numbers = sum(p.numel() for p in model.parameters())
     share = sum(p.numel() for p, _ in big.values()) / max(numbers, 1)
-    if not chosen:
+    asked = bool(report.skipped) and all(why.startswith("skip=") for why in report.skipped.values())
+    if not chosen and not asked:
         why = [f"{count} {reason}" for reason, count in Counter(report.skipped.values()).most_common(3)]
         found = "; ".join(why) or "the model has no linear layer"
         warnings.warn(f"quantize_ replaces nothing: {found}", stacklevel=3)
-    elif share >= 0.1:
+    elif chosen and share >= 0.1:
         some = ", ".join(list(big)[:3]) + (" ..." if len(big) > 3 else "")
         warnings.warn(
             f"{share:.0%} of the model's numbers stay as they are, in parameters that no linear layer holds "

@@ -61,7 +61,9 @@ class Linear(torch.nn.Linear):
     `scale_scales`, `scale_offset`), `bias`, and `_extra_state`, the format as JSON in bytes. Scales in eight
     bits are held as uint8, which pickle, gloo and averaging take; a state with them as floats loads too.
     Loading checks all of them before it writes any. `half()`, `bfloat16()` and `to(dtype)` change the bias,
-    and what `weight.dtype` says, and never the few-bit tensors; FSDP2's MixedPrecisionPolicy likewise.
+    and what `weight.dtype` says, and never the few-bit tensors; FSDP2's MixedPrecisionPolicy likewise. An
+    average of models (EMA, SWA) should be of what requires a gradient: torch averages integers by a cast,
+    which rounds codes down at some decays (0.999 keeps them).
 
     Args:
         in_features, out_features: sizes, in_features a multiple of 8.
