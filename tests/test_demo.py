@@ -62,12 +62,12 @@ def run(tmp_path: Path, model: Path | None, *formats: str, **changes: Any) -> tu
 
 
 def test_tiny_model(tiny: Path, tmp_path: Path) -> None:
-    saved, printed = run(tmp_path, tiny, "int8", "int4:32", "int4")
+    saved, printed = run(tmp_path, tiny, "int8", "int4:32", "int4:128", "int4")
     assert sorted(os.listdir(tmp_path / "out")) == [demo.CHART_NAME, demo.JSON_NAME]
     assert (tmp_path / "out" / demo.CHART_NAME).read_bytes().startswith(b"\x89PNG\r\n")
     assert saved["model"] == "tiny-bert" and str(tiny.parent) not in json.dumps(saved)
     rows = {row["name"]: row for row in saved["rows"]}
-    assert list(rows) == ["fp32", "bf16", "int8", "int4:32", "int4"]
+    assert list(rows) == ["fp32", "bf16", "int8", "int4:32", "int4:128", "int4"]
 
     layers = 6 * LAYERS + 1  # and the pooler
     weights = LAYERS * (4 * HIDDEN**2 + 2 * HIDDEN * FEED_FORWARD) + HIDDEN**2
@@ -86,8 +86,9 @@ def test_tiny_model(tiny: Path, tmp_path: Path) -> None:
         assert row["batch_ms"]["rounds"] == 5
 
     # groups of 128 fit the layers whose rows are 128 long, and the demo says that the others stay float
-    assert rows["int4"]["few_bit_layers"] == LAYERS and f"int4: {LAYERS} of {layers} linear layers" in printed
-    assert rows["int8"]["few_bit_layers"] == layers
+    assert rows["int4:128"]["few_bit_layers"] == LAYERS
+    assert f"int4:128: {LAYERS} of {layers} linear layers" in printed
+    assert rows["int4"]["few_bit_layers"] == rows["int8"]["few_bit_layers"] == layers
     assert sum(rows["int8"]["backend_layers"].values()) == layers
     assert rows["fp32"]["quality"]["English"]["cosine_worst"] == pytest.approx(1, abs=1e-9)
     for language in LANGUAGES:

@@ -213,7 +213,7 @@ def test_real_model(tmp_path: Path) -> None:
     "arguments, said",
     [
         (["--format", "int5"], "'int5'"),
-        (["--format", "int4"], "group_size 128 does not divide"),
+        (["--format", "int4:256"], "group_size 256 does not divide"),
         (["--optimizer", "sgd"], "'sgd'"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--steps", "0"], "--steps is 0"),

@@ -466,7 +466,7 @@ def _dispatches(leaf: Any) -> bool:
     kind = type(leaf)
     if not isinstance(leaf, torch.Tensor) or kind is torch.Tensor or kind is torch.nn.Parameter:
         return False
-    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def _without(shape: torch.Size, dim: int) -> list[int]:

@@ -62,14 +62,19 @@ def parse_format(text: str) -> Format:
     return get_format(name, group_size=int(group) if colon else None)
 
 
-def unfit(base: torch.nn.Module, format: Format) -> tuple[list[str], str]:
+def group_size_of(text: str, format: Format) -> int | None:
+    """The group size that the text of a format asks for; None for the one that fits each layer."""
+    return format.group_size if ":" in text else None
+
+
+def unfit(base: torch.nn.Module, format: Format, group_size: int | None) -> tuple[list[str], str]:
     """Linear layers that a format can't have, which stay as they are, and why the last of them."""
     skip, reason = [], "there are none"
     for name in linear_names(base):
         linear = base.get_submodule(name)
         n, k = int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
         try:
-            check_shape((n, k), format.fitted(k))
+            check_shape((n, k), format.fitted(k) if group_size is None else format)
         except ValueError as error:
             skip.append(name)
             reason = str(error)
@@ -80,10 +85,11 @@ def few_bit_variant(base: torch.nn.Module, format: str, dtype: torch.dtype) -> V
     """A copy with few-bit linear layers. The codes come from the float32 weights, whatever dtype runs."""
     fmt = parse_format(format)
     names = linear_names(base)
-    skip, reason = unfit(base, fmt)
+    group_size = group_size_of(format, fmt)
+    skip, reason = unfit(base, fmt, group_size)
     model = copy.deepcopy(base)
     try:
-        report = bitfuse.quantize_(model, fmt, skip=skip, progress=False)
+        report = bitfuse.quantize_(model, fmt, skip=skip, progress=False, group_size=group_size)
     except (TypeError, ValueError) as error:
         raise DemoError(f"{format}: {str(error).splitlines()[0]}") from error
     few_bit = tuple(n for n, module in model.named_modules() if isinstance(module, bitfuse.nn.Linear))

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..demo.embedder import DemoError, Embedder
-from ..demo.measure import parse_format, unfit
+from ..demo.measure import group_size_of, parse_format, unfit
 from ..lora import ALL_LINEAR, add_lora_, lora_parameters
 from ..nn import Linear
 from ..optim import AdamW8bit
@@ -85,9 +85,10 @@ def few_bit(base: torch.nn.Module, format: str) -> tuple[torch.nn.Module, str]:
     if fmt.scale_dtype is torch.float32 and fmt.group_size != -1:
         fmt = replace(fmt, nested=True)
     model = copy.deepcopy(base)
-    skip, reason = unfit(base, fmt)
+    group_size = group_size_of(format, fmt)
+    skip, reason = unfit(base, fmt, group_size)
     try:
-        quantize_(model, fmt, skip=skip, progress=False)
+        quantize_(model, fmt, skip=skip, progress=False, group_size=group_size)
     except (TypeError, ValueError) as error:
         raise DemoError(f"--format {format}: {str(error).splitlines()[0]}") from error
     if not any(isinstance(module, Linear) for module in model.modules()):

@@ -291,7 +291,7 @@ def on_rows(forward: Callable[[torch.Tensor], torch.Tensor], nested: torch.Tenso
         raise TypeError(f"input is a nested tensor of layout {nested.layout}, expected torch.jagged")
     rows: Any = nested
     made = forward(rows.values())
-    return torch.nested.nested_tensor_from_jagged(  # type: ignore[no-any-return]
+    return torch.nested.nested_tensor_from_jagged(
         made, rows.offsets(), rows.lengths(), rows._ragged_idx, rows._maybe_min_seqlen, rows._maybe_max_seqlen
     )
 
