@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -53,6 +53,12 @@ class WeightTensors(NamedTuple):
         format = get_format(self.format)
         scales = resolve_scales(self.scales, self.scale_scales, self.scale_offset, format.scale_dtype)
         return dequantize_rows(self.qweight, scales, self.zeros, format)
+
+
+def weight_tensors(tensors: Iterable[Any], format: str, group_size: int) -> WeightTensors:
+    """A weight from its five tensors, and what says how to read them."""
+    qweight, scales, zeros, scale_scales, scale_offset = tensors
+    return WeightTensors(qweight, scales, zeros, scale_scales, scale_offset, format, group_size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from ..lora_args import LoraArgs
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
 from ..tensors import as_rows
-from ..weight import LowBitWeight, WeightTensors, check_tensor
+from ..weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
 from .lowbit_linear import FLOATS, check_float, check_weight
 
 MAX_RANK = 512
@@ -158,8 +158,8 @@ def _unflatten(
     left = iter(tensors)
     projections = []
     for i, (format, group_size, s) in enumerate(zip(formats.split("\n"), group_sizes, scaling, strict=True)):
-        slots = [next(left) if there else None for there in given[_SLOTS * i : _SLOTS * (i + 1)]]
-        weight = slots[0] if format == _DENSE else WeightTensors(*slots[:5], format, group_size)
+        slots: list[Any] = [next(left) if there else None for there in given[_SLOTS * i : _SLOTS * (i + 1)]]
+        weight = slots[0] if format == _DENSE else weight_tensors(slots[:5], format, group_size)
         lora_A, lora_B, *others = slots[5:]
         projections.append(LoraArgs(weight, lora_A, lora_B, s, *others))
     return tuple(projections)
@@ -324,7 +324,7 @@ def put_together(tensors: Iterator[Any], rest: list[Any]) -> tuple[LoraArgs, ...
         if format is None:
             weight = next(tensors)
         else:
-            weight = WeightTensors._make((*(next(tensors) for _ in range(5)), format, group_size))
+            weight = weight_tensors([next(tensors) for _ in range(5)], format, group_size)
         lora_A, lora_B, scale_by, seed = (next(tensors) for _ in range(4))
         projections.append(LoraArgs(weight, lora_A, lora_B, scaling, scale_by, seed=seed))
     return tuple(projections)

@@ -18,7 +18,7 @@ from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
 from ..stand_in import fused
 from ..tensors import as_rows
-from ..weight import LowBitWeight, WeightTensors, check_tensor
+from ..weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -194,7 +194,7 @@ class _LowBitLinear(Function):
         *tensors, perm = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = WeightTensors(*tensors, ctx.format, ctx.group_size)
+            weight = weight_tensors(tensors, ctx.format, ctx.group_size)
             grad_x = _grad_x(grad, weight)
             if perm is not None:
                 grad_x = torch.empty_like(grad_x).index_copy_(-1, perm, grad_x)
@@ -210,7 +210,7 @@ class _LowBitLinear(Function):
         *tensors, perm = ctx.saved_tensors
         if x is None:
             return bias.expand(ctx.shape).contiguous()
-        return apply_lowbit(x, WeightTensors(*tensors, ctx.format, ctx.group_size), perm, bias)
+        return apply_lowbit(x, weight_tensors(tensors, ctx.format, ctx.group_size), perm, bias)
 
 
 _NONE = (None,) * (1 + len(WeightTensors._fields))  # of perm and the weight
@@ -234,12 +234,12 @@ class _GradX(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight = WeightTensors(*ctx.saved_tensors, ctx.format, ctx.group_size)
+        weight = weight_tensors(ctx.saved_tensors, ctx.format, ctx.group_size)
         return apply_lowbit(grads[0], weight, None, None), *_NONE[1:]
 
     @staticmethod
     def tangents(ctx: Any, *tangents: Any) -> torch.Tensor:
-        return _grad_x(tangents[0], WeightTensors(*ctx.saved_tensors, ctx.format, ctx.group_size))
+        return _grad_x(tangents[0], weight_tensors(ctx.saved_tensors, ctx.format, ctx.group_size))
 
 
 def _grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:

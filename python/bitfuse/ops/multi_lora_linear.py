@@ -35,7 +35,7 @@ from ..multi_lora_args import (
 from ..op import Backend, Explanation, Op, explains, together
 from ..policy import bucket
 from ..tensors import as_rows, aside
-from ..weight import LowBitWeight, WeightTensors, check_tensor
+from ..weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
 from .lora_linear import MAX_RANK
 from .lowbit_linear import FLOATS, check_float, forward_op, lowbit_linear_grad_x
 
@@ -343,7 +343,7 @@ class _MultiLoraLinear(Function):
         x, scaling, adapter_ids, perm, *kept = ctx.saved_tensors
         half = ctx.half
         lora_A, lora_B, tensors = kept[:half], kept[half : 2 * half], kept[2 * half :]
-        weight = tensors[0] if ctx.read is None else WeightTensors._make((*tensors, *ctx.read))
+        weight = tensors[0] if ctx.read is None else weight_tensors(tensors, *ctx.read)
         needs = ctx.needs_input_grad
         a_needs, b_needs = needs[7 : 7 + half], needs[7 + half :]
         grad_x = grad_bias = grad_w = None

@@ -98,14 +98,16 @@ class _Rope(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rotary = Rotary(*ctx.saved_tensors, ctx.interleaved)
+        cos, sin, positions = ctx.saved_tensors
+        rotary = Rotary(cos, sin, positions, ctx.interleaved)
         return apply_rope(grads[0], rotary, not ctx.inverse), *(None,) * 5
 
     @staticmethod
     def tangents(ctx: Any, *tangents: Any) -> torch.Tensor:
         if any(t is not None for t in tangents[1:]):
             raise no_forward_mode("rope of cos and sin")
-        return apply_rope(tangents[0], Rotary(*ctx.saved_tensors, ctx.interleaved), ctx.inverse)
+        cos, sin, positions = ctx.saved_tensors
+        return apply_rope(tangents[0], Rotary(cos, sin, positions, ctx.interleaved), ctx.inverse)
 
 
 def apply_rope(x: torch.Tensor, rotary: Rotary, inverse: bool = False) -> torch.Tensor:
