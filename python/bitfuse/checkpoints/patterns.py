@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _parser: Any = importlib.import_module("re._parser" if hasattr(re, "_parser") else "sre_parse")
-_LONGEST = 10_000  # characters of a pattern: the parser calls itself once a bracket
+_STEPS = 20_000  # at most, for one name: what people write takes some hundreds
+# what lets `re` try more than one way at a place; without it, it is as fast as it is safe
+_CHOICES = re.compile(r"[*+?{(]")
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 _CATEGORIES: dict[str, Callable[[str], bool]] = {
     "CATEGORY_DIGIT": str.isdecimal,
@@ -31,16 +34,30 @@ def fullmatch(pattern: str, name: str) -> bool:
 
     Raises:
         ValueError: no regular expression, or one that needs more: back references, atomic groups, possessive
-            repeats, flags other than "i".
+            repeats, flags other than "i"; or one of thousands of items.
     """
-    tree, ignore_case = _parsed(pattern)
-    return len(name) in _Match(name, ignore_case).ends(tree, {0})
+    return _matcher(pattern, "")(name)
 
 
-@functools.lru_cache(256)
+def ends(pattern: str, name: str) -> bool:
+    """Whether a name, or what follows a dot in it, matches as a whole: PEFT's rule for ranks and alphas.
+
+    Raises:
+        ValueError: as `fullmatch`.
+    """
+    return _matcher(pattern, r"(.*\.)?")(name)
+
+
+@functools.lru_cache(4096)
+def _matcher(pattern: str, before: str) -> Callable[[str], bool]:
+    tree, ignore_case = _parsed(f"{before}({pattern})" if before else pattern)
+    if not _CHOICES.search(_ESCAPED.sub("", pattern)):
+        compiled = re.compile(f"{before}({pattern})" if before else pattern)
+        return lambda name: compiled.fullmatch(name) is not None
+    return lambda name: len(name) in _Match(name, ignore_case).ends(tree, {0})
+
+
 def _parsed(pattern: str) -> tuple[Any, bool]:
-    if len(pattern) > _LONGEST:
-        raise ValueError(f"a pattern has {len(pattern)} characters, expected at most {_LONGEST}")
     try:
         tree = _parser.parse(pattern)
     except (re.error, RecursionError, OverflowError) as why:
@@ -60,6 +77,7 @@ class _Match:
     def __init__(self, name: str, ignore_case: bool) -> None:
         self.name = name
         self.ignore_case = ignore_case
+        self.left = _STEPS
 
     def ends(self, items: Iterable[tuple[Any, Any]], starts: set[int]) -> set[int]:
         for op, value in items:
@@ -70,6 +88,9 @@ class _Match:
 
     def _step(self, op: str, value: Any, starts: set[int]) -> set[int]:
         name, size = self.name, len(self.name)
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"a pattern takes more than {_STEPS} steps for the name {_short(name)}")
         if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
             return {at + 1 for at in starts if at < size and self._fits(op, value, name[at])}
         if op == "BRANCH":

@@ -37,7 +37,7 @@ from ..nn import AdapterLinear, IA3Linear, Linear, LoRALinear
 from ..nn.adapters import check_name, float_rows, refusal, sizes_of
 from ..nn.lora import check_dtype, check_options
 from ..nn.module_copies import ModuleCopies
-from .patterns import fullmatch
+from .patterns import ends, fullmatch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -418,7 +418,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """What a rank or alpha pattern says of a layer: PEFT's rule, the first pattern that ends the name."""
     for pattern, value in patterns.items():
-        if fullmatch(rf"(.*\.)?({pattern})", name):
+        if ends(pattern, name):
             return value
     return default
 

@@ -138,7 +138,8 @@ class AdamW8bit(torch.optim.Optimizer):
             for name, value in _OPTIONS.items():
                 group.setdefault(name, value)
         for p, own in self.state.items():
-            self.state[p] = rename_codes(own)
+            if isinstance(own, dict):
+                self.state[p] = rename_codes(own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, here, in `torch.optim.AdamW` or in bitsandbytes' AdamW. A group
