@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitfuse.integrations import fuse_peft_, unfuse_peft_, with_bitfuse_layers
 from bitfuse.integrations.peft_layers import FusedLinear
+from test_linear import replicas
 from torch.nn.utils import parametrizations, parametrize, prune
 
 peft = pytest.importorskip("peft")
@@ -278,3 +279,17 @@ def test_compiled_in_one_graph() -> None:
     x = torch.randn(2, K)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("few_bit", [False, True])
+@pytest.mark.parametrize("case", ["", "A: forward hook", "base: forward hook"])
+def test_replicas_of_data_parallel(case: str, few_bit: bool) -> None:
+    """Their parameters are plain attributes: PEFT's forward runs them."""
+    model = wrapped(few_bit=few_bit)
+    fuse_peft_(model)
+    if case:
+        CASES[case](layer_of(model))
+    x = torch.randn(3, K)
+    want = model(x)
+    for replica in replicas(model):
+        torch.testing.assert_close(replica(x), want, rtol=1e-4, atol=1e-5)

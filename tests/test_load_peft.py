@@ -27,6 +27,7 @@ from bitfuse.lora import (
 )
 from bitfuse.nn import LoRALinear
 from safetensors.torch import load_file, save_file
+from test_linear import replicas
 from test_peft import LORA, QV, K, Model, X, adapt, rewrite, same, snapshot, stir
 
 peft = pytest.importorskip("peft")
@@ -128,6 +129,7 @@ def test_training_and_swapping_a_head(tmp_path: Path) -> None:
         load_peft_(model, tmp_path / "none")
     report = add_lora_(model, [*QV, "head"], 4, adapter_name="second")
     assert report.skipped == {"head": "adapters ['default'] have copies of it (modules_to_save)"}
+    assert all(torch.equal(replica(X), model(X)) for replica in replicas(model))
     remove_adapters_(model)
     calls.clear()
     model(X)

@@ -162,7 +162,12 @@ class _Fused:
             pa, pb = a._parameters, b._parameters
             lora_A: Any = pa.get("weight")
             lora_B: Any = pb.get("weight")
-            if pa["bias"] is not None or pb["bias"] is not None or not _plain(lora_A) or not _plain(lora_B):
+            if (
+                pa.get("bias") is not None
+                or pb.get("bias") is not None
+                or not _plain(lora_A)
+                or not _plain(lora_B)
+            ):
                 return None
             if lora_A.shape[0] > MAX_RANK or type(scaling) not in (float, int):
                 return None
