@@ -19,7 +19,7 @@ def main() -> None:
     cache = bitfuse.KVCache(BATCH, 256, KV_HEADS, HEAD_DIM, dtype=torch.float32, format="int8", page_size=64)
 
     def qkv(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[batch, tokens] to [batch, tokens, heads, head_dim]; a model rotates q and k here (bitfuse.rope)."""
+        """[batch, tokens] to [batch, tokens, heads, head_dim]; a model rotates q and k here."""
         made = bitfuse.lowbit_linear(embed[tokens], project)
         return made.unflatten(-1, (-1, HEAD_DIM)).split((HEADS, KV_HEADS, KV_HEADS), 2)
 

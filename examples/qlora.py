@@ -1,7 +1,7 @@
-"""QLoRA in a page: a causal language model in NF4, adapters over it, 8-bit AdamW, and an adapter that PEFT loads.
+"""QLoRA in a page: a causal language model in NF4, adapters over it, 8-bit AdamW, a file that PEFT loads.
 
     pip install 'bitfuse[peft]' transformers
-    python examples/qlora.py path/to/model notes.txt     # any local causal language model, and a text to learn
+    python examples/qlora.py path/to/model notes.txt     # any local causal language model, and a text
     python examples/qlora.py                             # a tiny one with random weights, on this page
 
 `bitfuse finetune` is the same on a sentence model, with scores and measurements.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bitfuse import bench
 from bitfuse.bench import SUITES, compare, results
 from bitfuse.cli import app
 from bitfuse.report import ResultsError, load, render, rewrite
@@ -879,3 +880,36 @@ if CHROMIUM is not None:
         browser.open(path, 768, script=False)
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
         assert browser.run(visible) == [True, True]
+
+
+def as_measured(op: str, without: tuple[str, ...]) -> dict[str, Any]:
+    """A file as `bitfuse bench` would write it today, less the figures."""
+    session = bench.Session(bench.Setting("cpu"), bench.effort_for("cpu", quick=True))
+    rows = []
+    for problem, contenders in session.cases(op):
+        there = [c for c in contenders if c.who not in without]
+        for c in there:
+            ratio = {o.label: 2.0 for o in there if o.peer and not c.peer and o.group in ("", c.group)}
+            if any(o.name == c.base and o.dtype == c.dtype for o in there):
+                ratio["base"] = 0.5
+            sizes = {**problem.sizes, **c.sizes}
+            named = {"model": problem.model, "layer": problem.layer, "who": c.who, "backend": c.backend}
+            rows.append(row(c.name, c.dtype, sizes=sizes, ratio=ratio, in_cache=False, **named))
+    overhead = {name: 1.0 + at for at, name in enumerate(SUITES[op].overhead())}
+    limits = {"bytes_per_s": 9e10, "flop_per_s": dict.fromkeys(("float32", "bfloat16"), 1e12)}
+    return record(rows, op=op, overhead_us=overhead, limits=limits)
+
+
+@pytest.mark.parametrize("without", [(), ("onnxruntime", "bitsandbytes")])
+def test_the_readmes_tables_are_made_of_what_is_measured_today(
+    without: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Cases, peers and sizes have the names that the tables ask for, also where a peer is not installed."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"<!-- bitfuse:figures (\S+)", text)
+    ops = [op for op in SUITES if op in (*blocks, "decode_attention")]
+    folder = put(tmp_path / "machine", *(as_measured(op, without) for op in ops))
+    shutil.copy(next(RESULTS.glob("*/demo.json")), folder)
+    made = rewrite(re.sub(r"( on \S+)? -->", " -->", text), load([folder]))
+    assert len(re.findall(r"<!-- bitfuse:figures", made)) == len(blocks) > 4
+    assert ("bitsandbytes' NF4 runs once" in made) == (not without)

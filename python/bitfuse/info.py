@@ -81,7 +81,8 @@ def collect(probe: bool = True) -> dict[str, Any]:
 # what changes the outcome: variables that hold no path or secret, and those that do
 _ENVIRONMENT = (
     "BITFUSE_BACKEND", "BITFUSE_CHECK", "BITFUSE_CPU_ISA", "BITFUSE_CUDA", "BITFUSE_CUDA_ARCHS",
-    "BITFUSE_CUDART", "BITFUSE_CCACHE", "BITFUSE_JOBS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+    "BITFUSE_CUDART", "BITFUSE_CCACHE", "BITFUSE_JOBS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
 )  # fmt: skip
 _PATHS = ("BITFUSE_KERNEL_PATH", "BITFUSE_CACHE")
 

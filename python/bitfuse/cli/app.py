@@ -8,13 +8,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from .._version import __version__
-from ..op import BackendError, asked_backend
 
 
 class _Commands(typer.core.TyperGroup):
     """The commands; what BITFUSE_BACKEND asks for and this machine can't do ends any of them in a line."""
 
     def invoke(self, ctx: Any) -> Any:
+        from ..op import BackendError
+
         asked = os.environ.get("BITFUSE_BACKEND")
         try:
             return super().invoke(ctx)
@@ -52,6 +53,8 @@ def refuse_asked_backend(command: str) -> None:
     Raises:
         typer.Exit: BITFUSE_BACKEND is set, which would decide for every call.
     """
+    from ..op import asked_backend
+
     if (asked := asked_backend()) is not None:
         fail(command, f"BITFUSE_BACKEND is {asked!r}, which would decide for every call: unset it")
 

@@ -202,10 +202,11 @@ def lowbit_linear(device: Device) -> str:
     )
     over = sorted(_over(row, "torch bf16") for row in (x32[0], x16[0]))
     calls = figures.setting.overhead_us
-    for name in ("bitfuse.lowbit_linear", "compiled function", "torch.nn.functional.linear"):
+    compiled = "compiled function" if "compiled function" in calls else "backend module"  # before, and now
+    for name in ("bitfuse.lowbit_linear", compiled, "torch.nn.functional.linear"):
         if name not in calls:
             raise LookupError(f"no overhead of {name!r}")
-    python = calls["bitfuse.lowbit_linear"] - calls["compiled function"]
+    python = calls["bitfuse.lowbit_linear"] - calls[compiled]
 
     def each(own: str, rows: Sequence[Row], peer: str, words: str) -> list[str]:
         """The ratios to a peer at every M, whichever way they go; nothing where it was not there."""
@@ -252,10 +253,12 @@ def lora_linear(device: Device) -> str:
         ),
         ("**dX, dA, dB, adapter in fp32**", f"{case} + LoRA float32", dtype, "gradient"),
     ]
+    lines = _measured(figures, lines)
     rows = _by_m(figures, lines)
     cells = [[three(row.median_ms) for row in line] for line in rows]
     for at in (0, 2):
-        cells[-1][at] = f"**{cells[-1][at]}** ({times(_over(rows[-1][at], 'PEFT'))} times PEFT)"
+        gain = rows[-1][at].ratio.get("PEFT")
+        cells[-1][at] = f"**{cells[-1][at]}**" + (f" ({times(gain)} times PEFT)" if gain else "")
     table = _table(
         ["", *(f"M = {m}" for m in SIZES)],
         [[line[0], *at] for line, at in zip(lines, cells, strict=True)],
@@ -285,12 +288,19 @@ def adamw8bit(device: Device) -> str:
     """What a step with 8-bit states costs, in a sentence."""
     figures = _figures(device, "adamw8bit")
     row = _row(figures, "bitfuse AdamW8bit (cpp)", "float32", parameters=1 << 24)
+    theirs = row.ratio.get("bitsandbytes")
     return _prose(
         f"A step of `AdamW8bit` over {number(row.place['parameters'])} fp32 parameters takes",
-        f"{1 / _over(row, 'torch fused'):.1f} times that of torch's fused AdamW,",
-        f"1/{_over(row, 'torch foreach'):.1f} of its foreach one, and 1/{_over(row, 'bitsandbytes'):.0f} of",
-        "bitsandbytes' (`adamw8bit.json`): it is for memory.",
+        f"{_as_long(_over(row, 'torch fused'))} that of torch's fused AdamW,",
+        f"{_as_long(_over(row, 'torch foreach'))} that of its foreach one"
+        + (f" and {_as_long(theirs)} that of bitsandbytes'" if theirs else ""),
+        "(`adamw8bit.json`): it is for memory.",
     ).lstrip("\n")
+
+
+def _as_long(ratio: float) -> str:
+    """How long it takes, beside a peer: 1.6 times, 1/3.4 of."""
+    return f"1/{times(ratio)} of" if ratio > 1 else f"{times(1 / ratio)} times"
 
 
 def attention(device: Device) -> str:
