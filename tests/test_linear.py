@@ -184,6 +184,21 @@ def test_shards_are_never_cast(one_process: Any) -> None:
             assert torch.equal(model(x), expected), (options, "scales were rounded")
 
 
+def test_shards_under_adapters(one_process: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(4, 128)
+    for options in (dict(format="nf4", nested=True), dict(format="mxfp4"), ALL[-1]):
+        layer = LoRALinear(make(**options), 4, use_dora=True)
+        model = torch.nn.Sequential(copy.deepcopy(layer))
+        fully_shard(model, mesh=one_process)
+        for mode in (True, False):
+            layer.train(mode)
+            model.train(mode)
+            with torch.set_grad_enabled(mode):
+                assert torch.equal(model(x), layer(x)), options
+
+
 @pytest.mark.parametrize("options", ALL, ids=name_of)
 def test_averages_of_models(options: dict[str, Any]) -> None:
     """At a decay that keeps integers (torch rounds them down)."""

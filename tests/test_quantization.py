@@ -218,6 +218,22 @@ def test_big_parameters_that_are_left_are_told() -> None:
     assert report.skipped == {"1.up": "a parameter [4, 128, 64] of Experts, which is no linear layer"}
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_skeleton_to_load_a_state_into(format: str) -> None:
+    """As a checkpoint in few bits is loaded: the dense model is never in memory."""
+    source = Model()
+    bitfuse.quantize_(source, format, progress=False)
+    with torch.device("meta"):
+        target = Model()
+    report = bitfuse.quantize_(target, format, progress=False, skeleton=True)
+    assert [r.name for r in report.layers] == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    assert all(p.is_meta for p in target.parameters()) and "nan" in str(report)
+    target.load_state_dict(source.state_dict(), assign=True)
+    ids = torch.randint(0, 64, (2, 7))
+    assert torch.equal(target(ids), source(ids))
+    assert not any(p.requires_grad for n, p in target.named_parameters() if n.endswith("qweight"))
+
+
 def test_groups_fit_each_layer() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(576, 64), torch.nn.Linear(64, 24), torch.nn.Linear(24, 128))
     report = bitfuse.quantize_(model, "int4", progress=False)

@@ -29,7 +29,7 @@ _PLAIN = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer: bytes of its weight, and ||W_q - W|| / ||W||."""
+    """One replaced layer: bytes of its weight, and ||W_q - W|| / ||W||, NaN for one that was on meta."""
 
     name: str
     shape: tuple[int, int]
@@ -57,7 +57,8 @@ class QuantizationReport:
 
     @property
     def worst_relative_error(self) -> float:
-        return max((layer.relative_error for layer in self.layers), default=0.0)
+        known = (e for layer in self.layers if not math.isnan(e := layer.relative_error))
+        return max(known, default=0.0)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -93,6 +94,7 @@ def quantize_(
     *,
     skip: Iterable[str] = (),
     progress: bool = True,
+    skeleton: bool = False,
     **options: Any,
 ) -> QuantizationReport:
     """Replace every `torch.nn.Linear` inside a model by a `bitfuse.nn.Linear`, in place.
@@ -114,6 +116,8 @@ def quantize_(
         skip: layers to leave: full names, glob patterns ("*.lm_head") or one component of the name
             ("lm_head").
         progress: show a progress bar.
+        skeleton: take layers on the meta device too, which become few-bit layers there: a checkpoint is
+            loaded into them (``load_state_dict(state, assign=True)``) without the dense model in memory.
         **options: group_size, symmetric, nested, scale_dtype as in `bitfuse.quantize`. Without group_size
             each layer has the largest power of two up to the format's that divides its in_features.
 
@@ -136,7 +140,7 @@ def quantize_(
     group_size = options.get("group_size")
     report = QuantizationReport(bytes_before=model_bytes(model))
     chosen = _choose(model, [skip] if isinstance(skip, str) else list(skip), report)
-    lost = _check_layers(chosen, fmt, group_size)
+    lost = _check_layers(chosen, fmt, group_size, skeleton)
     _warn(model, chosen, fmt if group_size is None else None, report, lost)
 
     places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
@@ -161,11 +165,18 @@ def quantize_(
                 if shared != "bias":
                     layer._parameters[shared] = t
         else:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "weight: ", UserWarning)  # told, with the layers' names
-                layer = Linear.from_float(linear, fmt, group_size=group_size)
             weight = float_weight(linear)
             assert weight is not None
+            if weight.is_meta:
+                n, k = weight.shape
+                options = {"device": "meta", "dtype": weight.dtype, "group_size": group_size}
+                layer = Linear(k, n, False, format=fmt, **options)
+                layer.register_parameter("bias", linear.bias)
+                layer.train(linear.training)
+            else:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "weight: ", UserWarning)  # told, with the layers' names
+                    layer = Linear.from_float(linear, fmt, group_size=group_size)
             report.layers.append(_layer_report(name, layer.weight, weight))
             del weight
         if tied in users:
@@ -183,9 +194,8 @@ def quantize_(
 
 
 def _layer_report(name: str, w: LowBitWeight, weight: torch.Tensor) -> LayerReport:
-    return LayerReport(
-        name, w.shape, str(w.format), weight.nbytes, w.nbytes, w.relative_error(weight.detach())
-    )
+    error = math.nan if weight.is_meta else w.relative_error(weight.detach())
+    return LayerReport(name, w.shape, str(w.format), weight.nbytes, w.nbytes, error)
 
 
 def _choose(
@@ -260,7 +270,7 @@ def _refusal(module: torch.nn.Module, elsewhere: dict[int, str]) -> str | None:
 
 
 def _check_layers(
-    layers: list[tuple[str, torch.nn.Linear]], format: Format, group_size: int | None
+    layers: list[tuple[str, torch.nn.Linear]], format: Format, group_size: int | None, skeleton: bool
 ) -> dict[str, str]:
     """Raise for whatever `quantize` refuses, with the layer's name; returns what is lost in the scales of the
     others, by layer."""
@@ -270,14 +280,17 @@ def _check_layers(
         assert weight is not None
         weight = weight.detach()
         try:
-            check_float_weight(weight)
+            check_float_weight(weight, skeleton)
         except (TypeError, ValueError) as why:
-            raise type(why)(f"{name}.{why}") from None
+            hint = ", or pass skeleton=True to load a state into it" if weight.is_meta else ""
+            raise type(why)(f"{name}.{why}{hint}") from None
         fmt = format.fitted(weight.shape[1]) if group_size is None else format
         try:
             check_shape((weight.shape[0], weight.shape[1]), fmt)
         except ValueError as why:
             unfit.append((name, why))
+            continue
+        if weight.is_meta:
             continue
         low, high = (float(v) for v in torch.aminmax(weight)) if weight.numel() else (0.0, 0.0)
         if not (math.isfinite(low) and math.isfinite(high)):

@@ -503,7 +503,7 @@ def quantize(
     )
 
 
-def check_float_weight(weight: object) -> None:
+def check_float_weight(weight: object, or_meta: bool = False) -> None:
     """Raise TypeError or ValueError for what can't be quantised, whatever the format."""
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}, expected a tensor")
@@ -511,7 +511,7 @@ def check_float_weight(weight: object) -> None:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {' or '.join(map(str, SCALE_DTYPES))}")
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {list(weight.shape)}, expected [out_features, in_features]")
-    if weight.is_meta:
+    if weight.is_meta and not or_meta:
         raise ValueError("weight is on the meta device: load the model before quantising it")
 
 

@@ -396,7 +396,10 @@ class LoRALinear(AdapterLinear):
     def clear_norms(self) -> None:
         """Find DoRA's kept norms anew: for a change that torch does not see."""
         self._norms.clear()
-        few_bit = isinstance(self.base_layer, Linear) and self._place().type != "meta"
+        base = self.base_layer
+        # a shard (FSDP2's) is no whole matrix: the next forward finds them
+        few_bit = isinstance(base, Linear) and not hasattr(base.qweight, "_local_tensor")
+        few_bit = few_bit and self._place().type != "meta"
         if few_bit and any(a.lora_magnitude_vector is not None for a in self.adapters.children()):
             self._norms.squares(self.base_layer)  # compiled code does not find them by itself
 
