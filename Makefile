@@ -3,6 +3,9 @@
 #   make demo    a real sentence model's linear layers in int8, int4, nf4 and fp8: size, speed, what it costs in quality
 #   make test    builds everything and runs the tests; without a GPU the CUDA and Triton kernels run on a simulator
 #   make lint    ruff, mypy, clang-format
+#   make test-oldest       the CPU's tests with the oldest torch and triton that pyproject.toml admits
+#   make test-cuda-torch   one op's tests on the simulator with a torch that was built for CUDA, as PyPI serves it
+#                          (each of the two fetches some 3 GB into a folder of its own beside .venv)
 #   make bench   every benchmark, figures as JSON under benchmarks/results/
 #   make gpu PYTHON=python3    on a machine with a GPU: build, all tests, all benchmarks, tuning, sanitizer; no network
 #
@@ -20,13 +23,28 @@ TEST_ARCHS ?= 80+PTX;90a+PTX
 TEST_BUILD = BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' BITFUSE_CUDART=shared
 NVCC_WHEELS = $(shell PYTHONPATH=python/bitfuse python3 -c 'from arch.toolchain import NVCC_WHEELS; print(*NVCC_WHEELS)')
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-oldest test-cuda-torch lint bench gpu clean
 
 demo: $(SETUP) $(VENV)/.demo $(VENV)/.built
 	$(PYTHON) -m bitfuse demo $(ARGS)
 
 test: $(SETUP) $(VENV)/.demo $(VENV)/.test $(VENV)/.built
 	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+
+OLDEST = $(shell sed -n 's/.*"\(torch\|triton\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml)
+# what the tests of an op import, beside torch and triton
+OP_TESTS = 'numpy>=2' 'typer>=0.12' 'rich>=13' 'tqdm>=4.66' 'jinja2>=3.1' 'safetensors>=0.4' 'pytest>=8' 'pytest-xdist>=3.6'
+OTHER = PYTHONPATH=python $(VENV)-$*/bin/python -m pytest -n 2 --dist worksteal -o cache_dir=$(VENV)-$*/.pytest_cache
+
+test-oldest: test-%: $(SETUP) $(VENV)/.built
+	test -x $(VENV)-$*/bin/python || python3 -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip --disable-pip-version-check -q install $(OLDEST) $(OP_TESTS)
+	$(OTHER) -k 'not triton and not cuda' $(ARGS)
+
+test-cuda-torch: test-%: $(SETUP) $(VENV)/.built
+	test -x $(VENV)-$*/bin/python || python3 -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip --disable-pip-version-check -q install torch==2.11.0 triton==3.6.0 $(OP_TESTS)
+	$(OTHER) $(wildcard tests/test_lowbit_linear*.py) tests/test_cusim_extension.py tests/test_cusim_triton.py $(ARGS)
 
 lint: $(SETUP) $(VENV)/.lint
 	$(PYTHON) -m ruff check .

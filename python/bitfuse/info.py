@@ -129,6 +129,7 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["torch"] = torch.__version__  # which CUDA it was built for, its wheel's metadata may leave out
     return found
 
 

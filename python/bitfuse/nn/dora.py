@@ -78,7 +78,7 @@ class Kept:
 
     @property
     def valid(self) -> bool:
-        return bool(self._seen)
+        return len(self._seen) > 0  # bool() of a list breaks the graph of torch 2.9
 
     def clear(self) -> None:
         """The value counts no more; its storage stays, because a captured graph may read it."""

@@ -183,7 +183,7 @@ def lora_mlp(
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
     check_activation(activation)
     made = [_args(x, name, p, dropout_p) for name, p in (("gate", gate), ("up", up), ("down", down))]
-    width = (made[0][0].shape[0], made[1][0].shape[0], made[2][0].shape[1])
+    width = (gate.w.shape[0], up.w.shape[0], down.w.shape[1])
     if len({int(w) for w in width}) != 1:  # int: torch.jit.trace gives tensors
         raise ValueError(
             f"gate and up have {width[0]} and {width[1]} out_features and down {width[2]} in_features, "
