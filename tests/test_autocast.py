@@ -167,6 +167,20 @@ def test_caches_take_what_models_give(format: str) -> None:
                 cache.append(k.to(dtype), v)
 
 
+@pytest.mark.parametrize("name", ATTENTION)
+def test_the_reference_computes_as_kernels_do(name: str) -> None:
+    """Float32 stays float32 where an op takes it so: the products of the plain code are not cast again."""
+    q, k, v = torch.randn(B, T, H, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        native = ATTENTION[name](q, k, v)
+        with bitfuse.use_backend("reference"):
+            plain = ATTENTION[name](q, k, v)
+    if name == "decode_attention":  # over a cache in float32
+        with bitfuse.use_backend("reference"):
+            assert torch.equal(plain, decoded(q, k, v).bfloat16())
+    torch.testing.assert_close(native, plain, rtol=2e-2, atol=2e-2)
+
+
 def test_compiled() -> None:
     q, k, v = torch.randn(B, T, H, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, D).bfloat16()
 

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
+
+
+def window_of(window_size: tuple[int, int]) -> tuple[int, int]:
+    """(left, right), each -1 or more.
+
+    Raises:
+        TypeError: not a pair of ints.
+    """
+    try:
+        left, right = window_size
+        return max(operator.index(left), -1), max(operator.index(right), -1)
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size is {window_size!r}, expected two ints, (left, right)") from None
 
 
 class AttentionArgs(NamedTuple):

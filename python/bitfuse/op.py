@@ -240,7 +240,8 @@ class Op:
         self.check = check
         self.reference = reference
         self.fake = fake
-        self.backends = (*backends, Backend("reference", ("cpu", "cuda"), lambda *args: None, reference))
+        last = Backend("reference", ("cpu", "cuda"), lambda *args: None, _without_autocast(reference))
+        self.backends = (*backends, last)
         self._order: dict[torch.device, tuple[Backend, ...]] = {}
         self._kind = kind
         # by device that has measurements, the fastest backend of a kind of call, or None
@@ -444,6 +445,19 @@ def _rates(device: torch.device) -> Rates | None:
         with contextlib.suppress(ValueError):
             gpu = find(torch.cuda.get_device_name(device))
     return None if gpu is None else Rates.of(gpu)
+
+
+def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference in the dtypes of its arguments, as kernels compute: autocast has had its say before."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return reference(*args)
+        with torch.autocast(_first(args).device.type, enabled=False):
+            return reference(*args)
+
+    return run
 
 
 def _first(args: tuple[Any, ...]) -> torch.Tensor:

@@ -128,6 +128,9 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise ValueError("block_table is given, expected None: flash_attn_with_kvcache reads pages")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(longest, torch.Tensor) and not hasattr(longest, "__index__"):
+            raise TypeError(f"{name} is {longest!r}, expected an int")
     made = varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), causal, softmax_scale,
         window_size, softcap, alibi_slopes, dropout_p=dropout_p, deterministic=deterministic, return_lse=True,
@@ -233,6 +236,10 @@ def flash_attn_with_kvcache(
             raise ValueError("cache_seqlens is None, expected [batch], for k or a block_table is given")
         cache_seqlens = k_cache.shape[1]
     if not isinstance(cache_seqlens, torch.Tensor):
+        if not hasattr(cache_seqlens, "__index__"):
+            raise TypeError(f"cache_seqlens is {cache_seqlens!r}, expected an int or a tensor")
+        if not 0 <= cache_seqlens <= k_cache.numel():
+            raise ValueError(f"cache_seqlens is {cache_seqlens}, expected 0 to what the cache holds")
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     rotary: dict[str, Any] = {
         "rotary_cos": rotary_cos,

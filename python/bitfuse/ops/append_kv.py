@@ -245,6 +245,8 @@ class KVCache:
             raise ValueError(f"channel_group is {channel_group}, expected a multiple of {CHANNEL_STEP}")
         for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
             if scale is not None:
+                if not isinstance(scale, torch.Tensor):
+                    raise TypeError(f"{name} is a {type(scale).__name__}, expected a tensor or None")
                 if format != "fp8":
                     raise ValueError(f"{name} is given, which a cache of format {format!r} has no place for")
                 check_tensor(name, scale, (torch.float32,), (kv_heads,), scale.device)
@@ -426,6 +428,8 @@ class KVCache:
         Raises:
             ValueError: seqlens has a length that the cache has no room, or a sequence no page for.
         """
+        if not -len(self.seqlens) <= sequence < len(self.seqlens):
+            raise ValueError(f"sequence is {sequence}, expected 0 to {len(self.seqlens) - 1}")
         length = int(self.seqlens[sequence])
         check_sequence(self.tensors, range(len(self.seqlens))[sequence], length, 0)
         return gather(self.tensors, sequence, length, torch.float32 if dtype is None else dtype)

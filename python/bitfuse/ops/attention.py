@@ -14,7 +14,7 @@ import torch
 from torch.compiler import is_compiling
 
 from .. import autocast
-from ..attention_args import AttentionArgs
+from ..attention_args import AttentionArgs, window_of
 from ..autograd import Function, once, recorded
 from ..cost import Cost, moved
 from ..cpu import attention as cpp
@@ -541,14 +541,17 @@ def _args(
     dropout_p: float,
     seed: int | torch.Tensor | None,
 ) -> AttentionArgs:
-    for name, t in (("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks)):
+    for name, t in (
+        ("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks), ("prefix_k", prefix_k),
+        ("prefix_v", prefix_v),
+    ):  # fmt: skip
         if not (t is None or isinstance(t, torch.Tensor)):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
     if alibi_slopes is not None:
         check_frozen("alibi_slopes", alibi_slopes)
-    left, right = window_size
+    left, right = window_of(window_size)
     if causal:
-        right = 0 if right < 0 else min(right, 0)
+        right = 0
     if dropout_p and not isinstance(seed, torch.Tensor):
         seed = new_seed(q) if seed is None else given_seed(seed, q.device)
     if attn_bias is not None:
@@ -557,8 +560,8 @@ def _args(
         attn_bias = attn_bias[(None,) * (4 - attn_bias.dim())]
     return AttentionArgs(
         default_scale(q) if softmax_scale is None else float(softmax_scale),
-        max(left, -1),
-        max(right, -1),
+        left,
+        right,
         False,
         float(softcap),
         float(dropout_p),
@@ -725,6 +728,10 @@ def varlen_attention(
     ):
         if not isinstance(cu, torch.Tensor):
             raise TypeError(f"{name} is a {type(cu).__name__}, expected a tensor")
+        if not hasattr(longest, "__index__"):
+            raise TypeError(f"max_seqlen_{name[-1]} is {longest!r}, expected an int")
+        if not t.dim():
+            raise ValueError(f"{name[-1]} has shape [], expected [total, heads, head_dim]")
         # a graph and a fake have no values; the CPU's kernel looks again
         if type(cu) is torch.Tensor and not is_compiling() and cu.is_cpu and cu.dim() == 1 and cu.numel():
             lengths = cu.diff()

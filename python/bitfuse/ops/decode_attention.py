@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import autocast
-from ..attention_args import AttentionArgs
+from ..attention_args import AttentionArgs, window_of
 from ..autograd import recorded, recording, without_gradient
 from ..cost import Cost, moved
 from ..cpu import decode_attention as cpp
@@ -255,13 +255,13 @@ def _args(
     for name, t in (("tree_mask", tree_mask), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if not (t is None or isinstance(t, torch.Tensor)):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
-    left, right = window_size
+    left, right = window_of(window_size)
     if causal and tree_mask is None:
         right = 0
     return DecodeArgs(
         default_scale(q) if softmax_scale is None else float(softmax_scale),
-        max(left, -1),
-        max(right, -1),
+        left,
+        right,
         float(softcap),
         tree_mask,
         alibi_slopes if alibi_slopes is None else alibi_slopes.float(),

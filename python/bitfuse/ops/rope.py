@@ -154,7 +154,8 @@ def as_rotary(
         if t is not None:
             if not isinstance(t, torch.Tensor):
                 raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
-            check_frozen(name, t)
+            if t.requires_grad:
+                check_frozen(name, t)
     if cos is not None and sin is not None and autocast.is_any_enabled():
         cos, sin = autocast.of_elements(cos, sin)
     return Rotary(cos, sin, as_positions(positions), interleaved)

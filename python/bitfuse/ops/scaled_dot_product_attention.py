@@ -84,6 +84,8 @@ def _arranged(
     scale: float | None,
     enable_gqa: bool,
 ) -> _Call:
+    if not (attn_mask is None or isinstance(attn_mask, torch.Tensor)):
+        raise TypeError(f"attn_mask is a {type(attn_mask).__name__}, expected a tensor or None")
     query, key, value, attn_mask = autocast.of_matmul(query, key, value, attn_mask)
     _check(query, key, value, dropout_p)
     # the dimension before the sequence counts as heads, whatever it is to the caller: one batch of them
