@@ -244,6 +244,7 @@ def test_a_resized_vocabulary(tied: bool, tmp_path: Path) -> None:
     before = ours(IDS + 30).logits
     load_peft_(ours, tmp_path)
     torch.testing.assert_close(ours(IDS + 30).logits, theirs(IDS + 30).logits, rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path / "whole")
     remove_adapters_(ours)
     assert torch.equal(ours(IDS + 30).logits, before)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied

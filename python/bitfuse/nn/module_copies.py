@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +21,9 @@ class ModuleCopies(torch.nn.Module):
     Args:
         module: held, and its parameters frozen.
     """
+
+    # transformers asks each module: what may be tied to an embedding, and is then saved once
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"original_module": "original_module"}
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
