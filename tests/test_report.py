@@ -475,6 +475,21 @@ def test_hostile_files(path: Path, tmp_path: Path) -> None:
     assert drawn  # some changes do no harm
 
 
+def test_strange_files_beside_results(tmp_path: Path) -> None:
+    """What is no file is left; named, it is told."""
+    folder = put(tmp_path / "machine\udcff", record([row()]))
+    for name in ("circle.json", "nothing.json"):
+        (folder / name).symlink_to(folder / ("circle.json" if name == "circle.json" else "gone"))
+    (folder / "folder.json").mkdir()
+    os.mkfifo(folder / "pipe.json")
+    (device,) = load([tmp_path])
+    assert len(device.ops) == 1 and Page(render([device]).encode().decode())
+    for name in ("circle.json", "nothing.json", "pipe.json"):
+        with pytest.raises(ResultsError, match="is no file") as told:
+            load([folder / name])
+        assert str(told.value).encode() and "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

@@ -85,9 +85,9 @@ def folder(device: str) -> Path:
 
 def shown(path: Path) -> str:
     """A path as a person would type it."""
-    with contextlib.suppress(ValueError):
-        return str(path.resolve().relative_to(Path.cwd()))
-    return str(path)
+    with contextlib.suppress(ValueError, OSError, RuntimeError):  # links in a circle, a folder that is gone
+        path = path.resolve().relative_to(Path.cwd())
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, tuple[tuple[str, Any], ...]]:

@@ -39,7 +39,9 @@
     const texts = rows.map((row) => row.textContent.toLowerCase());
     const value = (row, at, numeric) => {
       const text = row.cells[at].textContent.trim();
-      return !numeric ? text.toLowerCase() : text === "" ? null : Number(text);
+      if (!numeric) return text.toLowerCase();
+      const number = text === "exact" ? 0 : text === "" ? NaN : Number(text);
+      return Number.isNaN(number) ? null : number; // words, such as "in cache", are last
     };
     heads.forEach((head, at) => {
       const button = make("button", { type: "button" });

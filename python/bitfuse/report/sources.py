@@ -59,10 +59,11 @@ def load(paths: Sequence[Path], wanted: Sequence[str] = ()) -> list[Device]:
 
 def _files(path: Path) -> Iterable[Path]:
     if path.is_dir():
-        files = path.glob("**/*.json")
-        return [file for file in files if not file.name.startswith(".") and file.name not in OTHERS]
-    if not path.exists():
-        raise ResultsError(f"{shown(path)} is not there; name files or folders of results")
+        found = [f for f in path.glob("**/*.json") if not f.name.startswith(".") and f.name not in OTHERS]
+        return [file for file in found if file.is_file()]  # no folder, no pipe, no link to nothing
+    if not path.is_file():
+        what = "is no file" if path.exists() or path.is_symlink() else "is not there"
+        raise ResultsError(f"{shown(path)} {what}; name files or folders of results")
     return [path]
 
 
@@ -86,8 +87,10 @@ def _device(folder: Path, files: Sequence[Path]) -> Device | None:
         if figures.rows:
             ops.append(figures)
     ops.sort(key=lambda figures: in_order(figures.op))
-    name = next((found["device"] for found in records.values()), folder.name)
-    return Device(folder.name, name, ops, demo, ceiling) if ops or demo else None
+    # a folder's name may be bytes that are no text
+    slug = folder.name.encode(errors="replace").decode()
+    name = next((found["device"] for found in records.values()), slug)
+    return Device(slug, name, ops, demo, ceiling) if ops or demo else None
 
 
 def _op(found: dict[str, Any], ceiling: Limits) -> OpFigures:
