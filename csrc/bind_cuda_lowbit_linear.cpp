@@ -22,7 +22,7 @@ LowbitLinearPlan plan(int64_t m, int64_t n, int64_t k, int code, bool nested, in
   require(m <= LowbitLinearMaxTokens, "m", m, "at most 64");
   require(multiprocessors > 0, "multiprocessors", multiprocessors, "a positive number");
   return plan_lowbit_linear(
-      size(m, "m"), size(n, "n", 8), size(k, "k", 8), choice<Code>(code, 4, "code"), nested,
+      size(m, "m"), size(n, "n"), size(k, "k", 8), choice<Code>(code, 4, "code"), nested,
       {multiprocessors, shared_per_block, shared_per_multiprocessor, capability}, adapter);
 }
 
@@ -45,7 +45,7 @@ Call make_call(uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros
   a.scale_type = choice<ScaleType>(scale_type, 5, "scale_type");
   const bool nested = a.scale_type == ScaleType::Nested;
   const int bits = call.code == Code::Int4 || call.code == Code::Codebook4 ? 4 : 8;
-  a.m = size(m, "m"), a.n = size(n, "n", 8), a.k = size(k, "k", 8);
+  a.m = size(m, "m"), a.n = size(n, "n"), a.k = size(k, "k", 8);
   require(m <= 8 * plan.token_tiles, "m", m, "what the plan was made for");
   a.group_size = size(group_size, "group_size", group_size == k ? 8 : 32);
   require(k % group_size == 0, "group_size", group_size, "a divisor of k");
@@ -74,14 +74,16 @@ Call make_call(uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros
           "a multiple of 4, a row or more");
   a.x_stride = m == 1 ? 0 : x_stride;
   a.qweight_stride = qweight_stride;
-  const int64_t most = std::numeric_limits<int>::max() / n;
+  const int64_t most = std::numeric_limits<int>::max() / (n + 7);
   require(scales_stride >= a.groups && scales_stride <= most, "scales_stride", scales_stride,
-          "the number of groups or more, and n times it below 2**31");
+          "the number of groups or more, and n + 7 times it below 2**31");
   a.scales_stride = static_cast<int>(scales_stride);
+  a.last_scale = (a.n - 1) * a.scales_stride + a.groups - 1;
   if (a.zeros != nullptr) {
     require(zeros_stride >= a.groups && zeros_stride <= most, "zeros_stride", zeros_stride,
-            "the number of groups or more, and n times it below 2**31");
+            "the number of groups or more, and n + 7 times it below 2**31");
     a.zeros_stride = static_cast<int>(zeros_stride);
+    a.last_zero = (a.n - 1) * a.zeros_stride + a.groups - 1;
   }
   require(zero_point >= 0 && zero_point < 1 << bits, "zero_point", zero_point, "a code");
   a.zero_point = zero_point;

@@ -36,7 +36,7 @@ void run(uintptr_t x, uintptr_t y, int64_t x_stride, int64_t m, int64_t n, int64
          uintptr_t stream, const Adapters& adapters) {
   MultiLoraArgs a{};
   require(m > 0 && m <= AdapterMaxTokens, "m", m, "1 to 64");
-  a.m = static_cast<int>(m), a.n = size(n, "n", 8), a.k = size(k, "k", 8);
+  a.m = static_cast<int>(m), a.n = size(n, "n"), a.k = size(k, "k", 8);
   a.x = address<const void>("x", x, 16);
   a.y = address<void>("y", y, 4);
   // a row's stride is not read where there is one row

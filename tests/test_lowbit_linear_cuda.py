@@ -58,15 +58,16 @@ def check(
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_number_of_tokens(target: Target, dtype: torch.dtype, format: str) -> None:
-    w = bitfuse.quantize(torch.randn(104, 1152) / 34, format, group_size=64)
+    n = 104 if format == "int4" else 101
+    w = bitfuse.quantize(torch.randn(n, 1152) / 34, format, group_size=64)
     for m in (1, 2, 8, 9, 16, 31, 64):
-        check(target, torch.randn(m, 1152, dtype=dtype), w, torch.randn(104, dtype=dtype))
+        check(target, torch.randn(m, 1152, dtype=dtype), w, torch.randn(n, dtype=dtype))
 
 
 @pytest.mark.parametrize("m", [1, 12, 40])
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_blocks_that_split_k_are_added_in_one_order(target: Target, m: int) -> None:
-    n, k = 72, 16384
+    n, k = {1: 72, 12: 71, 40: 69}[m], 16384
     w = bitfuse.quantize(torch.randn(n, k) / k**0.5, "int4")
     x = torch.randn(m, k, dtype=torch.float16)
     with many_multiprocessors(target):
@@ -89,7 +90,7 @@ def test_rows_of_any_length(target: Target, k: int) -> None:
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_groups_that_are_no_power_of_two(target: Target) -> None:
     for format, group in itertools.product(("int4", "int8"), (32, 96, 160, 320)):
-        w = bitfuse.quantize(torch.randn(24, 960) / 31, format, group_size=group, symmetric=False)
+        w = bitfuse.quantize(torch.randn(27, 960) / 31, format, group_size=group, symmetric=False)
         check(target, torch.randn(5, 960, dtype=torch.float16), w)
 
 
@@ -212,7 +213,7 @@ def test_a_large_matrix_fills_the_machine_without_splitting_k() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("x", 0), ("x", 8), ("qweight", 2), ("scales", 1), ("m", 0), ("n", 12), ("k", -8), ("group_size", 24),
+    [("x", 0), ("x", 8), ("qweight", 2), ("scales", 1), ("m", 0), ("n", 0), ("k", -8), ("group_size", 24),
      ("x_stride", 100), ("qweight_stride", 2), ("scales_stride", 2**31), ("zero_point", 16), ("code", 4),
      ("device", -1)],
 )  # fmt: skip

@@ -483,11 +483,10 @@ __device__ __forceinline__ void load_four(const unsigned char* at, AdapterFloat 
 
 // sums [tokens][16 * RowTiles, `pitch` apart] += s h B^T for the outputs from `row` on, and of every second,
 // fourth, ... pair: those from `pair` on, `stride` apart. One warp, whose own the sums are: a lane has rows
-// g, g+8, ... of tokens 2t and 2t+1 of each eight, as in a fragment of mma.m16n8k16. Of the outputs, `eights`
-// eights are there.
+// g, g+8, ... of tokens 2t and 2t+1 of each eight, as in a fragment of mma.m16n8k16.
 template <int RowTiles>
-__device__ __noinline__ void expand(const AdapterArgs& a, const Groups& groups, int n, int row, int eights,
-                                    int pair, int stride, float* sums, int pitch) {
+__device__ __noinline__ void expand(const AdapterArgs& a, const Groups& groups, int n, int row, int pair,
+                                    int stride, float* sums, int pitch) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   for (; pair < groups.all_pairs(); pair += stride) {
     const int group = group_of_pair(groups, pair), adapter = groups.adapter[group];
@@ -518,8 +517,9 @@ __device__ __noinline__ void expand(const AdapterArgs& a, const Groups& groups, 
     float b[2 * RowTiles][4];
 #pragma unroll
     for (int i = 0; i < 2 * RowTiles; ++i) {
-      load_four(matrix + (static_cast<int64_t>(row + 8 * i + g) * rank + r) * bytes, a.b_type,
-                i < eights ? there : 0, whole, b[i]);
+      const int output = row + 8 * i + g;
+      load_four(matrix + (static_cast<int64_t>(output) * rank + r) * bytes, a.b_type, output < n ? there : 0,
+                whole, b[i]);
     }
     for (bool more = true; more;) {
       const float h[4] = {scale * next[0], scale * next[1], scale * next[2], scale * next[3]};

@@ -54,6 +54,20 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   }
 }
 
+// Two neighbouring numbers, or the first of them; `even`: at an even place of rows of even length, so in one
+// word.
+template <typename T>
+__device__ __forceinline__ void store_two(T* at, float2 values, bool two, bool even) {
+  const uint32_t words = pack2<T>(values.x, values.y);
+  if (even) {
+    *reinterpret_cast<uint32_t*>(at) = words;
+  } else {
+    unsigned short* const halves = reinterpret_cast<unsigned short*>(at);
+    halves[0] = static_cast<unsigned short>(words);
+    if (two) halves[1] = static_cast<unsigned short>(words >> 16);
+  }
+}
+
 struct NoTable {
   static constexpr int TableBytes = 0;
   static constexpr bool HasNan = false;

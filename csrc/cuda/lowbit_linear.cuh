@@ -81,32 +81,36 @@ struct Scales {
   int index;  // of the first row's scale
 };
 
-// Rows of a lane are 8 apart; `rows[r]` is how many rows the r-th is from the first, less where there are not
-// so many.
+// Rows of a lane are 8 apart; `rows[r]` is how many rows the r-th is from the first, less where a warp has
+// not so many. In its last eight there may be none of the lane's: then the last scale of all is read, and not
+// used.
+__device__ __forceinline__ int scale_place(const LowbitLinearArgs& a, int index, int rows) {
+  return min(index + rows * a.scales_stride, a.last_scale);
+}
+
 __device__ __forceinline__ void load_scales(const LowbitLinearArgs& a, int row, const int (&rows)[LaneRows],
                                             int group, Scales& s) {
   s.index = row * a.scales_stride + group;
   if (a.scale_type == ScaleType::Float16 || a.scale_type == ScaleType::BFloat16) {
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
-      s.scale[r] =
-          __ldg(static_cast<const unsigned short*>(a.scales) + (s.index + rows[r] * a.scales_stride));
+      s.scale[r] = __ldg(static_cast<const unsigned short*>(a.scales) + scale_place(a, s.index, rows[r]));
     }
   } else if (a.scale_type == ScaleType::Float32) {
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
-      s.scale[r] = __ldg(static_cast<const unsigned*>(a.scales) + (s.index + rows[r] * a.scales_stride));
+      s.scale[r] = __ldg(static_cast<const unsigned*>(a.scales) + scale_place(a, s.index, rows[r]));
     }
   } else {
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
-      s.scale[r] = __ldg(static_cast<const unsigned char*>(a.scales) + (s.index + rows[r] * a.scales_stride));
+      s.scale[r] = __ldg(static_cast<const unsigned char*>(a.scales) + scale_place(a, s.index, rows[r]));
     }
   }
   if (a.zeros != nullptr) {
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
-      s.zero[r] = __ldg(a.zeros + ((row + rows[r]) * a.zeros_stride + group));
+      s.zero[r] = __ldg(a.zeros + min((row + rows[r]) * a.zeros_stride + group, a.last_zero));
     }
   }
 }
@@ -124,7 +128,7 @@ __device__ __forceinline__ void scale_values(const LowbitLinearArgs& a, const in
     const float offset = __ldg(a.scale_offset);
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
-      const float second = __ldg(a.scale_scales + (s.index + rows[r] * a.scales_stride) / NestedBlock);
+      const float second = __ldg(a.scale_scales + scale_place(a, s.index, rows[r]) / NestedBlock);
       values[r] = nested[s.scale[r]] * second + offset;
     }
   } else if (a.scale_type == ScaleType::E8M0) {
@@ -141,19 +145,20 @@ __device__ __forceinline__ void scale_values(const LowbitLinearArgs& a, const in
   }
 }
 
+// Outputs n and n + 1, n even, of a token; where n is the last, the first of them.
 template <typename T>
 __device__ __forceinline__ void store_pair(const LowbitLinearArgs& a, int token, int n, float2 sum) {
+  const bool two = n + 1 < a.n;
   if (a.out_scale != nullptr) {
     sum.x *= __ldg(a.out_scale + n);
-    sum.y *= __ldg(a.out_scale + n + 1);
+    if (two) sum.y *= __ldg(a.out_scale + n + 1);
   }
   if (a.bias != nullptr) {
     const T* bias = static_cast<const T*>(a.bias) + n;
     sum.x += static_cast<float>(bias[0]);
-    sum.y += static_cast<float>(bias[1]);
+    if (two) sum.y += static_cast<float>(bias[1]);
   }
-  T* y = static_cast<T*>(a.y) + static_cast<int64_t>(token) * a.n + n;
-  *reinterpret_cast<uint32_t*>(y) = pack2<T>(sum.x, sum.y);
+  store_two<T>(static_cast<T*>(a.y) + static_cast<int64_t>(token) * a.n + n, sum, two, a.n % 2 == 0);
 }
 
 template <typename T, template <typename> class Format, int TokenTiles, bool Adapter>
@@ -182,10 +187,11 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   const int panel_pitch = panel_k * static_cast<int>(sizeof(T));
   const int panel_bytes = panel_tokens(a.m, TokenTiles) * panel_pitch;
 
-  // copying codes: this lane's unit of rows lane/4 + 8i; n is a multiple of 8, so a warp has all of such
-  // eight or none, and those that it has not are neither copied nor stored
+  // copying codes: this lane's unit of rows lane/4 + 8i; those that there are not are neither copied nor
+  // stored
   const int row_bytes = a.k * F::Bits / 8;
-  const int row_eights = min(LaneRows, (a.n - warp_row) / 8);
+  const int row_eights = min(LaneRows, (a.n - warp_row + 7) >> 3);
+  const int lane_rows = min(LaneRows, (a.n - warp_row - g + 7) >> 3);
   const bool aligned = (reinterpret_cast<uintptr_t>(a.qweight) | a.qweight_stride | row_bytes) % 16 == 0;
   const int64_t eight_rows = 8 * a.qweight_stride;
   const uint32_t copy_to = shared_address(ring) + warp * Stages * StageBytes + 16 * (lane ^ swizzle(g));
@@ -200,13 +206,13 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
       if (aligned) {
 #pragma unroll
         for (int i = 0; i < LaneRows; ++i) {
-          if (i < row_eights) {
+          if (i < lane_rows) {
             cp_async_16_stream(to + 8 * i * ChunkBytes, from + i * eight_rows, row_rest > 0, policy);
           }
         }
       } else {
 #pragma unroll 1
-        for (int i = 0; i < row_eights; ++i) {
+        for (int i = 0; i < lane_rows; ++i) {
 #pragma unroll
           for (int word = 0; word < 16; word += 4) {
             cp_async_4(to + 8 * i * ChunkBytes + word, from + i * eight_rows + word, row_rest > word);
@@ -439,12 +445,13 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
       wait_for_h<T, TokenTiles>(adapter, kernel.rows, groups, block, sums + Warps * WarpSums, ScratchFloats);
     }
     if (threadIdx.x == 0) leave(adapter, groups, block, gridDim.x * gridDim.y);
-    expand<RowTiles>(adapter, groups, a.n, warp_row, row_eights, warp_k + warps_k * blockIdx.y,
-                     warps_k * kernel.splits, sums + warp * WarpSums, SumPitch);
+    expand<RowTiles>(adapter, groups, a.n, warp_row, warp_k + warps_k * blockIdx.y, warps_k * kernel.splits,
+                     sums + warp * WarpSums, SumPitch);
   }
   __syncthreads();
 
   const int log_pairs = 4 + kernel.log_warps_n;  // of neighbouring outputs in the tile
+  const int64_t partial_pitch = a.n + a.n % 2;
   for (int i = threadIdx.x; i < a.m << log_pairs; i += Threads) {
     const int token = i >> log_pairs, at = 2 * (i & ((1 << log_pairs) - 1)), n = tile_row + at;
     if (n >= a.n) continue;
@@ -458,7 +465,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
       store_pair<T>(a, token, n, sum);
     } else {
       const int64_t line = static_cast<int64_t>(blockIdx.y) * a.m + token;
-      *reinterpret_cast<float2*>(a.partial + line * a.n + n) = sum;
+      *reinterpret_cast<float2*>(a.partial + line * partial_pitch + n) = sum;
     }
   }
   if (kernel.splits == 1) return;
@@ -480,7 +487,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
 #pragma unroll 4
     for (int split = 0; split < kernel.splits; ++split) {
       const int64_t line = static_cast<int64_t>(split) * a.m + token;
-      const float2 one = __ldcg(reinterpret_cast<const float2*>(a.partial + line * a.n + n));
+      const float2 one = __ldcg(reinterpret_cast<const float2*>(a.partial + line * partial_pitch + n));
       sum.x += one.x, sum.y += one.y;
     }
     store_pair<T>(a, token, n, sum);

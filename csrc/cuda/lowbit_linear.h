@@ -26,10 +26,11 @@ struct LowbitLinearArgs {
   const void* bias;            // null: none
   const float* out_scale;      // [n], times the sums before the bias; null: 1
   void* y;
-  float* partial;      // [splits, m, n], when splits > 1
+  float* partial;      // [splits, m, n, and one more where n is odd], when splits > 1
   unsigned* counters;  // one a tile, zero before and after, when splits > 1
   int64_t x_stride, qweight_stride;
   int m, n, k, group_size, groups, scales_stride, zeros_stride, zero_point;
+  int last_scale, last_zero;  // places of the last ones, in elements
   ScaleType scale_type;
 };
 

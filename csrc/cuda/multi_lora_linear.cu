@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(Threads, 2)
   for (int row = block * TileRows; row < args.n; row += blocks * TileRows) {
     for (int i = threadIdx.x; i < AdapterWarps * WarpSums; i += Threads) sums[i] = 0;
     __syncthreads();
-    expand<RowTiles>(adapters, groups, args.n, row, min(TileRows, args.n - row) / 8, warp, AdapterWarps,
-                     sums + warp * WarpSums, SumPitch);
+    expand<RowTiles>(adapters, groups, args.n, row, warp, AdapterWarps, sums + warp * WarpSums, SumPitch);
     __syncthreads();
     for (int i = threadIdx.x; i < args.m * (TileRows / 2); i += Threads) {
       const int token = i / (TileRows / 2), at = 2 * (i % (TileRows / 2));
@@ -79,8 +78,10 @@ __global__ void __launch_bounds__(Threads, 2)
         sum.x += one.x, sum.y += one.y;
       }
       T* const y = static_cast<T*>(args.y) + static_cast<int64_t>(token) * args.n + row + at;
-      const float first = static_cast<float>(y[0]), second = static_cast<float>(y[1]);
-      *reinterpret_cast<uint32_t*>(y) = pack2<T>(first + sum.x, second + sum.y);
+      const bool two = row + at + 1 < args.n;
+      sum.x += static_cast<float>(y[0]);
+      if (two) sum.y += static_cast<float>(y[1]);
+      store_two<T>(y, sum, two, args.n % 2 == 0);
     }
     __syncthreads();
   }

@@ -8,7 +8,7 @@
 
 namespace bitfuse {
 
-// x [m, k], y [m, n] contiguous, which is added to. n and k are multiples of 8.
+// x [m, k], y [m, n] contiguous, which is added to. k is a multiple of 8.
 struct MultiLoraArgs {
   const void* x;
   void* y;

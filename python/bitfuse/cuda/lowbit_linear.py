@@ -139,8 +139,6 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
         return f"it has no kernel for scales in {str(scale_dtype)[6:]}"
     if group_size % SPAN and group_size != k:
         return f"group_size {group_size} is not a multiple of {SPAN} (nor in_features)"
-    if qweight.shape[0] % 8:
-        return f"out_features is {qweight.shape[0]}, not a multiple of 8"
     if not qweight.is_contiguous() and not (_rows_apart(qweight) and qweight.stride(0) % 4 == 0):
         return f"qweight has strides {qweight.stride()}, not rows of bytes a multiple of 4 apart"
     if qweight.data_ptr() % 4:

@@ -29,9 +29,9 @@ def supports(
         return base._missing
     if x.dtype not in base._FLOATS:
         return f"x is {str(x.dtype)[6:]}: its tensor cores take float16 and bfloat16"
-    k, n = x.shape[-1], y.shape[-1]
-    if k == 0 or k % 8 or n % 8:
-        return f"in_features and out_features are {k} and {n}, not multiples of 8"
+    k = x.shape[-1]
+    if k == 0 or k % 8:
+        return f"in_features is {k}, not a multiple of 8"
     if x.numel() > base.MAX_TOKENS * k:
         return f"M = {x.numel() // k} is above {base.MAX_TOKENS}: the Triton kernel serves it"
     if not is_stacked(lora_A) and not all(t.is_contiguous() for t in (*lora_A, *lora_B)):
