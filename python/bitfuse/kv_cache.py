@@ -76,16 +76,23 @@ class CacheTensors(NamedTuple):
 
     @property
     def head_dim(self) -> int:
-        return (self.k if self.k_tail is None else self.k_tail).shape[-1]
+        return head_dims(self)[0]
 
     @property
     def head_dim_v(self) -> int:
-        return (self.v if self.v_tail is None else self.v_tail).shape[-1]
+        return head_dims(self)[1]
 
     @property
     def capacity(self) -> int:
         """Tokens that a sequence has room for."""
         return self.k.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
+
+
+def head_dims(cache: CacheTensors) -> tuple[int, int]:
+    """Of K and of V: a function, as before torch 2.11 torch.compile reads no property of a NamedTuple."""
+    k = cache.k if cache.k_tail is None else cache.k_tail
+    v = cache.v if cache.v_tail is None else cache.v_tail
+    return k.shape[-1], v.shape[-1]
 
 
 class Rotary(NamedTuple):

@@ -28,6 +28,7 @@ from ..kv_cache import (
     check_sequence,
     default_channels,
     gather,
+    head_dims,
     rotate,
     store,
 )
@@ -59,7 +60,7 @@ def unflatten_cache(flat: tuple[Any, ...]) -> tuple[CacheTensors, torch.Tensor, 
 def check_new(k: torch.Tensor, v: torch.Tensor, cache: CacheTensors, batch: int, tokens: int) -> None:
     """Raise TypeError or ValueError for new keys and values that the cache has no place for."""
     kv_heads = cache.k.shape[2]
-    dim, dim_v = cache.head_dim, cache.head_dim_v
+    dim, dim_v = head_dims(cache)
     if cache.format in BITS and cache.k_tail is None:  # check_cache refuses it
         return
     dtypes = FLOATS if cache.format == "fp8" else ((cache.k if cache.k_tail is None else cache.k_tail).dtype,)
@@ -80,7 +81,7 @@ def _check(
     batch, tokens = k.shape[:2]
     check_cache(cache, batch, k.dtype, k.device, cache_seqlens)
     check_new(k, v, cache, batch, tokens)
-    check_rotary(rotary, batch, tokens, cache.head_dim, k.device)
+    check_rotary(rotary, batch, tokens, head_dims(cache)[0], k.device)
     if CHECK_PLACES and k.is_cuda:
         check_places(cache, cache_seqlens, 0, tokens, rotary)
 

@@ -23,6 +23,7 @@ from ..kv_cache import (
     check_places,
     check_rotary,
     gather,
+    head_dims,
     store,
 )
 from ..op import Backend, Explanation, Op, explains
@@ -61,12 +62,11 @@ def _check(
     device = q.device
     check_cache(cache, batch, q.dtype, device, cache_seqlens)
     kv_heads = cache.k.shape[2]
-    if dim != cache.head_dim or not 1 <= dim <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"q has head_dim {dim} and k_cache {cache.head_dim}, expected one of 1 to {MAX_HEAD_DIM}"
-        )
-    if not 1 <= cache.head_dim_v <= MAX_HEAD_DIM:
-        raise ValueError(f"v_cache has head_dim {cache.head_dim_v}, expected 1 to {MAX_HEAD_DIM}")
+    dim_k, dim_v = head_dims(cache)
+    if dim != dim_k or not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q has head_dim {dim} and k_cache {dim_k}, expected one of 1 to {MAX_HEAD_DIM}")
+    if not 1 <= dim_v <= MAX_HEAD_DIM:
+        raise ValueError(f"v_cache has head_dim {dim_v}, expected 1 to {MAX_HEAD_DIM}")
     if heads % kv_heads:
         raise ValueError(f"q has {heads} heads and k_cache {kv_heads}, expected a multiple")
     new = 0
