@@ -120,7 +120,9 @@ def test_sdpa_compiles_and_explains() -> None:
     compiled = torch.compile(bitfuse.scaled_dot_product_attention, fullgraph=True, dynamic=False)
     mask = torch.rand(2, 1, 7, 7) < 0.7
     assert torch.equal(compiled(q, q, q, mask), bitfuse.scaled_dot_product_attention(q, q, q, mask))
-    assert bitfuse.explain(bitfuse.scaled_dot_product_attention, q, q, q, is_causal=True).op == "attention"
+    assert bitfuse.explain(bitfuse.scaled_dot_product_attention, q, q, q, is_causal=True).op == (
+        "scaled_dot_product_attention"
+    )
 
 
 # transformers

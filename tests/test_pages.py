@@ -152,6 +152,32 @@ def test_beams_are_reordered(format: str) -> None:
             c.reorder(order)
 
 
+@pytest.mark.parametrize("page_size", (None, 16))
+@pytest.mark.parametrize("format", CACHE_FORMATS)
+def test_a_path_of_a_tree_is_kept(format: str, page_size: int | None) -> None:
+    """As if only the accepted nodes had been appended, and what comes after them."""
+    given: dict[str, Any] = dict(format=format, page_size=page_size, pages=None, group_size=16)
+    path = torch.tensor([[0, 3, 4, 6, -1, -1, -1], [2, -1, -1, -1, -1, -1, -1]])
+    for length in (3, 12, 29):
+        c, wanted = (cache(2, **given) for _ in range(2))
+        (k, v), (new_k, new_v), (next_k, next_v) = rows(2, length), rows(2, 7), rows(2, 5)
+        c.append(k, v)
+        c.append(new_k, new_v)
+        c.keep_path(path, torch.tensor([4, 1]))
+        assert c.seqlens.tolist() == [length + 4, length + 1]
+        c.append(next_k, next_v)
+        for b, kept in enumerate(([0, 3, 4, 6], [2])):
+            made = (
+                torch.cat(parts)
+                for parts in ((k[b], new_k[b, kept], next_k[b]), (v[b], new_v[b, kept], next_v[b]))
+            )
+            wanted.reset()
+            wanted.append(*(t.expand(2, -1, -1, -1) for t in made))
+            assert all(torch.equal(x, y) for x, y in zip(c.gather(b), wanted.gather(b), strict=True))
+    with pytest.raises(ValueError, match="path has shape"):
+        c.keep_path(path[0], torch.tensor([4, 1]))
+
+
 def test_a_long_life() -> None:
     """Against plain lists of tokens: what is shared, freed, cut and written again is never mixed up."""
     draw = random.Random(0)

@@ -288,6 +288,25 @@ def gather(
     return k.to(dtype), v.to(dtype)
 
 
+def take(cache: CacheTensors, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values at positions [batch, tokens] of each sequence, as they were given; of a cache of codes
+    they are in the tail. [batch, tokens, kv_heads, head_dim] and [..., head_dim_v]; fp8 in float32."""
+    at = positions.long().clamp(min=0)
+    sequence = torch.arange(at.shape[0], dtype=torch.int64, device=at.device).unsqueeze(1)
+    if cache.k_tail is not None and cache.v_tail is not None:
+        late = at % (2 * cache.group_size)
+        return cache.k_tail[sequence, late], cache.v_tail[sequence, late]
+    page, slot = sequence, at
+    if cache.block_table is not None:
+        size = cache.k.shape[1]
+        page, slot = cache.block_table.long().gather(1, at // size), at % size
+    k, v = bytes_of(cache.k)[page, slot], bytes_of(cache.v)[page, slot]
+    if cache.format == "fp8":
+        work = torch.float32
+        return from_fp8(k.view(FP8), cache.k_scales, work), from_fp8(v.view(FP8), cache.v_scales, work)
+    return k, v
+
+
 def store(cache: CacheTensors, sequence: int, begin: int, k: torch.Tensor, v: torch.Tensor) -> None:
     """Write new keys and values [tokens, kv_heads, head_dim] at positions begin, begin + 1, ...: groups that
     become whole as codes, the last two groups into the tail too."""

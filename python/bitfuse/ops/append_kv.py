@@ -31,6 +31,7 @@ from ..kv_cache import (
     head_dims,
     rotate,
     store,
+    take,
 )
 from ..op import Backend, Explanation, Op, explains
 from ..pages import Copies, Pages
@@ -400,6 +401,33 @@ class KVCache:
         if len(order) != len(lengths):
             raise ValueError(f"sources has {len(order)} indices, expected {len(lengths)}, one a sequence")
         self._share({b: (source, lengths[source]) for b, source in enumerate(order) if b != source})
+
+    def keep_path(self, path: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Of each sequence's last tokens, which were the nodes of a tree, keep those on a path, one after the
+        other, and take the rest back: what follows `bitfuse.speculative_sample_tree`. Nothing waits for the
+        device; where pages are given out the next call from Python does, once, for the lengths.
+
+        Args:
+            path: int64 [batch, nodes]: which nodes, in growing order, then -1; the cache has the nodes as its
+                last tokens. accepted: int64 [batch]: how many they are. Both as speculative_sample_tree
+                returns them.
+
+        Raises:
+            ValueError: sizes that do not fit, a cache of codes and more nodes than group_size.
+        """
+        batch, tensors = len(self.seqlens), self.tensors
+        nodes = path.shape[1] if path.dim() == 2 else -1
+        check_tensor("path", path, (torch.int64,), (batch, nodes), self.seqlens.device)
+        check_tensor("accepted", accepted, (torch.int64,), (batch,), self.seqlens.device)
+        if self.format in BITS and nodes > tensors.group_size:
+            raise ValueError(f"path has {nodes} nodes, expected at most {tensors.group_size}, a group")
+        if not nodes or not batch:
+            return
+        begin = self.seqlens - nodes
+        own = torch.arange(nodes, dtype=torch.int64, device=path.device)
+        k, v = take(tensors, begin.unsqueeze(1) + torch.where((path < 0) | (path >= nodes), own, path))
+        append_kv_op(k, v, tensors, begin, Rotary())
+        self.seqlens.copy_(begin + accepted.clamp(0, nodes))
 
     def refresh(self) -> None:
         """Read `seqlens` back, which waits for the device: after something moved them that the host can't
