@@ -407,8 +407,12 @@ def mutated(found: Any, dice: random.Random) -> str:
     """A file's text with one thing wrong, or a few."""
     found = copy.deepcopy(found)
     for _ in range(dice.choice((1, 1, 1, 3))):
+        if not places(found):
+            break
         # most of a file is rows: its head and its rows shall be hit as often
-        holder, key = dice.choice(dice.choice((places(found), [p for p in places(found) if len(p[0]) < 20])))
+        holder, key = dice.choice(
+            dice.choice((places(found), [p for p in places(found) if len(p[0]) < 20] or places(found)))
+        )
         how = dice.randrange(5)
         if how == 0:
             del holder[key]
@@ -425,7 +429,7 @@ def mutated(found: Any, dice: random.Random) -> str:
     if how == 0:
         text = text[: dice.randrange(len(text))]
     elif how == 1:
-        at = text.index(":", dice.randrange(len(text) // 2)) + 1
+        at = text.find(":", dice.randrange(len(text) // 2 + 1)) + 1
         text = text[:at] + dice.choice(("[", '{"a":')) * dice.choice((100, 100_000)) + text[at:]
     elif how == 2:
         at = dice.randrange(len(text))
@@ -908,7 +912,12 @@ def as_measured(op: str, without: tuple[str, ...]) -> dict[str, Any]:
             if any(o.name == c.base and o.dtype == c.dtype for o in there):
                 ratio["base"] = 0.5
             sizes = {**problem.sizes, **c.sizes}
-            named = {"model": problem.model, "layer": problem.layer, "who": c.who, "backend": c.backend}
+            named: dict[str, Any] = {
+                "model": problem.model,
+                "layer": problem.layer,
+                "who": c.who,
+                "backend": c.backend,
+            }
             rows.append(row(c.name, c.dtype, sizes=sizes, ratio=ratio, in_cache=False, **named))
     overhead = {name: 1.0 + at for at, name in enumerate(SUITES[op].overhead())}
     limits = {"bytes_per_s": 9e10, "flop_per_s": dict.fromkeys(("float32", "bfloat16"), 1e12)}

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from .._sources import source_folder
-from ..json_files import JsonError, read_json
+from ..json_files import JsonError, brief, read_json
 
 log = logging.getLogger("bitfuse")
 
@@ -79,6 +79,7 @@ def _damage(folder: Path, said: Any) -> str | None:
         return f"{MANIFEST} has no sizes and hashes of its files: compile again"
     for name, facts in said.items():
         file = folder / name
+        name = name if name.isprintable() and len(name) <= 200 else brief(name)
         try:
             # the size first: it tells most copies that were cut, at once
             size = file.stat().st_size if file.is_file() else None
@@ -147,7 +148,7 @@ def read_manifest(folder: Path, name: str = "folder") -> dict[str, Any]:
         raise ValueError(f"{name}: {file} {why}: compile again") from None
     if not isinstance(found, dict) or found.get("layout") != LAYOUT:
         said = found.get("layout") if isinstance(found, dict) else None
-        raise ValueError(f"{name}: {file} has layout {said!r}, expected {LAYOUT}: compile again")
+        raise ValueError(f"{name}: {file} has layout {brief(said)}, expected {LAYOUT}: compile again")
     archs = found.get("archs")
     parts = [found.get("cuda"), found.get("triton")]
     if not isinstance(archs, list) or not all(p is None or isinstance(p, dict) for p in parts):
@@ -155,14 +156,20 @@ def read_manifest(folder: Path, name: str = "folder") -> dict[str, Any]:
     return found
 
 
+def _word(said: dict[str, Any], name: str) -> str:
+    """What a manifest says, as far as it is a word of ordinary length."""
+    word = said.get(name)
+    return word if isinstance(word, str) and len(word) <= 40 and word.isprintable() else brief(word)
+
+
 def _cuda_mismatch(said: dict[str, Any]) -> str | None:
     sources = cuda_sources()
     if said.get("abi") != abi():
-        return f"it was made for {said.get('abi')}, this Python takes {abi()}"
+        return f"it was made for {_word(said, 'abi')}, this Python takes {abi()}"
     if not sources:
         return "the C++ sources are not here to compare it with"
     if said.get("sources") != (here := source_hash(sources)):
-        return f"it was made of other C++ sources ({said.get('sources')}, here {here}): compile again"
+        return f"it was made of other C++ sources ({_word(said, 'sources')}, here {here}): compile again"
     return None
 
 
@@ -171,9 +178,9 @@ def _triton_mismatch(said: dict[str, Any]) -> str | None:
     if version is None:
         return "Triton is not installed"
     if said.get("version") != version:
-        return f"it was made by Triton {said.get('version')}, here is {version}: compile again"
+        return f"it was made by Triton {_word(said, 'version')}, here is {version}: compile again"
     if said.get("sources") != (here := source_hash(triton_sources())):
-        return f"it was made of other Triton kernels ({said.get('sources')}, here {here}): compile again"
+        return f"it was made of other Triton kernels ({_word(said, 'sources')}, here {here}): compile again"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from ..json_files import JsonError, read_json
+from ..json_files import JsonError, brief, read_json
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _checked(file: str, found: dict[str, object]) -> Shape:
         found = {"name": path.parent.name if path.stem == "config" else path.stem, **sizes}
     known = {f.name: f for f in fields(Shape) if f.name != "square"}
     if unknown := [name for name in found if name not in known]:
-        raise ValueError(f"shapes: {file} has {unknown[0]!r}, expected {', '.join(known)}")
+        raise ValueError(f"shapes: {file} has {brief(unknown[0])}, expected {', '.join(known)}")
     found = {"name": Path(file).stem, **found}
     for name, f in known.items():
         value = found.get(name)
@@ -118,7 +118,7 @@ def _checked(file: str, found: dict[str, object]) -> Shape:
             right = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 24
             wanted = "a number from 1 to 2^24"
         if not right:
-            said = "is missing" if value is None and f.default is MISSING else f"is {value!r}"
+            said = "is missing" if value is None and f.default is MISSING else f"is {brief(value)}"
             raise ValueError(f"shapes: {file}: {name} {said}, expected {wanted}")
     shape = Shape(**{k: v for k, v in found.items() if v is not None})  # type: ignore[arg-type]
     if shape.heads % shape.kv_heads:
