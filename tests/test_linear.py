@@ -144,6 +144,26 @@ def test_replicas_of_data_parallel(options: dict[str, Any] | None) -> None:
                     assert torch.equal(again.dequantize(), layer.weight.dequantize())
 
 
+def test_every_layer_has_replicas() -> None:
+    """A new layer of bitfuse.nn belongs in this list."""
+    layers: dict[str, Any] = {
+        "Linear": make(),
+        "LoRALinear": LoRALinear(make(), 4),
+        "IA3Linear": IA3Linear(make(), feedforward=True),
+        "BottleneckAdapter": bitfuse.nn.BottleneckAdapter(128, 8),
+        "MultiheadAttention": bitfuse.nn.MultiheadAttention(128, 4),
+    }
+    parts = {"AdapterLinear", "IA3Adapter", "LoRAAdapter", "Merged"}  # none of these is called
+    assert layers.keys() | parts == set(bitfuse.nn.__all__)
+    x = torch.randn(5, 2, 128)
+    for name, layer in layers.items():
+        args = (x, x, x) if name == "MultiheadAttention" else (x,)
+        first, *_ = expected if isinstance(expected := layer(*args), tuple) else (expected,)
+        for replica in replicas(layer):
+            got = replica(*args)
+            assert torch.equal(got[0] if isinstance(got, tuple) else got, first), name
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[Any]:
     """A mesh of this process alone."""
