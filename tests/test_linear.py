@@ -109,6 +109,22 @@ def test_nested_tensors_and_tensors_of_other_classes() -> None:
             torch.testing.assert_close((two.a, two.b), (layer(rows[0]), layer(rows[0] + 1)))
 
 
+@pytest.mark.parametrize("options", ALL, ids=name_of)
+def test_a_loop_that_widens_parameters_leaves_states_alone(options: dict[str, Any]) -> None:
+    """As PEFT's prepare_model_for_kbit_training does."""
+    layer = make(**options)
+    widened, x = copy.deepcopy(layer), torch.randn(3, 128)
+    for p in widened.parameters():
+        if p.dtype in (torch.float16, torch.bfloat16):
+            p.data = p.data.float()
+    assert torch.equal(widened(x), layer(x))
+    state = widened.state_dict()
+    assert all(torch.equal(state[k], t) and state[k].dtype == t.dtype for k, t in layer.state_dict().items())
+    for target in (layer, widened):
+        target.load_state_dict(state)
+        assert torch.equal(target(x), layer(x))
+
+
 def test_the_input_has_torchs_name() -> None:
     x = torch.randn(3, 128)
     for layer in (make(), LoRALinear(make(), 4), IA3Linear(make())):

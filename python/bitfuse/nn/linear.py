@@ -238,6 +238,13 @@ class Linear(torch.nn.Linear):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Nothing to set: `_load_from_state_dict` has found the format to be this layer's."""
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        scales, dtype = destination[prefix + "scales"], self.format.scale_dtype
+        # widened by a loop over all parameters (PEFT's prepare_model_for_kbit_training): back, which is exact
+        if scales.is_floating_point() and scales.dtype.itemsize > dtype.itemsize:
+            destination[prefix + "scales"] = scales.to(dtype)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         present = [name for name in _TENSORS if prefix + name in state_dict]
         scales = state_dict.get(prefix + "scales")
@@ -273,7 +280,8 @@ class Linear(torch.nn.Linear):
                 f"the state has {prefix}{extra_names[0]}, which this layer ({self.format}) has no place for"
             )
         scales, own_scales = tensors["scales"], self._tensors()["scales"]
-        if isinstance(scales, torch.Tensor) and scales.dtype != own_scales.dtype:  # copying would round them
+        own_dtypes = (own_scales.dtype, self.format.scale_dtype)
+        if isinstance(scales, torch.Tensor) and scales.dtype not in own_dtypes:  # copying would round them
             raise ValueError(
                 f"{prefix}scales has dtype {scales.dtype}, expected the layer's {own_scales.dtype}"
             )
