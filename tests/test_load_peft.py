@@ -223,11 +223,39 @@ def test_an_output_embedding_as_peft_saves_it(tied: bool, tmp_path: Path) -> Non
     tensors = load_file(tmp_path / WEIGHTS)
     tensors[key] = tensors[key].flip(0).contiguous()
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    for model in (copy.deepcopy(base), few_bit):
-        before = snapshot(model)
-        with pytest.raises(ValueError, match=r"is not the model's own lm_head\.weight"):
-            load_peft_(model, tmp_path, "other")
-        assert same(snapshot(model), before)
+    before = snapshot(few_bit)
+    with pytest.raises(ValueError, match=r"is not the model's own lm_head\.weight"):
+        load_peft_(few_bit, tmp_path, "other")
+    assert same(snapshot(few_bit), before)
+    # over other rows, as after a resized vocabulary: the adapter has a base of its own
+    other: Any = copy.deepcopy(base)
+    load_peft_(other, tmp_path)
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.base_layer.weight = torch.nn.Parameter(tensors[key])
+    want = theirs(IDS).logits
+    torch.testing.assert_close(other(IDS).logits, want, rtol=1e-4, atol=1e-5)
+    save_peft(other, tmp_path / "again")
+    again = copy.deepcopy(base)
+    load_peft_(again, tmp_path / "again")
+    assert torch.equal(again(IDS).logits, other(IDS).logits)
+    with pytest.raises(ValueError, match="have brought a base weight of their own"):
+        add_lora_(again, "lm_head", 2, adapter_name="second")
+    load_peft_(again, tmp_path)  # over itself
+    again.tie_weights()
+    torch.testing.assert_close(again(IDS).logits, want, rtol=1e-4, atol=1e-5)
+    again.save_pretrained(tmp_path / "whole")
+    with disable_adapters(again):
+        assert torch.equal(again(IDS).logits, base(IDS).logits)
+    merged = copy.deepcopy(again)
+    merge_adapters_(merged)
+    remove_adapters_(merged)
+    torch.testing.assert_close(merged(IDS).logits, want, rtol=1e-4, atol=1e-5)
+    single = copy.deepcopy(again)
+    remove_adapters_(single, "default")
+    remove_adapters_(again)
+    for model in (single, again):
+        assert torch.equal(model(IDS).logits, base(IDS).logits)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
 
 
 @pytest.mark.parametrize("tied", [False, True])

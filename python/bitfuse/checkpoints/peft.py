@@ -86,7 +86,8 @@ def load_peft_(
 ) -> AdapterReport:
     """Put an adapter that PEFT saved (LoRA with rsLoRA, DoRA, rank and alpha patterns; IA3) into a model, in
     place. What its `modules_to_save` hold (a head), and embeddings that were resized, become its own copies
-    of those modules, in use while the adapter is active.
+    of those modules, in use while the adapter is active; so does an adapted output embedding with other rows
+    than the model's.
 
     Everything is read and checked before the model is touched. A model that has an adapter of this name, of
     the same kind on the same layers, gets its content swapped in place (see `LoRALinear.load_adapter_`);
@@ -119,7 +120,7 @@ def load_peft_(
         rest = {k: t for k, t in tensors.items() if k not in replaced and k not in bases}
         found = _by_layer(rest, config, kind)
         chosen = _check_layers(model, layers, found, config, kind, whole)
-        _check_bases(chosen, bases)
+        own_bases = _own_bases(chosen, bases)
         copies = _copies(layers, whole, tensors, config.get("modules_to_save") or [])
     except (TypeError, ValueError) as why:
         raise ValueError(f"{folder}: {why}") from None
@@ -162,6 +163,9 @@ def load_peft_(
         report = wrap_(model, chosen, {}, adapter_name, make, add, trainable)
     finally:
         torch.set_rng_state(state)
+    layers_now = adapted_layers(model)
+    for name, base in own_bases.items():
+        layers_now[name].take_base(base)
     return _put_copies_(model, copies, report, trainable)
 
 
@@ -268,13 +272,20 @@ def _put_copies_(
     return report
 
 
-def _check_bases(chosen: Mapping[str, torch.nn.Module], bases: Mapping[str, torch.Tensor]) -> None:
-    """ValueError where the file holds another base weight than the model: PEFT writes that of an output
-    embedding beside its adapter."""
+def _own_bases(
+    chosen: Mapping[str, torch.nn.Module], bases: Mapping[str, torch.Tensor]
+) -> dict[str, torch.nn.Linear]:
+    """Base layers that the adapter brings, where they are not the model's: PEFT writes that of an output
+    embedding beside its adapter, which has other rows when it was resized."""
+    made: dict[str, torch.nn.Linear] = {}
+    for name, module in chosen.items():
+        brought = isinstance(module, AdapterLinear) and module.without_adapters is not module.base_layer
+        if brought and f"{_PREFIX}{name}.base_layer.weight" not in bases:
+            raise ValueError(f"{name} has a base weight that its adapter brought, and the file has none")
     for at, t in bases.items():
         name, _, key = at.removeprefix(_PREFIX).rpartition(".base_layer.")
-        layer = chosen.get(name)
-        layer = layer.base_layer if isinstance(layer, AdapterLinear) else layer
+        found = chosen.get(name)
+        layer = found.base_layer if isinstance(found, AdapterLinear) else found
         if not at.startswith(_PREFIX) or layer is None or key not in ("weight", "bias"):
             raise ValueError(f"{WEIGHTS} holds {at!r}, which is no tensor of an adapter on a linear layer")
         own: Any = getattr(layer, key)
@@ -289,11 +300,16 @@ def _check_bases(chosen: Mapping[str, torch.nn.Module], bases: Mapping[str, torc
             )
         else:
             other = not _is_own(own, t)
-        if other:
+        if other and type(found) is torch.nn.Linear:
+            made.setdefault(name, copy.deepcopy(found))
+            with torch.no_grad():
+                getattr(made[name], key).copy_(t)
+        elif other:
             raise ValueError(
-                f"{at} is not the model's own {name}.{key}: the adapter was trained over another one, which "
-                f"you may copy into {name} before you load it"
+                f"{at} is not the model's own {name}.{key}, which is quantised, adapted or a Conv1D: the "
+                "adapter was trained over another one"
             )
+    return made
 
 
 def _fill_(layer: AdapterLinear, adapter_name: str, one: _Found, config: Mapping[str, Any]) -> None:
@@ -627,6 +643,9 @@ def save_peft(
         config |= _lora_config(lora, adapter_name)
         for name, layer in lora.items():
             adapter = layer.adapter(adapter_name)
+            if layer.without_adapters is not layer.base_layer:
+                assert isinstance(layer.base_layer.weight, torch.Tensor)
+                tensors[f"{_PREFIX}{name}.base_layer.weight"] = layer.base_layer.weight
             own = (adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector)
             for suffix, t in zip(_SUFFIXES["LORA"], own, strict=True):
                 if t is not None:

@@ -119,9 +119,11 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
 
     base_layer: torch.nn.Linear | Linear
     merged_layer: torch.nn.Linear | Linear | None
+    original_layer: torch.nn.Linear | Linear | None
     # transformers asks each module: what may be tied to an embedding, and is then saved once
     _tied_weights_keys: ClassVar[dict[str, str]] = {
-        f"base_layer.{name}": f"base_layer.{name}" for name in ("weight", "bias")
+        key: key
+        for key in ("base_layer.weight", "base_layer.bias", "original_layer.weight", "original_layer.bias")
     }
 
     def __init__(self, base: torch.nn.Linear | Linear) -> None:
@@ -133,6 +135,7 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
         self.__dict__["_conv1d"] = base if is_conv1d(base) else None
         self.adapters = torch.nn.ModuleDict()
         self.register_module("merged_layer", None)
+        self.register_module("original_layer", None)
         self.active_adapters: tuple[str, ...] = ()
         self.merged_adapters: tuple[str, ...] = ()
         self.enabled = True
@@ -154,9 +157,21 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias") and isinstance(value, torch.Tensor):  # is tied anew
-            setattr(self.base_layer, name, value)
+            setattr(self.without_adapters, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def without_adapters(self) -> torch.nn.Linear | Linear:
+        """The layer that this one is without adapters: the base, unless the adapter has brought its own."""
+        original: Any = self._modules.get("original_layer")  # layers pickled by version 0.1 have none
+        return self.base_layer if original is None else original
+
+    def take_base(self, base: torch.nn.Linear) -> None:
+        """Let the layer's one adapter have a base of its own, as PEFT's file of a resized output embedding
+        has; the layer's is what the adapter leaves behind."""
+        self.original_layer = self.base_layer
+        self.base_layer = base.requires_grad_(False).train(self.training)
 
     def _place(self) -> torch.device:
         return next(self.base_layer.parameters()).device
@@ -173,6 +188,8 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
         if check_name(name) in self.adapters:
             raise ValueError(f"adapter_name is {name!r}, which this layer has already")
         self._check_unmerged("add an adapter")
+        if self.without_adapters is not self.base_layer:
+            raise ValueError(f"adapters {list(self.adapters)} have brought a base weight of their own")
 
     def _check_known(self, names: str | Sequence[str]) -> tuple[str, ...]:
         names = (names,) if isinstance(names, str) else tuple(names)
@@ -222,6 +239,8 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
         self._check_unmerged("delete an adapter")
         self._check_known(name)
         del self.adapters[name]
+        self.base_layer = self.without_adapters
+        self.register_module("original_layer", None)
         self.active_adapters = tuple(a for a in self.active_adapters if a != name)
 
     def merge(self, adapters: str | Sequence[str] | None = None) -> Merged:
@@ -294,7 +313,7 @@ class AdapterLinear(torch.nn.Module, abc.ABC):
     def unwrap(self) -> torch.nn.Module:
         """The layer to put in this one's place: the merged one if it is merged, else the base. It takes the
         hooks back."""
-        layer: torch.nn.Module = self.merged_layer or self.base_layer
+        layer: torch.nn.Module = self.merged_layer or self.without_adapters
         if self.over_conv1d and type(layer) is torch.nn.Linear:
             layer = _give_conv1d_back(self.__dict__["_conv1d"], layer)
         for name in (*HOOKS, "_is_full_backward_hook"):

@@ -102,7 +102,7 @@ class IA3Linear(AdapterLinear):
             return on_rows(self.forward, input)
         x = input
         if not self.enabled or not self.active_adapters:
-            return self.base_layer.forward(x)
+            return self.without_adapters.forward(x)
         if self.merged_layer is not None:
             return self.merged_layer.forward(x)
         product = self._product(self.active_adapters)

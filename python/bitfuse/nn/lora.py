@@ -357,7 +357,7 @@ class LoRALinear(AdapterLinear):
         if type(input) is not torch.Tensor and input.is_nested:
             return on_rows(self.forward, input)
         if not self.enabled or not self.active_adapters:
-            return self.base_layer.forward(input)
+            return self.without_adapters.forward(input)
         if self.merged_layer is not None:
             return self.merged_layer.forward(input)
         return adapted_linear(input, self.base_layer, [self._low_rank(name) for name in self.active_adapters])
