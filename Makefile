@@ -34,7 +34,7 @@ test: $(SETUP) $(VENV)/.demo $(VENV)/.test $(VENV)/.built
 OLDEST = $(shell sed -n 's/.*"\(torch\|triton\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml)
 # what the tests of an op import, beside torch and triton
 OP_TESTS = 'numpy>=2' 'typer>=0.12' 'rich>=13' 'tqdm>=4.66' 'jinja2>=3.1' 'safetensors>=0.4' 'pytest>=8' 'pytest-xdist>=3.6'
-OTHER = PYTHONPATH=python $(VENV)-$*/bin/python -m pytest -n 2 --dist worksteal -o cache_dir=$(VENV)-$*/.pytest_cache
+OTHER = PYTHONPATH=$(CURDIR)/python $(VENV)-$*/bin/python -m pytest -n 2 --dist worksteal -o cache_dir=$(VENV)-$*/.pytest_cache
 
 test-oldest: test-%: $(SETUP) $(VENV)/.built
 	test -x $(VENV)-$*/bin/python || python3 -m venv $(VENV)-$*
