@@ -82,6 +82,9 @@ class Build(build_ext):
 
 def packages() -> list[str]:
     """Those below python/, and kernels/ and csrc/, which are installed beside them, with their folders."""
+    for top in ("kernels", "csrc"):
+        if not (ROOT / top).is_dir():
+            raise SystemExit(f"bitfuse: there is no folder {top}/ beside setup.py: the sources are not whole")
     beside = [folder for top in ("kernels", "csrc") for folder in sorted((ROOT / top).glob("**/"))]
     names = [".".join(f.relative_to(ROOT).parts) for f in beside if f.name != "__pycache__"]
     return find_packages("python") + [f"bitfuse.{name}" for name in names]
