@@ -90,8 +90,8 @@ def _legend(run: dict[str, Any]) -> list[str]:
     rates = ", ".join(f"{d} {f / 1e12:.3g} TFLOP/s" for d, f in limits["flop_per_s"].items())
     pinned = ", each on a core of its own" if run["pinned"] else ""
     lines = [
-        f"the most that this machine was seen to do: {limits['bytes_per_s'] / 1e9:.1f} GB/s, {rates}; {run['threads']} "
-        f"thread{'s' * (run['threads'] > 1)}{pinned}",
+        f"the most that this machine was seen to do: {limits['bytes_per_s'] / 1e9:.1f} GB/s, {rates}; "
+        f"{run['threads']} thread{'s' * (run['threads'] > 1)}{pinned}",
         "milliseconds a layer; x: how often it runs while the peer runs once; error: relative, against "
         "float64; peak: bytes that a call takes",
     ]
