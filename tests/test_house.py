@@ -74,7 +74,7 @@ RANK = {
 }
 # the order inside the lowest room
 PEERS = {
-    "tensors": 0,
+    "tensors": -1,
     "json_files": -1,
     "autograd": 0,
     "formats": 0,

@@ -23,6 +23,7 @@ from . import policy
 from .arch.gpus import Gpu, find
 from .autograd import is_dual, no_forward_mode, tracing, transformed
 from .cost import Cost, Rates, as_time, moved
+from .tensors import Unread, has_no_memory
 
 log = logging.getLogger("bitfuse")
 _library = torch.library.Library("bitfuse", "DEF")
@@ -214,6 +215,7 @@ class Op:
             tune` has measured.
         rows: the leading dimensions of the first argument are rows that have nothing to do with each other:
             `torch.vmap` then adds one more, and else calls the op for each entry.
+        writes: of the same arguments, the tensors that a call writes to.
         plain: the op is plain torch on every device by design, such as a few matmuls that torch already does
             well: the reference serves it, whichever backend is asked for, without a warning.
     """
@@ -228,6 +230,7 @@ class Op:
         flatten: Callable[..., tuple[Any, ...]] | None = None,
         unflatten: Callable[..., tuple[Any, ...]] | None = None,
         plain: bool = False,
+        writes: Callable[..., tuple[torch.Tensor | None, ...]] | None = None,
         cost: Callable[..., Cost] | None = None,
         kind: Callable[..., tuple[Any, ...]] | None = None,
         rows: bool = False,
@@ -242,6 +245,9 @@ class Op:
         self.fake = fake
         last = Backend("reference", ("cpu", "cuda"), lambda *args: None, _without_autocast(reference))
         self.backends = (*backends, last)
+        self._writes = writes
+        if writes is not None:
+            self._serve = self._serve_writing  # type: ignore[method-assign]
         self._order: dict[torch.device, tuple[Backend, ...]] = {}
         self._kind = kind
         # by device that has measurements, the fastest backend of a kind of call, or None
@@ -269,11 +275,20 @@ class Op:
             self._refuse_tangents(args)
         try:
             return self._serve(*args)
-        except (RuntimeError, ValueError):
-            leaves = pytree.tree_leaves(args)
-            if any(map(_dispatches, leaves)):  # its class says what an op does of it, or that it can't
-                return self._torch(*(args if self._flatten is None else self._flatten(*args)))
-            if not any(map(_batched, leaves)):
+        except Unread:
+            return self._dispatched(args)
+        except (TypeError, ValueError):  # an address of 0, perhaps; else the check has said what is wrong
+            if not any(map(_dispatches, self._tensors(args, []))):
+                raise
+            return self._dispatched(args)
+        except (AttributeError, LookupError, ArithmeticError, RuntimeError):
+            wrong: list[str] = []
+            tensors = self._tensors(args, wrong)
+            if any(map(_dispatches, tensors)):  # its class says what an op does of it, or that it can't
+                return self._dispatched(args)
+            if not any(map(_batched, tensors)):
+                if wrong:
+                    raise TypeError(wrong[0]) from None
                 raise
         return self._mapped_gradients(
             args
@@ -341,6 +356,46 @@ class Op:
         if any(map(is_dual, pytree.tree_leaves(args))):
             raise no_forward_mode(self.name)
 
+    def _tensors(self, args: tuple[Any, ...], wrong: list[str]) -> list[torch.Tensor]:
+        """All tensors of a call; to `wrong` is added what is none, or has a layout that native code does not
+        read."""
+        found: list[torch.Tensor] = []
+        try:
+            flat = args if self._flatten is None else self._flatten(*args)
+        except Exception:
+            return found
+        for argument, value in zip(self._torch._schema.arguments, flat, strict=False):
+            kind = str(argument.type)
+            if "Tensor" not in kind:
+                continue
+            for t in value if "List" in kind and isinstance(value, (tuple, list)) else (value,):
+                if isinstance(t, torch.Tensor):
+                    found.append(t)
+                    if t.layout is not torch.strided or t.is_nested:
+                        what = "is nested" if t.is_nested else f"has layout {t.layout}"
+                        wrong.append(f"{argument.name} {what}, expected a strided tensor")
+                elif t is not None:
+                    wrong.append(f"{argument.name} is a {type(t).__name__}, expected a tensor")
+                elif "Optional" not in kind:
+                    wrong.append(f"{argument.name} is missing, expected a tensor")
+        return found
+
+    def _dispatched(self, args: tuple[Any, ...]) -> Any:
+        """A call with tensors that native code can't read: with the sign of negated views in their memory,
+        through torch's dispatcher, which asks subclasses."""
+        if self._writes is not None:
+            held = [t for t in self._tensors(args, []) if has_no_memory(t)]
+            for t in self._writes(*args):
+                if t is not None and t.is_neg():
+                    raise ValueError(f"{self.name} can't write to a negated view, of shape {list(t.shape)}")
+                if t is not None and held and not has_no_memory(t):
+                    raise TypeError(
+                        f"{self.name} writes to a plain tensor, and is given a {type(held[0]).__name__} of "
+                        f"shape {list(held[0].shape)}, expected both of one kind"
+                    )
+        flat = args if self._flatten is None else self._flatten(*args)
+        return self._torch(*(_resolved(value) for value in flat))
+
     def _serve(self, *args: Any) -> Any:
         self.check(*args)
         if _ENVIRONMENT or _asked.get() is not None:
@@ -355,6 +410,22 @@ class Op:
                     self._tell(device.type, args)
                 return backend.run(*args)
         raise AssertionError("the reference serves every call")
+
+    def _serve_writing(self, *args: Any) -> Any:
+        """`_serve`, and what autograd must know of a write in place, as of torch's own ops."""
+        assert self._writes is not None
+        written = [t for t in self._writes(*args) if t is not None and not t.is_inference()]
+        if torch.is_grad_enabled():
+            for t in written:
+                if t.requires_grad:
+                    raise RuntimeError(
+                        f"{self.name} writes in place to {'a leaf' if t.is_leaf else 'a tensor'} of shape "
+                        f"{list(t.shape)} that requires grad, and has no gradient for what was there: detach "
+                        "it, or call under torch.no_grad()"
+                    )
+        out = Op._serve(self, *args)
+        torch.autograd.graph.increment_version(written)
+        return out
 
     def _preferring(
         self, device: torch.device, order: tuple[Backend, ...], args: tuple[Any, ...]
@@ -458,6 +529,12 @@ def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
             return reference(*args)
 
     return run
+
+
+def _resolved(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_resolved(v) for v in value]
+    return value.resolve_neg() if isinstance(value, torch.Tensor) else value
 
 
 def _first(args: tuple[Any, ...]) -> torch.Tensor:

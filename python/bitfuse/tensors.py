@@ -1,4 +1,4 @@
-"""Tensors that are the same whoever makes them; their rows."""
+"""Tensors that are the same whoever makes them; those that native code can read; their rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._C import DisableTorchFunction, _len_torch_dispatch_stack
+from torch._C import DisableTorchFunction, _disabled_torch_dispatch_impl, _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
@@ -51,6 +51,32 @@ def table(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
     found.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
     return found
+
+
+class Unread(TypeError):
+    """A tensor that native code can't read by its address. torch's dispatcher knows what to do with it."""
+
+
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # of two types that surely have memory
+
+
+def check_read(name: str, t: torch.Tensor) -> None:
+    """Raise TypeError for a sparse tensor, and `Unread` for a negated view (`torch.Tensor.is_neg`), whose
+    memory has the other sign, and for a subclass that holds other tensors and has no memory of its own."""
+    if is_compiling():
+        return
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {t.layout}, expected a strided tensor")
+    if t.is_neg():
+        raise Unread(f"{name} is a negated view, expected {name}.resolve_neg()")
+    if type(t) not in PLAIN and has_no_memory(t):
+        raise Unread(f"{name} is a {type(t).__name__} without memory of its own, expected a torch.Tensor")
+
+
+def has_no_memory(t: torch.Tensor) -> bool:
+    """Of a subclass, outside of modes, which may have fake ones."""
+    dispatches = getattr(type(t), "__torch_dispatch__", None) is not _disabled_torch_dispatch_impl
+    return dispatches and not (_len_torch_dispatch_stack() or t.is_meta or t.data_ptr()) and t.numel() > 0
 
 
 def as_rows(t: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from .formats import (
 )
 from .packing import pack, packed_width, unpack
 from .stand_in import StandIn
+from .tensors import check_read
 
 # weights that are quantised or read back at once: bounds the float32 temporaries to some 64 MiB
 CHUNK = 1 << 22
@@ -114,7 +115,7 @@ class LowBitWeight(StandIn):
             raise ValueError(f"format {self.format.name!r} is not registered: see bitfuse.register_format")
         check_scale_dtype(self.format, self.format.scale_dtype)
         for name, dtypes, shape in self.expected(self.format, self.shape):
-            check_tensor(name, getattr(self, name), dtypes, shape, self.qweight.device, "qweight")
+            check_tensor(name, getattr(self, name), dtypes, shape, self.qweight.device, "qweight", False)
         if self.perm is not None:
             check_perm(self.perm, self.g_idx, self.shape[1])
         if self.g_idx is not None:
@@ -331,9 +332,10 @@ def check_tensor(
     shape: tuple[int, ...],
     device: torch.device,
     beside: str = "",
+    read: bool = True,
 ) -> None:
     """Raise TypeError or ValueError for what is no tensor of one of the dtypes, of the shape and on the
-    device, where `beside` names another argument that is."""
+    device, where `beside` names another argument that is; `Unread` unless it is not for native code yet."""
     if not isinstance(t, torch.Tensor):
         found = "missing" if t is None else f"a {type(t).__name__}"
         raise TypeError(f"{name} is {found}, expected a tensor {list(shape)}")
@@ -344,6 +346,8 @@ def check_tensor(
     if t.device != device:
         where = f", where {beside} is" if beside else ""
         raise ValueError(f"{name} is on {t.device}, expected {device}{where}")
+    if read:
+        check_read(name, t)
 
 
 def check_finite(name: str, t: torch.Tensor) -> None:

@@ -51,6 +51,7 @@ def _check(
         and p.is_contiguous()
         and exp_avg.is_contiguous()
         and exp_avg_sq.is_contiguous()
+        and not grad.is_neg()
     ):
         return  # the usual case, at a third of the cost
     check_tensor("p", p, FLOATS, tuple(p.shape), p.device)
@@ -118,6 +119,7 @@ op = Op(
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     # all but the gradient is read and written; torch's float32 beside the memory's rate costs nothing
+    writes=lambda p, grad, *rest: (p, *rest[:4]),
     cost=lambda p, grad, *rest: Cost(moved(grad) + 2 * moved(p, *rest), 0, p.dtype),
 )
 

@@ -58,6 +58,11 @@ def unflatten_cache(flat: tuple[Any, ...]) -> tuple[CacheTensors, torch.Tensor, 
     return CacheTensors(*flat[:_CACHE]), flat[_CACHE], Rotary(*flat[rotary:rest]), flat[rest:]
 
 
+def written(cache: CacheTensors) -> tuple[torch.Tensor | None, ...]:
+    """The tensors that new tokens are written to."""
+    return cache[:2] if cache.k_tail is None else cache[:8]
+
+
 def check_new(k: torch.Tensor, v: torch.Tensor, cache: CacheTensors, batch: int, tokens: int) -> None:
     """Raise TypeError or ValueError for new keys and values that the cache has no place for."""
     kv_heads = cache.k.shape[2]
@@ -66,9 +71,9 @@ def check_new(k: torch.Tensor, v: torch.Tensor, cache: CacheTensors, batch: int,
         return
     dtypes = FLOATS if cache.format == "fp8" else ((cache.k if cache.k_tail is None else cache.k_tail).dtype,)
     shape = (batch, tokens, kv_heads)
-    if k.shape != (*shape, dim) or k.dtype not in dtypes or k.device != cache.k.device:
+    if k.shape != (*shape, dim) or k.dtype not in dtypes or k.device != cache.k.device or k.is_neg():
         check_tensor("k", k, dtypes, (*shape, dim), cache.k.device)
-    if v.shape != (*shape, dim_v) or v.dtype is not k.dtype or v.device != cache.k.device:
+    if v.shape != (*shape, dim_v) or v.dtype is not k.dtype or v.device != cache.k.device or v.is_neg():
         check_tensor("v", v, (k.dtype,), (*shape, dim_v), cache.k.device)
 
 
@@ -127,6 +132,7 @@ append_kv_op = Op(
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     cost=lambda k, v, *rest: Cost(2 * moved(k, v), 0, k.dtype),
+    writes=lambda k, v, cache, *rest: written(cache),
     flatten=lambda k, v, cache, cache_seqlens, rotary: (k, v, *cache, cache_seqlens, *rotary),
     unflatten=_unflatten,
 )

@@ -24,6 +24,7 @@ from ..kernels import attention as triton
 from ..kernels import attention_backward as triton_backward
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
+from ..tensors import check_read
 from ..weight import check_frozen, check_tensor
 from .lowbit_linear import FLOATS
 
@@ -277,6 +278,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) 
     dims = 3 if packed else 4
     if q.dtype not in FLOATS:
         raise TypeError(f"q has dtype {q.dtype}, expected {' or '.join(map(str, FLOATS))}")
+    check_read("q", q)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != dims:
             layout = "[total, heads, head_dim]" if packed else "[batch, seq, heads, head_dim]"
@@ -661,6 +663,8 @@ def _check_tensors(q: object, k: object, v: object) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+        if t.dim() < 3:
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected [..., heads, head_dim]")
 
 
 def varlen_attention(
@@ -732,6 +736,7 @@ def varlen_attention(
             raise TypeError(f"max_seqlen_{name[-1]} is {longest!r}, expected an int")
         if not t.dim():
             raise ValueError(f"{name[-1]} has shape [], expected [total, heads, head_dim]")
+        check_read(name, cu)
         # a graph and a fake have no values; the CPU's kernel looks again
         if type(cu) is torch.Tensor and not is_compiling() and cu.is_cpu and cu.dim() == 1 and cu.numel():
             lengths = cu.diff()

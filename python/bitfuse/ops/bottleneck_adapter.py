@@ -185,6 +185,9 @@ def bottleneck_adapter(
     for name, t in (("x", x), ("down", down), ("up", up)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+    for name, bias in (("down_bias", down_bias), ("up_bias", up_bias)):
+        if not (bias is None or isinstance(bias, torch.Tensor)):
+            raise TypeError(f"{name} is a {type(bias).__name__}, expected a tensor or None")
     if autocast.is_any_enabled() and (dtype := autocast.dtype_of(x)) is not None:
         # as what torch's layers give, in the autocast dtype, and as its sum with x
         x = autocast.cast(x, torch.promote_types(x.dtype, dtype) if residual else dtype)

@@ -28,6 +28,7 @@ from ..kv_cache import (
 )
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
+from ..tensors import check_read
 from ..weight import check_tensor
 from .append_kv import (
     CACHE_SCHEMA,
@@ -39,6 +40,7 @@ from .append_kv import (
     of_cache,
     turned,
     unflatten_cache,
+    written,
 )
 from .attention import attention_op, default_scale
 from .lowbit_linear import FLOATS
@@ -58,6 +60,7 @@ def _check(
         raise ValueError(f"q has shape {list(q.shape)}, expected [batch, seq, heads, head_dim]")
     if q.dtype not in FLOATS:
         raise TypeError(f"q has dtype {q.dtype}, expected {' or '.join(map(str, FLOATS))}")
+    check_read("q", q)
     batch, queries, heads, dim = q.shape
     device = q.device
     check_cache(cache, batch, q.dtype, device, cache_seqlens)
@@ -234,6 +237,7 @@ decode_attention_op = Op(
     ),
     cost=_cost,
     kind=_kind,
+    writes=lambda q, k, v, cache, *rest: () if k is None else written(cache),
     flatten=_flatten,
     unflatten=_unflatten,
 )

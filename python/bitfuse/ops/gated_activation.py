@@ -18,8 +18,7 @@ from .lowbit_linear import FLOATS
 
 def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
     check_activation(activation)
-    if gate.dtype not in FLOATS:
-        raise TypeError(f"gate has dtype {gate.dtype}, expected {' or '.join(map(str, FLOATS))}")
+    check_tensor("gate", gate, FLOATS, gate.shape, gate.device)
     check_tensor("up", up, (gate.dtype,), gate.shape, gate.device)
 
 

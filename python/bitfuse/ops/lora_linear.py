@@ -34,14 +34,19 @@ MAX_RANK = 512
 
 def _check(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) -> None:
     sizes = x.shape
-    if x.dtype not in FLOATS or not sizes:
+    if x.dtype not in FLOATS or not sizes or x.is_neg():
         check_float(x, "x", sizes[-1] if sizes else 0)
     for p in projections:
         n = _check_projection(p, sizes[-1], x, dropout_p)
-        if p.bias is not None:
-            check_tensor("bias", p.bias, (x.dtype,), (n,), x.device)
-        if p.out_scale is not None:
-            check_tensor("out_scale", p.out_scale, (torch.float32,), (n,), x.device)
+        _check_out(p, n, x)
+
+
+def _check_out(p: LoraArgs, n: int, x: torch.Tensor) -> None:
+    """What is added to and multiplied with the outputs."""
+    if p.bias is not None:
+        check_tensor("bias", p.bias, (x.dtype,), (n,), x.device)
+    if p.out_scale is not None:
+        check_tensor("out_scale", p.out_scale, (torch.float32,), (n,), x.device)
 
 
 def _check_projection(p: LoraArgs, k: int, like: torch.Tensor, dropout_p: float) -> int:
@@ -56,10 +61,11 @@ def _check_projection(p: LoraArgs, k: int, like: torch.Tensor, dropout_p: float)
     rank = p.lora_A.shape[0] if p.lora_A.dim() == 2 else 0
     if rank > MAX_RANK:
         raise ValueError(f"lora_A has shape {list(p.lora_A.shape)}, expected a rank of at most {MAX_RANK}")
-    if p.lora_A.dtype not in FLOATS or p.lora_A.shape != (rank, k) or p.lora_A.device != device:
-        check_tensor("lora_A", p.lora_A, FLOATS, (rank, k), device)
-    if p.lora_B.dtype not in FLOATS or p.lora_B.shape != (n, rank) or p.lora_B.device != device:
-        check_tensor("lora_B", p.lora_B, FLOATS, (n, rank), device)
+    a, b = p.lora_A, p.lora_B
+    if a.dtype not in FLOATS or a.shape != (rank, k) or a.device != device or a.is_neg():
+        check_tensor("lora_A", a, FLOATS, (rank, k), device)
+    if b.dtype not in FLOATS or b.shape != (n, rank) or b.device != device or b.is_neg():
+        check_tensor("lora_B", b, FLOATS, (n, rank), device)
     if p.scale_by is not None:
         check_tensor("scaling", p.scale_by, (torch.float32,), (), device)
     if not 0 <= dropout_p < 1:
@@ -441,6 +447,8 @@ def apply_lora(
             plain = tuple(
                 p if p.out_scale is None else p._replace(out_scale=None, bias=None) for p in projections
             )
+            for p in projections:
+                _check_out(p, p.shape[0], x)
             ys = apply_lora(x, plain, dropout_p)
             return tuple(_scale_out(y, p) for y, p in zip(ys, projections, strict=True))
     return tuple(lora_linear_op(x, projections, dropout_p)[: len(projections)])
@@ -471,6 +479,9 @@ def lora_args(
     for name, t in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+    for name, t in (("bias", bias), ("out_scale", out_scale)):
+        if t is not None and not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
     weight: WeightTensors | torch.Tensor
     perm = None
     if isinstance(w, LowBitWeight):

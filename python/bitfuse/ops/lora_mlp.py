@@ -52,6 +52,9 @@ def _args(
         raise TypeError(f"{name} is a {type(p).__name__}, expected a bitfuse.Projection")
     if (p.lora_A is None) != (p.lora_B is None):
         raise ValueError(f"{name} has only one of lora_A and lora_B, expected both or neither")
+    if not isinstance(p.w, (torch.Tensor, LowBitWeight)) or len(p.w.shape) != 2:
+        found = list(p.w.shape) if hasattr(p.w, "shape") else f"a {type(p.w).__name__}"
+        raise TypeError(f"w of {name} is {found}, expected a matrix or a bitfuse.LowBitWeight")
     n, k = p.w.shape
     lora_A = x.new_empty(0, k) if p.lora_A is None else p.lora_A
     lora_B = x.new_empty(n, 0) if p.lora_B is None else p.lora_B

@@ -17,7 +17,7 @@ from ..kernels import lowbit_linear as triton
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
 from ..stand_in import fused
-from ..tensors import as_rows
+from ..tensors import PLAIN, as_rows, check_read
 from ..weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,12 +25,13 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 def _check(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> None:
     dtype, device, sizes = x.dtype, x.device, x.shape
-    if dtype not in FLOATS or not sizes:
+    if dtype not in FLOATS or not sizes or x.is_neg():
         check_float(x, "x", sizes[-1] if sizes else 0)
     check_weight(weight, sizes[-1], device)
     if bias is not None:
         n = (weight.qweight.shape[0],)
-        if bias.dtype is not dtype or bias.shape != n or bias.device != device:
+        fits = bias.dtype is dtype and bias.shape == n and bias.device == device
+        if not fits or type(bias) not in PLAIN or bias.is_neg():
             check_tensor("bias", bias, (dtype,), n, device, "x")
 
 
@@ -41,6 +42,7 @@ def check_float(x: torch.Tensor, name: str, columns: int) -> None:
         raise ValueError(f"{name} has shape [], expected [..., features]")
     if x.shape[-1] != columns:
         raise ValueError(f"{name} has shape {list(x.shape)}, expected the last dimension to be {columns}")
+    check_read(name, x)
 
 
 def check_weight(weight: WeightTensors, k: int, device: torch.device) -> None:
@@ -283,8 +285,10 @@ def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = 
         TypeError: a dtype that is not listed, w not a LowBitWeight.
         ValueError: sizes that do not fit, tensors on two devices.
     """
-    if not (isinstance(w, LowBitWeight) and isinstance(x, torch.Tensor)):
-        _check_types(x, w)
+    if not (isinstance(w, LowBitWeight) and isinstance(x, torch.Tensor)) or (
+        bias is not None and not isinstance(bias, torch.Tensor)
+    ):
+        _check_types(x, w, bias)
     return apply_lowbit(x, w.op_args, w.perm, bias)
 
 
@@ -299,14 +303,16 @@ def _functional_linear(input: Any, weight: Any, bias: Any = None) -> Any:
 fused[torch.nn.functional.linear] = _functional_linear
 
 
-def _check_types(x: object, w: object) -> None:
+def _check_types(x: object, w: object, bias: object) -> None:
     if not isinstance(w, LowBitWeight):
         raise TypeError(f"w is a {type(w).__name__}, expected a bitfuse.LowBitWeight: see bitfuse.quantize")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
+    if not (bias is None or isinstance(bias, torch.Tensor)):
+        raise TypeError(f"bias is a {type(bias).__name__}, expected a tensor or None")
 
 
 @explains(lowbit_linear)
 def _explain(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = None) -> Explanation:
-    _check_types(x, w)
+    _check_types(x, w, bias)
     return forward_op.explain(x, w.op_args, bias)

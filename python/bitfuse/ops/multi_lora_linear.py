@@ -34,7 +34,7 @@ from ..multi_lora_args import (
 )
 from ..op import Backend, Explanation, Op, explains, together
 from ..policy import bucket
-from ..tensors import as_rows, aside
+from ..tensors import PLAIN, as_rows, aside
 from ..weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
 from .lora_linear import MAX_RANK
 from .lowbit_linear import FLOATS, check_float, forward_op, lowbit_linear_grad_x
@@ -56,7 +56,7 @@ def _check(
 ) -> None:
     dtype, device, sizes, outs = x.dtype, x.device, x.shape, y.shape
     rows = sizes[:-1]
-    if dtype not in FLOATS or not sizes:
+    if dtype not in FLOATS or not sizes or x.is_neg():
         check_float(x, "x", sizes[-1] if sizes else 0)
     if y.dtype is not dtype or not outs or outs[:-1] != rows or y.device != device:
         check_tensor("y", y, (dtype,), (*rows, outs[-1] if outs else 0), device)
@@ -83,9 +83,11 @@ def _check_adapters(x: torch.Tensor, lora_A: Adapters, lora_B: Adapters, n: int)
     if is_stacked(lora_A):
         a, b = lora_A[0], lora_B[0]
         count, rank, columns = a.shape
-        if columns != k or a.dtype not in FLOATS or a.device != device:
+        plain = type(a) in PLAIN and type(b) in PLAIN
+        if columns != k or a.dtype not in FLOATS or a.device != device or not plain or a.is_neg():
             check_tensor("lora_A", a, FLOATS, (count, rank, k), device)
-        if b.shape != (count, n, rank) or b.dtype not in FLOATS or b.device != device:
+        fits = b.shape == (count, n, rank) and b.dtype in FLOATS and b.device == device
+        if not (fits and plain) or b.is_neg():
             check_tensor("lora_B", b, FLOATS, (count, n, rank), device)
         if rank > MAX_RANK:
             raise ValueError(f"lora_A has shape {list(a.shape)}, expected ranks of at most {MAX_RANK}")
@@ -94,7 +96,7 @@ def _check_adapters(x: torch.Tensor, lora_A: Adapters, lora_B: Adapters, n: int)
         return
     # most of a call's time with many adapters: no helpers, and one test of what is nearly always so
     a_dtype, b_dtype = lora_A[0].dtype, lora_B[0].dtype
-    floats = a_dtype in FLOATS and b_dtype in FLOATS
+    floats = a_dtype in FLOATS and b_dtype in FLOATS and {*map(type, lora_A), *map(type, lora_B)} <= PLAIN
     for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
         shape = a.shape
         if (
@@ -114,6 +116,8 @@ def _check_adapters(x: torch.Tensor, lora_A: Adapters, lora_B: Adapters, n: int)
         check_tensor(f"lora_B[{e}]", b, FLOATS, (n, rank), device)
         if rank > MAX_RANK:
             raise ValueError(f"lora_A[{e}] has shape {list(shape)}, expected a rank of at most {MAX_RANK}")
+        if a.dtype is a_dtype and b.dtype is b_dtype:  # of a subclass
+            continue
         raise TypeError(
             f"adapter {e} is in {a.dtype} and {b.dtype}, expected those of adapter 0, {a_dtype} and {b_dtype}"
         )
@@ -195,7 +199,8 @@ def _kind(
     adapter_ids: torch.Tensor,
 ) -> tuple[Any, ...]:
     k = x.shape[-1]
-    return bucket(x.numel() // max(k, 1)), y.shape[-1], k, count_of(lora_A), lora_A[0].shape[-2], x.dtype
+    rank = lora_A[0].shape[-2] if lora_A else 0
+    return bucket(x.numel() // max(k, 1)), y.shape[-1], k, count_of(lora_A), rank, x.dtype
 
 
 multi_lora_add_ = Op(
@@ -211,6 +216,7 @@ multi_lora_add_ = Op(
     ),
     cost=_cost,
     kind=_kind,
+    writes=lambda y, *rest: (y,),
 )
 
 

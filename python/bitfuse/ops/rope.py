@@ -14,7 +14,7 @@ from ..cpu import rope as cpp
 from ..kernels import rope as triton
 from ..kv_cache import Rotary, check_rotary, rotate
 from ..op import Backend, Explanation, Op, explains
-from ..weight import check_frozen
+from ..weight import check_frozen, check_tensor
 from .lowbit_linear import FLOATS
 
 CHECK_PLACES = os.environ.get("BITFUSE_CHECK", "") not in ("", "0")  # on a GPU, where it makes the host wait
@@ -24,8 +24,7 @@ LAST = 2**31 - 1
 def _check(x: torch.Tensor, rotary: Rotary, inverse: bool) -> None:
     if x.dim() != 4:
         raise ValueError(f"x has shape {list(x.shape)}, expected [batch, seq, heads, head_dim]")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x has dtype {x.dtype}, expected {' or '.join(map(str, FLOATS))}")
+    check_tensor("x", x, FLOATS, tuple(x.shape), x.device)
     if rotary.cos is None or rotary.sin is None:
         raise TypeError("cos or sin is missing, expected tensors [positions, rotary_dim / 2]")
     check_rotary(rotary, x.shape[0], x.shape[1], x.shape[3], x.device)

@@ -30,8 +30,7 @@ def _check(
         raise ValueError(
             f"logits has shape {list(logits.shape)}, expected [rows, 1 to {MAX_VOCABULARY} tokens]"
         )
-    if logits.dtype not in FLOATS:
-        raise TypeError(f"logits has dtype {logits.dtype}, expected {' or '.join(map(str, FLOATS))}")
+    check_tensor("logits", logits, FLOATS, tuple(logits.shape), logits.device)
     rows = logits.shape[:1]
     check_tensor("uniforms", uniforms, (torch.float32, torch.float64), rows, logits.device)
     for name, t in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):

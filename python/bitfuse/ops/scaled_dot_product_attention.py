@@ -44,6 +44,8 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
+        if t.layout is not torch.strided:
+            raise TypeError(f"{name} has layout {t.layout}, expected a strided tensor")
         if t.dim() < 2:
             raise RuntimeError(f"{name} has shape {list(t.shape)}, expected [..., heads, seq, head_dim]")
         if t.dtype != query.dtype:
@@ -88,6 +90,11 @@ def _arranged(
         raise TypeError(f"attn_mask is a {type(attn_mask).__name__}, expected a tensor or None")
     query, key, value, attn_mask = autocast.of_matmul(query, key, value, attn_mask)
     _check(query, key, value, dropout_p)
+    if attn_mask is not None:
+        if not isinstance(attn_mask, torch.Tensor):
+            raise TypeError(f"attn_mask is a {type(attn_mask).__name__}, expected a tensor or None")
+        if attn_mask.layout is not torch.strided:
+            raise TypeError(f"attn_mask has layout {attn_mask.layout}, expected a strided tensor")
     # the dimension before the sequence counts as heads, whatever it is to the caller: one batch of them
     q, k, v = (t[(None,) * (4 - t.dim())] if t.dim() < 4 else t for t in (query, key, value))
     heads, k_heads, v_heads = q.shape[-3], k.shape[-3], v.shape[-3]

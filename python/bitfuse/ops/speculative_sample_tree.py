@@ -27,10 +27,7 @@ def _check(
         raise ValueError(
             f"draft_probs has shape {list(draft_probs.shape)}, expected [batch, rows, vocabulary]"
         )
-    if draft_probs.dtype not in FLOATS:
-        raise TypeError(
-            f"draft_probs has dtype {draft_probs.dtype}, expected {' or '.join(map(str, FLOATS))}"
-        )
+    check_tensor("draft_probs", draft_probs, FLOATS, tuple(draft_probs.shape), draft_probs.device)
     batch, rows, vocabulary = draft_probs.shape
     device = draft_probs.device
     if not 1 <= vocabulary <= MAX_VOCABULARY:

@@ -219,8 +219,6 @@ def _update_8bit(p: torch.Tensor, state: dict[str, torch.Tensor], group: dict[st
     )  # fmt: skip
     if dense is not p:
         p.copy_(dense)
-    else:
-        torch.autograd.graph.increment_version(p)
 
 
 def _update_float32(
