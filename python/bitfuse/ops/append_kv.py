@@ -287,15 +287,18 @@ class KVCache:
                 scales = [None if s is None else s.to(k.device) for s in (k_scale, v_scale)]
                 self.tensors = CacheTensors(k, v, scales[0], None, scales[1], None, None, None, table, format)
             else:
-                half: dict[str, Any] = dict(dtype=torch.float16, device=device)
                 of_k = (rows, room // group_size, kv_heads, head_dim)
                 of_v = (rows, room, kv_heads, -(-head_dim_v // channels))
                 k_tail, v_tail = (
                     torch.zeros(batch, 2 * group_size, kv_heads, dim, dtype=dtype, device=device)
                     for dim in (head_dim, head_dim_v)
                 )
-                scales_k, offsets_k = (torch.zeros(of_k, **half) for _ in range(2))
-                scales_v, offsets_v = (torch.zeros(of_v, **half) for _ in range(2))
+                scales_k, offsets_k = (
+                    torch.zeros(of_k, dtype=torch.float16, device=device) for _ in range(2)
+                )
+                scales_v, offsets_v = (
+                    torch.zeros(of_v, dtype=torch.float16, device=device) for _ in range(2)
+                )
                 self.tensors = CacheTensors(
                     k, v, scales_k, offsets_k, scales_v, offsets_v, k_tail, v_tail, table, format, group_size,
                     channels,

@@ -22,7 +22,7 @@ from ..kernels import lora_linear as triton
 from ..lora_args import LoraArgs
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
-from ..tensors import as_rows
+from ..tensors import as_rows, odd
 from ..weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
 from .lowbit_linear import FLOATS, check_float, check_weight
 
@@ -62,9 +62,9 @@ def _check_projection(p: LoraArgs, k: int, like: torch.Tensor, dropout_p: float)
     if rank > MAX_RANK:
         raise ValueError(f"lora_A has shape {list(p.lora_A.shape)}, expected a rank of at most {MAX_RANK}")
     a, b = p.lora_A, p.lora_B
-    if a.dtype not in FLOATS or a.shape != (rank, k) or a.device != device or a.is_neg():
+    if a.dtype not in FLOATS or a.shape != (rank, k) or a.device != device or odd(a):
         check_tensor("lora_A", a, FLOATS, (rank, k), device)
-    if b.dtype not in FLOATS or b.shape != (n, rank) or b.device != device or b.is_neg():
+    if b.dtype not in FLOATS or b.shape != (n, rank) or b.device != device or odd(b):
         check_tensor("lora_B", b, FLOATS, (n, rank), device)
     if p.scale_by is not None:
         check_tensor("scaling", p.scale_by, (torch.float32,), (), device)
