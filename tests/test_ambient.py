@@ -137,7 +137,7 @@ def heads(*shape: int, seed: int = 0) -> torch.Tensor:
 
 X = (ROWS, K)
 QKV = ((1, 6, 4), (1, 7, 2), (1, 7, 2))
-CALLS: dict[str, Callable[[], list[torch.Tensor]]] = {
+CALLS: dict[str, Any] = {
     **{f"quantize-{f}": lambda f=f: parts(bitfuse.quantize(numbers(N, K), f)) for f in FORMATS},
     **{f"dequantize-{f}": lambda f=f: [bitfuse.quantize(numbers(N, K), f).dequantize()] for f in FORMATS},
     "quantize-nested": lambda: parts(bitfuse.quantize(numbers(N, K), "nf4", nested=True)),

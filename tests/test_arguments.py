@@ -331,7 +331,7 @@ def test_attention_of_nothing(batch: int, sq: int, sk: int, backend: str) -> Non
         nothing = 0 * (q.sum() + k.sum() + v.sum()) + torch.zeros(batch, 2, sq, 16)
         plain = sdpa(q, k, v) if sk else nothing
         same_gradients(bitfuse.scaled_dot_product_attention(q, k, v), plain, inputs)
-        turned = [t.transpose(1, 2) for t in (q, k, v)]
+        turned: list[Any] = [t.transpose(1, 2) for t in (q, k, v)]
         same_gradients(bitfuse.attention(*turned).transpose(1, 2), plain, inputs)
         x, other = leaves((batch, sq, 2, 16), (batch, sq, 2, 16))
         cos, sin = randn(4, 8), randn(4, 8)

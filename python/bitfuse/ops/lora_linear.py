@@ -479,9 +479,9 @@ def lora_args(
     for name, t in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
-    for name, t in (("bias", bias), ("out_scale", out_scale)):
-        if t is not None and not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
+    for name, given in (("bias", bias), ("out_scale", out_scale)):
+        if given is not None and not isinstance(given, torch.Tensor):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a tensor or None")
     weight: WeightTensors | torch.Tensor
     perm = None
     if isinstance(w, LowBitWeight):

@@ -435,6 +435,8 @@ def multi_lora_linear(
         few_bit = None if isinstance(weight, torch.Tensor) else weight
         return _MultiLoraLinear.call(x, bias, dense, few_bit, perm, scales, adapter_ids, *a, *b)
     y = _base(x, weight, perm, bias)
+    if y.requires_grad:  # in a trace, which has the op without a gradient
+        y = y.detach()
     multi_lora_add_(y, x, a, b, scales, adapter_ids)
     return y
 
