@@ -185,7 +185,7 @@ CALLS: dict[str, Any] = {
     ),
     **{
         f"bottleneck_adapter-{a}": lambda a=a: learnt(
-            lambda *t: bitfuse.bottleneck_adapter(*t, activation=a),
+            lambda x, d, u, c, b: bitfuse.bottleneck_adapter(x, d, u, c, b, a),
             numbers(*X),
             numbers(R, K),
             numbers(K, R),

@@ -394,6 +394,7 @@ def test_sampling_and_caches_of_nothing(backend: str) -> None:
 
 def test_projections_are_checked() -> None:
     x, p = randn(3, K), bitfuse.Projection(weight(), randn(R, K), randn(N, R))
+    bad: Any
     for name, bad in itertools.product(("w", "lora_A", "lora_B", "bias"), ([1.0], 3.0, "four")):
         with pytest.raises(TypeError, match=name):
             bitfuse.lora_qkv(x, [p, p._replace(**{name: bad})])

@@ -362,10 +362,10 @@ def check_cache(
     bits = BITS.get(cache.format)
     stored = dtype if cache.format == "none" else FP8 if bits is None else torch.uint8
     shape = k.shape
-    if len(shape) != 4 or k.dtype is not stored or k.device != device or shape[2] == 0:
+    if len(shape) != 4 or k.dtype is not stored or k.device != device or shape[2] == 0 or k.is_neg():
         sizes = (*shape[:2], max(1, shape[2]), shape[3]) if len(shape) == 4 else (-1,) * 4
         check_tensor("k_cache", k, (stored,), sizes, device)
-    if v.shape[:-1] != shape[:-1] or v.dtype is not stored or v.device != device:
+    if v.shape[:-1] != shape[:-1] or v.dtype is not stored or v.device != device or v.is_neg():
         check_tensor("v_cache", v, (stored,), (*shape[:-1], v.shape[-1] if v.dim() else 0), device)
     for name, t in (("k_cache", k), ("v_cache", v)):
         if t.stride(-1) != 1 and t.shape[-1] != 1:

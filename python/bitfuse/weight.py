@@ -119,7 +119,7 @@ class LowBitWeight(StandIn):
         if self.perm is not None:
             check_perm(self.perm, self.g_idx, self.shape[1])
         if self.g_idx is not None:
-            check_tensor("g_idx", self.g_idx, (torch.int32,), (self.shape[1],), self.device, "qweight")
+            check_tensor("g_idx", self.g_idx, (torch.int32,), (self.shape[1],), self.device, "qweight", False)
             if self.perm is None:
                 object.__setattr__(self, "perm", column_order(self.g_idx))
         tensors = (self.qweight, self.scales, self.zeros, self.scale_scales, self.scale_offset)
