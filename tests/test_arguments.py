@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bitfuse
@@ -17,6 +17,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 BACKENDS = ("cpp", "reference")
 K, N, R = 64, 16, 4
+
+
+@pytest.fixture(autouse=True)
+def new_tensors_hold_nan() -> Iterator[None]:
+    """What a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)  # torch then fills what it makes
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def randn(*shape: int) -> torch.Tensor:

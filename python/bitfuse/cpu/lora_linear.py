@@ -50,7 +50,8 @@ def run(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) ->
     ys, hs = [], []
     for weight, lora_A, lora_B, scale, scale_by, bias, out_scale, seed in projections:
         n, rank = lora_B.shape
-        h = x.new_empty(rows, rank, dtype=torch.float32)
+        # without outputs the kernel does not write it
+        h = (x.new_empty if n else x.new_zeros)(rows, rank, dtype=torch.float32)
         if scale_by is not None:
             scale *= scale_by.item()
         if not lora_A.is_contiguous():
