@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+NO_WINDOW = (-1, -1)
+
 
 def window_of(window_size: tuple[int, int]) -> tuple[int, int]:
     """(left, right), each -1 or more.

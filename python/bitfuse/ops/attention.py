@@ -14,7 +14,7 @@ import torch
 from torch.compiler import is_compiling
 
 from .. import autocast
-from ..attention_args import AttentionArgs, window_of
+from ..attention_args import NO_WINDOW, AttentionArgs, window_of
 from ..autograd import Function, once, recorded
 from ..cost import Cost, moved
 from ..cpu import attention as cpp
@@ -543,15 +543,14 @@ def _args(
     dropout_p: float,
     seed: int | torch.Tensor | None,
 ) -> AttentionArgs:
-    for name, t in (
-        ("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks), ("prefix_k", prefix_k),
-        ("prefix_v", prefix_v),
-    ):  # fmt: skip
+    prefixed = prefix_k is not None or prefix_v is not None
+    given = (("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks))
+    for name, t in (*given, ("prefix_k", prefix_k), ("prefix_v", prefix_v)) if prefixed else given:
         if not (t is None or isinstance(t, torch.Tensor)):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
     if alibi_slopes is not None:
         check_frozen("alibi_slopes", alibi_slopes)
-    left, right = window_of(window_size)
+    left, right = window_size if window_size == NO_WINDOW else window_of(window_size)
     if causal:
         right = 0
     if dropout_p and not isinstance(seed, torch.Tensor):

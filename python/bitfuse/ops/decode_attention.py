@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import autocast
-from ..attention_args import AttentionArgs, window_of
+from ..attention_args import NO_WINDOW, AttentionArgs, window_of
 from ..autograd import recorded, recording, without_gradient
 from ..cost import Cost, moved
 from ..cpu import decode_attention as cpp
@@ -259,7 +259,7 @@ def _args(
     for name, t in (("tree_mask", tree_mask), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if not (t is None or isinstance(t, torch.Tensor)):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
-    left, right = window_of(window_size)
+    left, right = window_size if window_size == NO_WINDOW else window_of(window_size)
     if causal and tree_mask is None:
         right = 0
     return DecodeArgs(

@@ -149,6 +149,8 @@ def as_rotary(
         TypeError: neither tensors nor None.
         ValueError: positions as `as_positions`; cos or sin require a gradient, which no op gives them.
     """
+    if cos is None and sin is None and positions is None:
+        return Rotary(None, None, None, interleaved)
     for name, t in (("rotary_cos", cos), ("rotary_sin", sin)):
         if t is not None:
             if not isinstance(t, torch.Tensor):
