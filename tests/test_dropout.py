@@ -51,6 +51,21 @@ def test_the_backward_has_the_mask_of_the_forward(
     torch.testing.assert_close((d_v * v).double().sum(), wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_a_region_that_keeps_nothing_is_refused() -> None:
+    region = getattr(torch.autograd.graph, "region_activation_memory_budget", None)
+    if region is None:  # an older torch has none
+        return
+
+    def step(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with region(0.0):
+            return of_attention(x, v.exp())
+
+    x, v = torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 16, requires_grad=True)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="would draw the seed of dropout again in the backward"):
+        torch.compile(step, backend="aot_eager_decomp_partition")(x, v)
+
+
 @pytest.mark.parametrize("drops", (of_attention, of_sdpa, of_lora))
 def test_the_seed_is_of_torch_s_generator(
     drops: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],

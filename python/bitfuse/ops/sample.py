@@ -192,5 +192,7 @@ def _explain(
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
     min_p: float | torch.Tensor = 0.0,
+    *,
+    return_probs: bool = False,
 ) -> Explanation:
     return sample_op.explain(*_arguments(logits, uniforms, temperature, top_k, top_p, min_p))
