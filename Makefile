@@ -36,9 +36,9 @@ OLDEST = $(shell sed -n 's/.*"\(torch\|triton\)>=\([0-9.]*\)".*/\1==\2/p' pyproj
 OP_TESTS = 'numpy>=2' 'typer>=0.12' 'rich>=13' 'tqdm>=4.66' 'jinja2>=3.1' 'safetensors>=0.4' 'pytest>=8' 'pytest-xdist>=3.6'
 OTHER = PYTHONPATH=$(CURDIR)/python $(VENV)-$*/bin/python -m pytest -n 2 --dist worksteal -o cache_dir=$(VENV)-$*/.pytest_cache
 
-test-oldest: test-%: $(SETUP) $(VENV)/.built
+test-oldest: test-%: $(SETUP) $(VENV)/.demo $(VENV)/.test $(VENV)/.built
 	test -x $(VENV)-$*/bin/python || python3 -m venv $(VENV)-$*
-	$(VENV)-$*/bin/python -m pip --disable-pip-version-check -q install $(OLDEST) $(OP_TESTS)
+	$(VENV)-$*/bin/python -m pip --disable-pip-version-check -q install $(OLDEST) $(OP_TESTS) -r $(VENV)/.demo.txt -r $(VENV)/.test.txt
 	$(OTHER) -k 'not triton and not cuda' $(ARGS)
 
 test-cuda-torch: test-%: $(SETUP) $(VENV)/.built
