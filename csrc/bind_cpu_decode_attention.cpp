@@ -128,8 +128,9 @@ Places check_places(KvCache& cache, uintptr_t begins, int64_t queries, int64_t t
     const int64_t begin = from[b], length = begin + tokens;
     if (begin < 0) refuse(at("cache_seqlens", b).c_str(), std::to_string(begin), "0 or more");
     if (tokens > capacity)
-      refuse("new tokens", std::to_string(tokens),
-             "at most " + std::to_string(capacity) + ", what sequence " + std::to_string(b) + " has room for");
+      refuse(
+          "new tokens", std::to_string(tokens),
+          "at most " + std::to_string(capacity) + ", what sequence " + std::to_string(b) + " has room for");
     if (length > capacity || length > INT32_MAX) {
       std::string most = "at most " + std::to_string(capacity - tokens);
       if (tokens)
@@ -147,9 +148,9 @@ Places check_places(KvCache& cache, uintptr_t begins, int64_t queries, int64_t t
         refuse(("block_table[" + std::to_string(b) + ", " + std::to_string(i) + "]").c_str(),
                std::to_string(page),
                "0 to " + std::to_string(cache.pages - 1) +
-                   (page == -1 ? ": sequence " + std::to_string(b) +
-                                     " has no page there, KVCache.allocate gives one"
-                               : ""));
+                   (page == -1
+                        ? ": sequence " + std::to_string(b) + " has no page there, KVCache.allocate gives one"
+                        : ""));
       places.table[size_t(b * cache.max_pages + i)] = page;
     }
   }
