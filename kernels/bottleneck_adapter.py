@@ -17,7 +17,7 @@ import math
 
 import torch
 
-from .gated_activation import CUBE, ROOT, share_and_slope
+from .gated_activation import CUBE, ROOT, value_and_slope
 from .lora_linear import dot_exactly, pieces
 from .lowbit_linear import Device, Plan, _alignment, _device, _handles, _refuse, _rows, jit, tl
 
@@ -52,8 +52,8 @@ def _kernel(
         acc += tl.load(down_bias + rank, mask=there, other=0.0).to(tl.float32)[None, :]
     mask = (m < M)[:, None] & there[None, :]
     tl.store(h + m.to(tl.int64)[:, None] * R + rank[None, :], acc, mask=mask)
-    share, _ = share_and_slope(acc, Activation, Root, Cube, Float == tl.float32)
-    middle = (acc * share).to(Float)
+    middle, _ = value_and_slope(acc, Activation, Root, Cube, Float == tl.float32)
+    middle = middle.to(Float)
     n = tl.arange(0, TileN)
     up_at = up + n.to(tl.int64)[:, None] * R + rank[None, :]
     out_row = out + m.to(tl.int64)[:, None] * N

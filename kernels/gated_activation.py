@@ -5,9 +5,9 @@ each input at a time, computes in float32 and stores as much. Bound by bytes: tw
 written, in the backward three and two; some 30 float32 instructions an element are half of what an H100 has
 time for.
 
-Every activation is z * share(z) with a share between 0 and 1: the logistic function of z (silu) or of 2u with
-u the argument of tanh (gelu_tanh), the normal distribution function (gelu), or the step (relu). The
-derivative is share + z * slope, slope the derivative of share.
+Every activation but relu is z * share(z) with a share between 0 and 1: the logistic function of z (silu) or of
+2u with u the argument of tanh (gelu_tanh), or the normal distribution function (gelu). The derivative is share
++ z * the derivative of share.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ def _normal(z):
 
 
 @jit
-def share_and_slope(
+def value_and_slope(
     z, Activation: tl.constexpr, Root: tl.constexpr, Cube: tl.constexpr, Precise: tl.constexpr
 ):  # fmt: skip
-    """share(z), where the activation is z * share(z), and its derivative, of float32 z."""
+    """The activation of float32 z, and its derivative, which is 0 or 1 far from zero: there the derivative of
+    share is 0, and is multiplied with a z that leaves it so, be it infinite."""
+    near = tl.minimum(tl.maximum(z, -128.0), 128.0)
     if Activation == "silu":
         share, rest = _logistic(z, Precise)
-        slope = share * rest
+        return z * share, share + near * (share * rest)
     elif Activation == "gelu_tanh":
         share, rest = _logistic(2.0 * Root * (z + Cube * z * z * z), Precise)
-        slope = share * rest * (2.0 * Root * (1.0 + 3.0 * Cube * z * z))
+        return z * share, share + near * (share * rest * (2.0 * Root * (1.0 + 3.0 * Cube * near * near)))
     elif Activation == "gelu":
         share = _normal(z)
-        slope = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return z * share, share + near * (0.3989422804014327 * tl.exp(-0.5 * z * z))
     else:
-        share = tl.where(z > 0.0, 1.0, 0.0)
-        slope = tl.zeros(z.shape, tl.float32)
-    return share, slope
+        return tl.where(z <= 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0)
 
 
 _INTEGERS = ["N", "gate_stride", "up_stride", "grad_stride"]
@@ -100,8 +100,8 @@ def _forward_kernel(
     row, n = _place(N, Width)
     z = tl.load(gate + row * gate_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
-    share, _ = share_and_slope(z, Activation, Root, Cube, Precise)
-    tl.store(out + row * N + n, (z * share * u).to(out.dtype.element_ty), mask=n < N)
+    value, _ = value_and_slope(z, Activation, Root, Cube, Precise)
+    tl.store(out + row * N + n, (value * u).to(out.dtype.element_ty), mask=n < N)
 
 
 @jit(do_not_specialize=_INTEGERS)
@@ -115,10 +115,10 @@ def _backward_kernel(
     g = tl.load(grad + row * grad_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
     z = tl.load(gate + row * gate_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
-    share, slope = share_and_slope(z, Activation, Root, Cube, Precise)
+    value, slope = value_and_slope(z, Activation, Root, Cube, Precise)
     dtype = d_gate.dtype.element_ty
-    tl.store(d_gate + row * N + n, (g * u * (share + z * slope)).to(dtype), mask=n < N)
-    tl.store(d_up + row * N + n, (g * z * share).to(dtype), mask=n < N)
+    tl.store(d_gate + row * N + n, (g * u * slope).to(dtype), mask=n < N)
+    tl.store(d_up + row * N + n, (g * value).to(dtype), mask=n < N)
 
 
 WIDTH = 1024

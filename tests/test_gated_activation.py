@@ -62,6 +62,22 @@ def test_views_and_special_values(target: Target) -> None:
         assert got[0] == 3e4 and got[1].isnan() and got[2] == 0 and got[3] == 1e30, (activation, got)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_gates_far_from_zero(target: Target, activation: str) -> None:
+    """Activations and derivatives have their limits, infinite gates too, where torch's value is no NaN."""
+    far = [1e4, 1e13, 1e20, 1e30, 3e38, float("inf")]
+    gate, up = target.place(torch.tensor([*far, *(-x for x in far)]), torch.ones(12))
+    wanted = torch.tensor([*far, *([0.0] * 6)])
+    known = ~activate(gate.cpu().double(), activation).isnan()
+    got = target.run(gated_activation_op, gate, up, activation).cpu()
+    if target.backend != "reference":  # torch's own gelu is inf in float32 where it is 3e38 in float64
+        torch.testing.assert_close(got[known], wanted[known], rtol=0, atol=0)
+    d_gate, d_up = (t.cpu() for t in target.run(gated_activation_backward, up, gate, up, activation))
+    assert d_gate.tolist() == [1.0] * 6 + [0.0] * 6, d_gate
+    torch.testing.assert_close(d_up, got, rtol=0, atol=0, equal_nan=True)
+
+
 def test_derivatives_are_those_of_torch() -> None:
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64, requires_grad=True)
     for activation in ACTIVATIONS:

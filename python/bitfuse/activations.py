@@ -27,14 +27,15 @@ def activate(z: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def derivative(z: torch.Tensor, name: str) -> torch.Tensor:
-    """d activate(z) / dz."""
+    """d activate(z) / dz: 0 or 1 for a z that is large, or infinite."""
+    if name == "relu":
+        return (~(z <= 0)).to(z.dtype)
+    near = z.clamp(-1000, 1000)  # what it is multiplied with is 0 from there on
     if name == "silu":
         s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
-    if name == "relu":
-        return (z > 0).to(z.dtype)
+        return s * (1 + near * (1 - s))
     if name == "gelu":
         density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density
+        return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + near * density
     t = torch.tanh(_TANH_SCALE * (z + _TANH_CUBE * z**3))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBE * z * z)
+    return 0.5 * (1 + t) + 0.5 * near * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBE * near * near)
