@@ -115,11 +115,19 @@ def tanh(x, Cap: tl.constexpr):
 # walk = (base, stride, rel, row, there), a tensor and the places of one tile of it;
 # numbers = (scale, cap, bias_i, bias_j, threshold, inverse) of the call;
 # window = (shift, left, right);
-# Form = (scale > 0, which tanh, bias has rows, bias has columns (0 no, 1 yes, 2 with a stride), q and k are
-# padded, v is padded, logits are natural), constants.
+# Form = (scale > 0 and all keys have a bias or slopes or none has, which tanh, bias has rows, bias has
+# columns (0 no, 1 yes, 2 with a stride), q and k are padded, v is padded, logits are natural), constants.
 #
 # Logits are kept times log2(e), so that a probability is one multiply-add and one ex2; but natural in
 # float32, whose digits lse would lose on its way from one unit to the other.
+#
+# The largest logit of a row must have an exponent of 0, or the row overflows or is lost. In one multiply-add,
+# z scale - largest has what the product of the two was rounded by: 128 where logits are billions. So:
+# - float32, where an instruction more is nothing beside the products: (z - largest) scale, exactly 0.
+# - 16 bits: the multiply-add, since all of a row have one rounding, which is in its sum too and cancels; up
+#   to 2^27 it is 4 at most, 2^4, which float16 holds. Beyond, two neighbouring floats are 8 apart, 2^-8: all
+#   that matters is which logits are the largest, and a row's scale is the power of two above the true one,
+#   whose products are exact.
 
 
 @jit
@@ -177,6 +185,22 @@ def logits(s, numbers, slope, bias, window, i, j, SQ, SK, Form: tl.constexpr):
 
 
 @jit
+def left_scale(numbers, slope, bias, Form: tl.constexpr):
+    """What `logits` leaves to be multiplied with."""
+    if Form[0] and Form[1] == "" and slope is None and bias is None:
+        return numbers[0]
+    else:
+        return 1.0
+
+
+@jit
+def even_scale(top, scale):
+    """For rows whose largest score is `top`: scale, or a power of two where scale would give 2^27 or more."""
+    above = ((scale.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(top * scale) < 134217728.0, scale, above)
+
+
+@jit
 def unseen_hidden(z, i, j, length, window, Edge: tl.constexpr):
     """z, -inf for the keys that are not seen. Edge: "" where all are, "end" where some may be past the end,
     "window" where the window may hide some too."""
@@ -228,17 +252,26 @@ def _step(
     acc, total, top, q, k, v, n, i, column, length, SQ, numbers, slope, bias, window, first, second, seed,
     drawn, Form: tl.constexpr, Edge: tl.constexpr,
 ):  # fmt: skip
-    """Sums, row sums and row maxima with the keys from n on; their dropout columns begin at n + drawn. Edge
-    as `unseen_hidden` has it."""
+    """Sums, row sums and row maxima, of scores, with the keys from n on; their dropout columns begin at n +
+    drawn. Edge as `unseen_hidden` has it."""
     key = tile(k, n, length, Edge != "", Form[4])
     j = n + column[None, :]
     z, _, scale = logits(product(q, key.T), numbers, slope, bias, window, i, j, SQ, length, Form)
     z = unseen_hidden(z, i, j, length, window, Edge)
-    new = tl.maximum(top, tl.max(z, 1) * scale)
+    new = tl.maximum(top, tl.max(z, 1))
     # a row that has seen nothing yet: any finite number, since exp(-inf - it) is 0
     base = tl.where(new == float("-inf"), 0.0, new)
-    p = power(z * scale - base[:, None], Form[6])
-    shrink = power(top - base, Form[6])
+    if Form[6]:
+        p = power((z - base[:, None]) * scale, True)
+        shrink = power((top - base) * scale, True)
+    elif Form[0] and Form[1] == "" and slope is None and bias is None:
+        even = even_scale(base, scale)
+        level = base * even
+        p = tl.exp2(z * even[:, None] - level[:, None])
+        shrink = tl.exp2(top * even_scale(top, scale) - level)  # with the rounding of what it was relative to
+    else:
+        p = tl.exp2(z - base[:, None])
+        shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
         p = tl.where(keep(first, second, j + drawn, numbers[4]), p, 0.0)
@@ -311,11 +344,12 @@ def _forward_kernel(
         own = bias + (wide_b * bias_batch + head * bias_head) * BiasAlign
     numbers = (scale, cap, bias_i.to(tl.int64) * BiasAlign, bias_j, threshold, inverse)
     window = (shift, left, right)
+    left_over = left_scale(numbers, slopes, bias, Form)
     top = tl.full((TileM,), float("-inf"), tl.float32)
     total = tl.zeros((TileM,), tl.float32)
     if sinks is not None:
         sink = in_unit(tl.load(sinks + head), Form[6])
-        top = tl.zeros((TileM,), tl.float32) + sink
+        top = tl.zeros((TileM,), tl.float32) + sink / left_over
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     acc = tl.zeros((TileM, TileDV), tl.float32)
 
@@ -348,6 +382,7 @@ def _forward_kernel(
 
     empty = total == 0.0
     factor = tl.where(empty, 0.0, inverse / total)
+    top *= left_over
     level = top + tl.log(total) if Form[6] else (top + tl.log2(total)) * LN_2
     tl.store(lse + line + i, tl.where(empty, float("-inf"), level), mask=i < sq)
     out += ((place + m) * heads + head) * DimV
@@ -392,6 +427,7 @@ def choose(sq: int, dim: int, float_bytes: int, capability: int, plain: bool) ->
 # the backend
 
 LONGEST = 2**29  # rows of queries or of keys, so that a row plus a window is an int32
+MAX_HEAD_DIM = 256
 FARTHEST = 2**23  # elements between rows, so that those of a tile are an int32 apart
 
 
@@ -407,6 +443,8 @@ class Layout(NamedTuple):
 def layout(t: torch.Tensor) -> Layout:
     """Of [batch, rows, heads, dim], or packed [rows, heads, dim]: a copy where the kernels can't walk it."""
     strides = [s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True)]
+    if not t.numel():  # always contiguous, says torch, whatever its strides; nothing of it is read
+        return Layout(t, 0, 0, 0)
     if (t.shape[-1] > 1 and strides[-1] != 1) or strides[-3] >= FARTHEST:
         return layout(t.contiguous())
     return Layout(t, strides[0] if len(strides) == 4 else 0, strides[-3], strides[-2])
@@ -482,6 +520,10 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs
     longest = max(q.shape[-3], k.shape[-3] + prefix, a.max_seqlen_q, a.max_seqlen_k)
     if longest >= LONGEST:
         return f"{longest} queries or keys are more than 2**29 - 1"
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        return (
+            f"head dims {q.shape[-1]} and {v.shape[-1]} are more than the {MAX_HEAD_DIM} that its tiles hold"
+        )
     if q.shape[-2] * max(q.shape[-1], v.shape[-1]) >= FARTHEST:
         return f"{q.shape[-2]} heads are too many"
     return None
@@ -529,8 +571,9 @@ def problem_of(
         *(None if t is None else t.contiguous() for t in small),
     )  # fmt: skip
     dim, dim_v = q.shape[-1], v.shape[-1]
+    positive = scale > 0 and (a.prefix_k is None or (a.bias is None and a.alibi_slopes is None))
     form = (
-        scale > 0, cap_kind(q.dtype, a.softcap), bias.rows, bias.columns, dim != padded(dim),
+        positive, cap_kind(q.dtype, a.softcap), bias.rows, bias.columns, dim != padded(dim),
         dim_v != padded(dim_v), natural,
     )  # fmt: skip
     constants = (dim, dim_v, align, bias.align, form)

@@ -108,7 +108,8 @@ def _gradient(
     product of grad and v. All that is a row's, lse and delta too, lies as i does."""
     z, squared, scale = logits(s, numbers, slope, bias, window, i, j, SQ, length, Form)
     z = unseen_hidden(z, i, j, length, window, Edge)
-    p = power(z * scale - lse, Form[6])
+    # lse was rounded: of logits in the billions by more than 2 to that power is a number
+    p = power(tl.minimum(z * scale - lse, 0.0, propagate_nan=tl.PropagateNan.ALL), Form[6])
     dropped = p
     if seed is not None:
         kept = keep(first, second, j + drawn, numbers[4])

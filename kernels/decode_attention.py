@@ -35,7 +35,20 @@ from bitfuse.kv_cache import BITS, CacheTensors, DecodeArgs, Rotary
 
 from . import append_kv
 from .append_kv import as_bytes, page_of, page_tokens, slot_of, step, strides_of
-from .attention import LN_2, LONGEST, cap_kind, dot, in_unit, logits, padded, power, product, unseen_hidden
+from .attention import (
+    LN_2,
+    LONGEST,
+    MAX_HEAD_DIM,
+    cap_kind,
+    dot,
+    in_unit,
+    left_scale,
+    logits,
+    padded,
+    power,
+    product,
+    unseen_hidden,
+)
 from .lowbit_linear import BFLOAT, HALF, ROOMY, Device, Plan, _alignment, _decode16, _device, _handles, jit
 from .rope import rotary_numbers, rotary_tensors, turned
 
@@ -350,17 +363,17 @@ def _scores(q, key):
 def _attend(
     acc, total, top, q, key, value, j, seen, length, i, SQ, numbers, slope, window, tree, Form: tl.constexpr
 ):  # fmt: skip
-    """Sums, row sums and row maxima with the keys j [1, TileN], of which `seen` are there."""
+    """Sums, row sums and row maxima, of scores, with the keys j [1, TileN], of which `seen` are there."""
     z, _, scale = logits(_scores(q, key), numbers, slope, None, window, i, j, SQ, length, Form)
     z = tl.where(seen, unseen_hidden(z, i, j, length, window, "window"), float("-inf"))
     if tree is not None:
         own = j - window[0]
         allowed = tl.load(tree + i * SQ + own, mask=(own >= 0) & seen & (i < SQ), other=1)
         z = tl.where(allowed != 0, z, float("-inf"))
-    new = tl.maximum(top, tl.max(z, 1) * scale)
+    new = tl.maximum(top, tl.max(z, 1))
     base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
-    p = power(z * scale - base[:, None], Form[6])
-    shrink = power(top - base, Form[6])
+    p = power((z - base[:, None]) * scale, Form[6])  # the largest's exponent is exactly 0
+    shrink = power((top - base) * scale, Form[6])
     return dot(p.to(value.dtype), value, acc * shrink[:, None]), total * shrink + tl.sum(p, 1), new
 
 
@@ -479,6 +492,8 @@ def _decode_kernel(
             )  # fmt: skip
         if Size != 0:
             acc *= Cache[8]
+            if Form[0] and Form[1] == "" and slopes is None:  # scores of codes are in units of their own
+                top *= Cache[8]
             for t in range(tl.maximum(t_first, codes), t_end):
                 j = late + (t - codes) * TileN + column
                 rows = j < hi
@@ -499,6 +514,7 @@ def _decode_kernel(
         sums_at = sums + piece * TileM * DimV
         mask = inside[:, None] & (d_v < DimV)[None, :]
         tl.store(sums_at + row[:, None] * DimV + d_v[None, :], acc * of_value, mask=mask)
+        top *= left_scale(numbers, slopes, None, Form)
         tl.store(levels + piece * 2 * TileM + row, top, mask=inside)
         tl.store(levels + (piece * 2 + 1) * TileM + row, total, mask=inside)
 
@@ -620,6 +636,9 @@ def supports(
     """None when `run` can serve the call, else the reason."""
     if (reason := append_kv.refused(q.device, cache, q.shape[1] if k is None else k.shape[1])) is not None:
         return reason
+    if max(q.shape[3], cache.head_dim_v) > MAX_HEAD_DIM:
+        dims = f"{q.shape[3]} and {cache.head_dim_v}"
+        return f"head dims {dims} are more than the {MAX_HEAD_DIM} that its tiles hold"
     if max(q.shape[0] * q.shape[1] * q.shape[2], q.shape[1] ** 2) >= 2**31:
         return f"{q.shape[0]} x {q.shape[1]} queries of {q.shape[2]} heads are too many"
     return None

@@ -5,9 +5,9 @@ each input at a time, computes in float32 and stores as much. Bound by bytes: tw
 written, in the backward three and two; some 30 float32 instructions an element are half of what an H100 has
 time for.
 
-Every activation but relu is z * share(z) with a share between 0 and 1: the logistic function of z (silu) or of
-2u with u the argument of tanh (gelu_tanh), or the normal distribution function (gelu). The derivative is share
-+ z * the derivative of share.
+Every activation but relu is z * share(z) with a share between 0 and 1: the logistic function of z (silu) or
+of 2u with u the argument of tanh (gelu_tanh), or the normal distribution function (gelu). The derivative is
+share + z * the derivative of share.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def test_a_last_dimension_that_is_not_dense() -> None:
         (0, (0, -1, 2, 2, 16, 16, 4, 4, 0), "batch is -1"),
         (0, (0, 1, 3, 2, 16, 16, 4, 4, 0), "heads is 3, expected a multiple of 2"),
         (0, (0, 1, 2, 0, 16, 16, 4, 4, 0), "kv_heads is 0"),
-        (0, (0, 1, 2, 2, 257, 16, 4, 4, 0), "dim is 257, expected 1 to 256"),
+        (0, (0, 1, 2, 2, 513, 16, 4, 4, 0), "dim is 513, expected 1 to 512"),
         (0, (0, 1, 2, 2, 16, 0, 4, 4, 0), "dim_v is 0"),
         (0, (0, 1, 2, 2, 16, 16, -4, 4, 0), "rows is -4"),
         (0, (0, 1, 2, 2, 16, 16, 4, 4, 3), "prefix_k is null"),

@@ -560,7 +560,7 @@ def test_refuses(changes: dict[str, Any], error: type[Exception], words: str) ->
 BAD_CACHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(format="int5"), ValueError, "format is 'int5', expected one of 'none'"),
     (dict(dtype=torch.int8), TypeError, "dtype is torch.int8"),
-    (dict(head_dim=300), ValueError, "head_dim is 300, expected 1 to 256"),
+    (dict(head_dim=600), ValueError, "head_dim is 600, expected 1 to 512"),
     (dict(kv_heads=0), ValueError, "kv_heads is 0, expected 1 or more"),
     (dict(format="int4", head_dim=20), ValueError, "head_dim is 20, expected a multiple of 8 for int4"),
     (dict(page_size=12), ValueError, "page_size is 12, expected a power of two"),
@@ -649,7 +649,7 @@ def test_native_code_trusts_no_integer() -> None:
     k = torch.randn(2, 1, 2, 32)
     rows = (k.data_ptr(), *k.stride()[:3])
     for at, value in (
-        (0, 7), (1, 3), (2, -1), (3, -1), (4, 1 << 62), (5, 0), (6, 0), (6, 300), (7, 257), (8, 24), (9, 8),
+        (0, 7), (1, 3), (2, -1), (3, -1), (4, 1 << 62), (5, 0), (6, 0), (6, 600), (7, 513), (8, 24), (9, 8),
         (10, 0), (11, -1), (11, 1 << 62), (13, -8), (15, 1 << 62), (18, 0), (19, 1), (22, 2),
     ):  # fmt: skip
         bad = (*good[:at], value, *good[at + 1 :])

@@ -29,23 +29,23 @@ constexpr int64_t kGroupBytes = 512 << 10;  // of the tiles' panels and outputs
 // What a tile keeps from block to block.
 struct State {
   Lanes lanes;
-  alignas(64) float most[kWidth];  // of the logits so far
-  alignas(64) float sums[kWidth];  // of e^(logit - most)
+  alignas(64) float most[kWidth];  // of the scores so far; logits are `factor` times scores
+  alignas(64) float sums[kWidth];  // of e^(factor (score - most))
   bool begun;                      // the output holds something
 };
 
-// P^T of a block in words, over S^T; adds each row's to sums.
+// P^T of a block in words, over S^T; adds each row's to sums. unit: what a score is in powers of two.
 template <class Dot, int Vecs, bool Dropped>
-void exponentiate(const Scores& scores, const Lanes& lanes, int64_t count, int64_t column, float factor,
+void exponentiate(const Scores& scores, const Lanes& lanes, int64_t count, int64_t column, float unit,
                   const float* shifts, float* s, float* sums) {
   constexpr int kDegree = Dot::kDepth == 2 ? 5 : 6;
   constexpr int kPitch = Vecs * kLanes;
   Vf shift[Vecs], sum[Vecs];
 #pragma GCC unroll 8
-  for (int v = 0; v < Vecs; ++v) shift[v] = sub(zero(), load(shifts + v * kLanes)), sum[v] = zero();
-  const Vf f = set1(factor);
+  for (int v = 0; v < Vecs; ++v) shift[v] = load(shifts + v * kLanes), sum[v] = zero();
+  const Vf f = set1(unit);
   auto one = [&](int64_t j, int v) __attribute__((always_inline)) {
-    Vf p = exponential_of<kDegree>(fma(load(s + j * kPitch + v * kLanes), f, shift[v]));
+    Vf p = exp2_of<kDegree>(mul(sub(load(s + j * kPitch + v * kLanes), shift[v]), f));
     sum[v] = add(sum[v], p);
     if constexpr (Dropped) p = scores.keep(lanes, column + j, v * kLanes, p);
     return p;
@@ -72,10 +72,10 @@ void exponentiate(const Scores& scores, const Lanes& lanes, int64_t count, int64
   for (int v = 0; v < Vecs; ++v) store(sums + v * kLanes, add(load(sums + v * kLanes), sum[v]));
 }
 
-// most = the larger of most and the block's; rescale = e^(most before - most), of what sums holds too;
+// most = the larger of most and the block's; rescale = 2^(unit (most before - most)), of what sums holds too;
 // shifts: most, 0 where nothing was seen yet.
 template <int Vecs>
-void raise(const float* s, int64_t count, float factor, float* most, float* sums, float* rescale,
+void raise(const float* s, int64_t count, float unit, float* most, float* sums, float* rescale,
            float* shifts) {
   constexpr int kPitch = Vecs * kLanes;
   Vf top[Vecs];
@@ -87,9 +87,9 @@ void raise(const float* s, int64_t count, float factor, float* most, float* sums
 #pragma GCC unroll 8
   for (int v = 0; v < Vecs; ++v) {
     const int at = v * kLanes;
-    const Vf before = load(most + at), after = maximum(mul(top[v], set1(factor)), before);
+    const Vf before = load(most + at), after = maximum(top[v], before);
     const Vf shift = by_sign(sub(after, set1(kLowest)), after, zero());
-    const Vf scale = exponential_of<6>(sub(before, shift));
+    const Vf scale = exp2_of<6>(mul(sub(before, shift), set1(unit)));
     store(most + at, after);
     store(shifts + at, shift);
     store(rescale + at, scale);
@@ -105,6 +105,7 @@ class Forward {
   explicit Forward(const AttentionCall& call)
       : call_(call),
         scores_(call),
+        unit_(in_powers_of_two(scores_.factor())),
         words_(ceil_div(call.dim, Dot::kDepth)),
         k_pitch_(natural_pitch<Dot>(call.dim)),
         v_pitch_(turned_pitch(call.dim_v)) {
@@ -192,7 +193,7 @@ class Forward {
       const int64_t row = t * kWidth, count = least(kWidth, rows - row);
       scores_.set_lanes(task.batch, task.kv_head, s, row, count, state.lanes);
       for (int lane = 0; lane < state.lanes.vecs * kLanes; ++lane) {
-        state.most[lane] = call_.sinks ? call_.sinks[state.lanes.head[lane]] : -kInfinity;
+        state.most[lane] = scores_.most_of(state.lanes.head[lane]);
         state.sums[lane] = state.most[lane] == -kInfinity ? 0 : 1;
       }
       state.begun = false;
@@ -243,15 +244,15 @@ class Forward {
     const int64_t pitch = lanes.vecs * kLanes, count = block.count;
     product<Dot, false>(k, k_pitch_, round_up(count, 2), panel, lanes.vecs, words_, products, pitch,
                         Into::kSet);
-    const float factor = scores_.adjust(s, lanes, block, products, nullptr);
+    scores_.adjust(s, lanes, block, products, nullptr);
     with_vecs(lanes.vecs, [&](auto fixed) {
       constexpr int Vecs = decltype(fixed)::value;
-      raise<Vecs>(products, count, factor, state.most, state.sums, rescale, shifts);
+      raise<Vecs>(products, count, unit_, state.most, state.sums, rescale, shifts);
       if (scores_.dropout()) {
-        exponentiate<Dot, Vecs, true>(scores_, lanes, count, scores_.column(block), factor, shifts, products,
+        exponentiate<Dot, Vecs, true>(scores_, lanes, count, scores_.column(block), unit_, shifts, products,
                                       state.sums);
       } else {
-        exponentiate<Dot, Vecs, false>(scores_, lanes, count, 0, factor, shifts, products, state.sums);
+        exponentiate<Dot, Vecs, false>(scores_, lanes, count, 0, unit_, shifts, products, state.sums);
       }
     });
     product<Dot, true>(v, v_pitch_, round_up(call_.dim_v, 2), reinterpret_cast<const uint32_t*>(products),
@@ -267,7 +268,8 @@ class Forward {
       const float sum = state.sums[lane];
       inverse[lane] = sum != 0 ? scores_.keep_scale() / sum : 0;
       call_.lse[lanes.place[lane]] =
-          sum != 0 ? float(state.most[lane] + __builtin_log(double(sum))) : -kInfinity;
+          sum != 0 ? float(double(state.most[lane]) * double(scores_.factor()) + __builtin_log(double(sum)))
+                   : -kInfinity;
     }
     if (!state.begun) std::memset(out, 0, size_t(out_size_) * 4);
     write_turned<Elements>(out, call_.dim_v, lanes.count, lanes.vecs, inverse, [&](int64_t r) {
@@ -278,6 +280,7 @@ class Forward {
 
   const AttentionCall& call_;
   Scores scores_;
+  float unit_;  // a score in powers of two
   int64_t words_, k_pitch_, v_pitch_, chunk_, panel_size_, out_size_, group_ = 1;
 };
 

@@ -5,7 +5,7 @@
 
 namespace bitfuse {
 
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 
 // [batch, row, head, dim] with a dense last dimension; strides count elements.
 struct HeadsView {

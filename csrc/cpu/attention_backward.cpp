@@ -1,6 +1,5 @@
-// attention on the CPU, backward: scores are made again from lse, P = e^(logit - lse), and with delta =
-// sum(out
-// * grad) - grad_lse of a row
+// attention on the CPU, backward: probabilities are made again from lse, P = e^(logit - lse), and with delta
+// = sum(out * grad) - grad_lse of a row
 //
 //     dV = P^T dO     dP = dO V^T     dS = P (dP - delta)     dQ = scale dS K     dK = scale dS^T Q
 //
@@ -16,8 +15,14 @@
 // 16 scores. Scratch is bounded by the keys of one head: 4 (dim + dim_v) bytes a key on each thread (or for
 // each of at most kShares shares), and the budgets below.
 //
+// lse has 24 bits: of logits in the thousands they leave too few behind the point, and of billions none.
+// There the largest score of a row and the sum over it are measured again first, as the forward has them
+// (Levels): a product more of five, in such calls alone.
+//
 // The gradient of a bias is a pass of its own, with S and dP again: a task owns what it sums, over whatever
 // the bias is broadcast.
+#include <vector>
+
 #include "attention_scores.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -27,10 +32,18 @@ constexpr int64_t kChunkBytes = 512 << 10;  // of packed K and V, dK and dV
 constexpr int64_t kPartBytes = 4 << 20;     // of the rows' panels and dQ
 constexpr int64_t kShares = 16;             // tasks, where (batch, kv head) are fewer
 constexpr int64_t kBiasKeys = 4 * kBlockKeys;
+// Magnitudes of lse that are measured again: there its rounding shows in float32, and in 16 bits.
+constexpr float kFar = 16, kFarIn16Bits = 4096;
+
+// What a row's probabilities are made from: P = 2^(unit (score - most) + rest).
+struct Level {
+  float most, rest;
+};
+constexpr Level kUnseen{kInfinity, 0};  // of a row that sees nothing: its probabilities come out 0
 
 struct State {
   Lanes lanes;
-  alignas(64) float lse[kWidth];  // +inf for a row that sees nothing: its probabilities come out 0
+  alignas(64) float most[kWidth], rest[kWidth];  // Level
   alignas(64) float delta[kWidth];
   alignas(64) float dots[kWidth];  // sum of P dP: delta without the rounding of the output
 };
@@ -39,11 +52,11 @@ struct State {
 // [Vecs * kLanes] (pairs fill half of it); with pairs also dS^T in words along the keys, to `panel`. An odd
 // count is filled up with zeros.
 template <class Dot, int Vecs, bool Dropped, bool Dots>
-void differentiate(const Scores& scores, State& state, int64_t count, int64_t column, float factor, float* s,
+void differentiate(const Scores& scores, State& state, int64_t count, int64_t column, float unit, float* s,
                    float* dp, const float* slopes, [[maybe_unused]] uint32_t* panel) {
   constexpr int kDegree = Dot::kDepth == 2 ? 5 : 6;
   constexpr int kPitch = Vecs * kLanes;
-  const Vf f = set1(factor), kept = set1(scores.keep_scale());
+  const Vf f = set1(unit), kept = set1(scores.keep_scale());
   struct Both {
     Vf p, ds;
   };
@@ -52,7 +65,8 @@ void differentiate(const Scores& scores, State& state, int64_t count, int64_t co
     for (int v = 0; v < Vecs; ++v) dots[v] = load(state.dots + v * kLanes);
   auto one = [&](int64_t j, int v) __attribute__((always_inline)) {
     const int64_t at = j * kPitch + v * kLanes;
-    Vf p = exponential_of<kDegree>(fma(load(s + at), f, sub(zero(), load(state.lse + v * kLanes))));
+    const Vf over = sub(load(s + at), load(state.most + v * kLanes));
+    Vf p = exp2_of<kDegree>(fma(over, f, load(state.rest + v * kLanes)));
     Vf g = load(dp + at);
     if constexpr (Dropped) g = mul(scores.keep(state.lanes, column + j, v * kLanes, g), kept);
     Vf ds = mul(p, sub(g, load(state.delta + v * kLanes)));
@@ -98,6 +112,23 @@ void differentiate(const Scores& scores, State& state, int64_t count, int64_t co
   }
 }
 
+// Of a block: most = the larger of most and its scores, sums follow it and take its own.
+template <int Vecs>
+void add_sums(const float* s, int64_t count, float unit, float* most, float* sums) {
+  constexpr int kPitch = Vecs * kLanes;
+  for (int at = 0; at < kPitch; at += kLanes) {
+    const Vf before = load(most + at);
+    Vf top = before;
+    for (int64_t j = 0; j < count; ++j) top = maximum(load(s + j * kPitch + at), top);
+    const Vf shift = by_sign(sub(top, set1(kLowest)), top, zero());
+    Vf sum = mul(load(sums + at), exp2_of<6>(mul(sub(before, shift), set1(unit))));
+    for (int64_t j = 0; j < count; ++j)
+      sum = add(sum, exp2_of<6>(mul(sub(load(s + j * kPitch + at), shift), set1(unit))));
+    store(most + at, top);
+    store(sums + at, sum);
+  }
+}
+
 template <class Dot, class Elements>
 class Backward {
   using Type = typename Elements::Type;
@@ -106,6 +137,7 @@ class Backward {
   explicit Backward(const AttentionBackwardCall& call)
       : call_(call),
         scores_(call),
+        unit_(in_powers_of_two(scores_.factor())),
         words_(ceil_div(call.dim, Dot::kDepth)),
         words_v_(ceil_div(call.dim_v, Dot::kDepth)),
         natural_(natural_pitch<Dot>(call.dim)),
@@ -153,6 +185,14 @@ class Backward {
     Carver carver(scratch(need.used()));
     carve(carver);
 
+    if (far()) {
+      std::vector<Level> levels(static_cast<size_t>(all_rows()), kUnseen);
+      parallel(threads, [&](int thread, int team) {
+        const Range mine = share(units, thread, team);
+        for (int64_t unit = mine.begin; unit < mine.end; ++unit) measure(unit, spaces[thread], levels.data());
+      });
+      levels_ = std::move(levels);
+    }
     int64_t next = 0;
     parallel(threads, [&](int thread, int team) {
       for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < units * shares;) {
@@ -201,6 +241,72 @@ class Backward {
     space.panel = carver.take<uint32_t>(kBlockKeys * kWidth);
   }
 
+  Level level_of(int64_t place) const {
+    if (!levels_.empty()) return levels_[size_t(place)];
+    const float lse = call_.lse[place];
+    if (__builtin_isinf(lse)) return kUnseen;
+    const double factor = scores_.factor();
+    const float score = float(double(lse) / factor);
+    const float most = __builtin_isinf(score) ? __builtin_copysignf(kLowest, score) : score;
+    return {most, float((double(most) * factor - double(lse)) * kExactLog2e)};
+  }
+
+  int64_t all_rows() const { return (call_.packed ? 1 : call_.batch) * call_.heads * call_.rows; }
+
+  bool far() const {
+    const float bound = call_.dtype == Dtype::kFloat32 ? kFar : kFarIn16Bits;
+    bool found = false;
+    for (int64_t i = 0; i < all_rows(); ++i) {
+      const float lse = __builtin_fabsf(call_.lse[i]);
+      found |= lse > bound && lse < kInfinity;
+    }
+    return found;
+  }
+
+  // The largest score of each row and the sum over it, of all rows of a unit.
+  void measure(int64_t unit, const Space& my, Level* levels) const {
+    const int64_t batch = unit / call_.kv_heads, kv_head = unit % call_.kv_heads;
+    const AttentionSequence& s = call_.sequences[batch];
+    const int64_t rows = s.q_length * scores_.group();
+    alignas(64) float most[kWidth], sums[kWidth];
+    State& state = my.states[0];
+    Lanes& lanes = state.lanes;
+    auto segment = [&](Range keys, bool own, int64_t of, int64_t begin, const HeadsView& k) {
+      for (int64_t j = keys.begin; j < keys.end; j += kBlockKeys) {
+        const Block block{j, least(kBlockKeys, keys.end - j), own};
+        if (!scores_.seen(lanes, block)) continue;
+        pack_keys(my, k, k, of, begin + j, block.count, kv_head, false, false);
+        make_scores(s, state, block, my.rows, my.k, nullptr, my, false);
+        with_vecs(lanes.vecs, [&](auto fixed) {
+          add_sums<decltype(fixed)::value>(my.s, block.count, unit_, most, sums);
+        });
+      }
+    };
+    for (int64_t row = 0; row < rows; row += kWidth) {
+      const int64_t count = least(kWidth, rows - row);
+      scores_.set_lanes(batch, kv_head, s, row, count, lanes);
+      pack_q(batch, count, lanes, my, my.rows);
+      for (int64_t lane = 0; lane < kWidth; ++lane) {
+        most[lane] = lane < count ? scores_.most_of(lanes.head[lane]) : -kInfinity;
+        sums[lane] = most[lane] == -kInfinity ? 0 : 1;
+      }
+      if (call_.prefix) segment({0, call_.prefix}, false, batch, 0, call_.prefix_k);
+      segment(scores_.visible(s, lanes.first, lanes.last), true, call_.packed ? 0 : batch, s.k_begin,
+              call_.k);
+      for (int64_t lane = 0; lane < count; ++lane)
+        levels[lanes.place[lane]] =
+            sums[lane] == 0 ? kUnseen : Level{most[lane], float(-__builtin_log2(double(sums[lane])))};
+    }
+  }
+
+  void pack_q(int64_t batch, int64_t count, const Lanes& lanes, const Space& my, uint32_t* to) const {
+    auto q = [&](int64_t r) {
+      return row_of<Type>(call_.q, call_.packed ? 0 : batch, lanes.query[r], lanes.head[r]);
+    };
+    pack_natural<Dot, Elements>(q, count, call_.dim, my.staged);
+    turn(my.staged, count, natural_, words_, lanes.vecs, to);
+  }
+
   // q and grad of rows [row, row + count) of a head, packed; what of them does not depend on the keys.
   void set_tile(int64_t batch, int64_t kv_head, int64_t row, int64_t count, const Space& my, State& state,
                 uint32_t* to, bool turned) const {
@@ -212,8 +318,7 @@ class Backward {
       return [&view, &lanes, of](int64_t r) { return row_of<Type>(view, of, lanes.query[r], lanes.head[r]); };
     };
     const auto q = of_view(call_.q), grad = of_view(call_.grad), out = of_view(call_.output);
-    pack_natural<Dot, Elements>(q, count, call_.dim, my.staged);
-    turn(my.staged, count, natural_, words_, lanes.vecs, to);
+    pack_q(batch, count, lanes, my, to);
     to += words_ * kWidth;
     pack_natural<Dot, Elements>(grad, count, call_.dim_v, my.staged);
     turn(my.staged, count, natural_v_, words_v_, lanes.vecs, to);
@@ -223,11 +328,11 @@ class Backward {
       pack_columns(grad, count, call_.dim_v, turned_v_, to + kWidth / Dot::kDepth * turned_);
     }
     for (int64_t lane = 0; lane < kWidth; ++lane) {
-      state.lse[lane] = kInfinity;
+      state.most[lane] = kUnseen.most, state.rest[lane] = kUnseen.rest;
       state.delta[lane] = state.dots[lane] = 0;
       if (lane >= count) continue;
-      const float lse = call_.lse[lanes.place[lane]];
-      if (lse > -kInfinity) state.lse[lane] = lse;
+      const Level level = level_of(lanes.place[lane]);
+      state.most[lane] = level.most, state.rest[lane] = level.rest;
       Vf sum4 = zero();
       const Type *g = grad(lane), *o = out(lane);
       for (int64_t i = 0; i < call_.dim_v; i += kLanes)
@@ -255,24 +360,24 @@ class Backward {
                                   call_.dim_v, my.v);
   }
 
-  // S^T and dP^T of a block, and the derivative of the cap; returns the scale that S^T lacks.
-  float make_scores(const AttentionSequence& s, const State& state, const Block& block, const uint32_t* rows,
-                    const uint32_t* k, const uint32_t* v, const Space& my, bool need_dp) const {
+  // S^T and dP^T of a block, and the derivative of the cap.
+  void make_scores(const AttentionSequence& s, const State& state, const Block& block, const uint32_t* rows,
+                   const uint32_t* k, const uint32_t* v, const Space& my, bool need_dp) const {
     const int64_t pitch = state.lanes.vecs * kLanes, count = round_up(block.count, 2);
     product<Dot, false>(k, natural_, count, rows, state.lanes.vecs, words_, my.s, pitch, Into::kSet);
     if (need_dp)
       product<Dot, false>(v, natural_v_, count, rows + words_ * kWidth, state.lanes.vecs, words_v_, my.dp,
                           pitch, Into::kSet);
-    return scores_.adjust(s, state.lanes, block, my.s, my.slopes);
+    scores_.adjust(s, state.lanes, block, my.s, my.slopes);
   }
 
   template <class Words>
-  void make_gradients(State& state, const Block& block, float factor, const Space& my, const float* slopes,
+  void make_gradients(State& state, const Block& block, const Space& my, const float* slopes,
                       bool dots) const {
     with_vecs(state.lanes.vecs, [&](auto fixed) {
       auto run = [&](auto dropped, auto dotted) {
         differentiate<Words, decltype(fixed)::value, decltype(dropped)::value, decltype(dotted)::value>(
-            scores_, state, block.count, scores_.column(block), factor, my.s, my.dp, slopes, my.panel);
+            scores_, state, block.count, scores_.column(block), unit_, my.s, my.dp, slopes, my.panel);
       };
       const std::true_type yes;
       const std::false_type no;
@@ -343,10 +448,8 @@ class Backward {
           const Block block{j, least(kBlockKeys, end - j), own};
           if (!scores_.seen(state.lanes, block)) continue;
           const int64_t at = j - chunk.begin, count = round_up(block.count, 2);
-          const float factor =
-              make_scores(s, state, block, rows, my.k + at * natural_, my.v + at * natural_v_, my, need_ds_);
-          make_gradients<Dot>(state, block, factor, my, scores_.capped() ? my.slopes : nullptr,
-                              call_.grad_sinks);
+          make_scores(s, state, block, rows, my.k + at * natural_, my.v + at * natural_v_, my, need_ds_);
+          make_gradients<Dot>(state, block, my, scores_.capped() ? my.slopes : nullptr, call_.grad_sinks);
           const auto* p = reinterpret_cast<const uint32_t*>(my.s);
           const auto* ds = reinterpret_cast<const uint32_t*>(my.dp);
           float* to = totals + j * pitch;
@@ -372,7 +475,9 @@ class Backward {
   void add_sinks(const State& state, int64_t kv_head, double* sinks) const {
     const Lanes& lanes = state.lanes;
     for (int64_t lane = 0; lane < lanes.count; ++lane) {
-      const double p = __builtin_exp(double(call_.sinks[lanes.head[lane]]) - double(state.lse[lane]));
+      const double over = double(scores_.most_of(lanes.head[lane])) - double(state.most[lane]);
+      const double p =
+          __builtin_exp2(over * double(scores_.factor()) * kExactLog2e + double(state.rest[lane]));
       const float of_lse = call_.grad_lse ? call_.grad_lse[lanes.place[lane]] : 0;
       sinks[lanes.head[lane] - kv_head * scores_.group()] += p * (double(state.dots[lane]) - double(of_lse));
     }
@@ -485,9 +590,8 @@ class Backward {
       for (int64_t j = most(keys.begin, seen.begin); j < last; j += kBlockKeys) {
         const Block block{j, least(kBlockKeys, last - j), true};
         const int64_t at = j - keys.begin;
-        const float factor =
-            make_scores(s, state, block, my.rows, my.k + at * natural_, my.v + at * natural_v_, my, true);
-        make_gradients<Singles>(state, block, factor, my, nullptr, false);
+        make_scores(s, state, block, my.rows, my.k + at * natural_, my.v + at * natural_v_, my, true);
+        make_gradients<Singles>(state, block, my, nullptr, false);
         for (int64_t v = 0; v < lanes.count; v += kLanes)
           for (int64_t i = 0; i < block.count; i += kLanes) {
             Vi turned[kLanes];
@@ -506,6 +610,8 @@ class Backward {
 
   const AttentionBackwardCall& call_;
   Scores scores_;
+  float unit_;                 // a score in powers of two
+  std::vector<Level> levels_;  // laid out as lse; empty: lse says enough
   int64_t words_, words_v_, natural_, natural_v_, turned_, turned_v_, chunk_, tile_words_, prefix_;
   bool need_ds_;
   int64_t most_tiles_ = 0, most_keys_ = 0, multiply_adds_ = 0;

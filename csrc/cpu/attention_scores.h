@@ -2,8 +2,9 @@
 // exponentials, its dropout.
 //
 // A block is S^T [key][row] of one tile of rows: what belongs to a query is a vector, what belongs to a key a
-// number. A block that no edge of the window crosses, without cap, slopes and bias, is left as the product
-// gave it: its scale is the factor of one fused multiply-add, of the difference that the exponential takes.
+// number. Without cap, slopes and bias a block is left as the product gave it: the largest of a row is
+// subtracted first, and the difference meets scale and log2(e) as one factor. So the largest has an exponent
+// of exactly 0, however large it is, and the others lose no more than the product's own rounding.
 #pragma once
 
 #include "attention_tiles.h"
@@ -13,6 +14,7 @@ namespace bitfuse::BITFUSE_ISA {
 
 constexpr int64_t kBlockKeys = kLanes == 16 ? 96 : 64;
 constexpr float kLog2e = 1.44269504f;
+constexpr double kExactLog2e = 1.4426950408889634;
 constexpr float kLowest = -3.40282347e38f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -37,15 +39,17 @@ BITFUSE_INLINE Vf exp2_rest(Vf r) {
 
 constexpr float kMagic = 12582912;  // 1.5 * 2^23, whose last place is 1: added, the low bits are the rounded
 
-// e^x for x < 88; exactly 0 from -88.03 down, where n = -127 moves the 1 of 2^0 to an exponent of 0. The
-// rounding of t is felt as x e^x 2^-24 at most.
+// 2^t for t < 127; exactly 0 from -127 down, where n = -127 moves the 1 of 2^0 to an exponent of 0.
 template <int Degree>
-BITFUSE_INLINE Vf exponential_of(Vf x) {
-  const Vf t = maximum(set1(-127), mul(x, set1(kLog2e)));
+BITFUSE_INLINE Vf exp2_of(Vf t) {
+  t = maximum(set1(-127), t);
   const Vf whole = add(t, set1(kMagic)), r = sub(t, sub(whole, set1(kMagic)));
   const Vf p = fma(fma(exp2_rest<Degree>(r), r, set1(kExp2Linear<Degree>)), r, set1(1));
   return as_float(add_dwords(as_dwords(p), shift_left<23>(as_dwords(whole))));
 }
+
+// A logit's scale in powers of two.
+BITFUSE_INLINE float in_powers_of_two(float scale) { return float(double(scale) * kExactLog2e); }
 
 // tanh, and 1 - tanh^2: -e / (e + 2) and 4 (e + 1) / (e + 2)^2 of e = expm1(-2 |x|), none of which cancels.
 struct Tanh {
@@ -87,12 +91,21 @@ class Scores {
       : call_(call),
         group_(call.heads / call.kv_heads),
         keep_scale_(float(1 / (1 - call.dropout.p))),
-        threshold_(dropout_threshold(call.dropout.p)) {}
+        threshold_(dropout_threshold(call.dropout.p)),
+        // -inf and the maximum go before the scale only if that is positive
+        scaled_(call.softcap != 0 || call.bias.data || call.alibi || !(call.scale > 0)) {
+    for (int64_t h = 0; call.sinks && h < call.heads; ++h)
+      scaled_ = scaled_ || __builtin_isinf(most_of(h)) != __builtin_isinf(call.sinks[h]);
+  }
 
   int64_t group() const { return group_; }
   bool dropout() const { return call_.dropout.p > 0; }
   float keep_scale() const { return keep_scale_; }
   bool capped() const { return call_.softcap != 0; }
+  // The scale that scores lack after `adjust`: the same for all blocks of a call.
+  float factor() const { return scaled_ ? 1 : call_.scale; }
+  // What a row of query head h begins with, as a score: its sink.
+  float most_of(int64_t h) const { return call_.sinks ? call_.sinks[h] / factor() : -kInfinity; }
 
   int64_t shift(const AttentionSequence& s) const { return call_.top_left ? 0 : s.k_length - s.q_length; }
 
@@ -151,20 +164,18 @@ class Scores {
     return false;
   }
 
-  // From products to logits, -inf for a key that is not seen. Returns the scale that they still lack.
-  // With a cap, slopes (or null) receives its derivative.
-  float adjust(const AttentionSequence& s, const Lanes& lanes, const Block& block, float* scores,
-               float* slopes) const {
+  // From products to logits but for `factor`, -inf for a key that is not seen. With a cap, slopes (or null)
+  // receives its derivative.
+  void adjust(const AttentionSequence& s, const Lanes& lanes, const Block& block, float* scores,
+              float* slopes) const {
     const int64_t place =
         block.first - lanes.first - shift(s);  // the first key's distance to the first query
     const bool low = block.own && call_.left >= 0 && place + lanes.first - lanes.last < -call_.left;
     const bool high = block.own && call_.right >= 0 && place + block.count - 1 > call_.right;
     const bool biased = block.own && call_.bias.data, sloped = block.own && call_.alibi;
-    // -inf and the maximum go before the scale only if that is positive
-    const bool scaled = capped() || biased || sloped || !(call_.scale > 0);
     if (capped()) {
       cap(lanes, block, scores, slopes);
-    } else if (scaled) {
+    } else if (scaled_) {
       each(lanes, block, scores, [&](int64_t, int, Vf z) { return mul(z, set1(call_.scale)); });
     }
     if (sloped) {
@@ -191,7 +202,6 @@ class Scores {
         return by_sign(sub(set1(right), distance), z, hidden);
       });
     }
-    return scaled ? 1 : call_.scale;
   }
 
   // value in the lanes of a vector whose pair with key `column` (the prefix counts) survives.
@@ -269,6 +279,7 @@ class Scores {
   int64_t group_;
   float keep_scale_;
   uint32_t threshold_;
+  bool scaled_;
 };
 
 // f(std::integral_constant<int, vecs>).

@@ -201,6 +201,8 @@ struct CodeWords {
   static constexpr int kWeights = 8 / Bits, kValueWeights = 16 / Bits, kMiddle = 0;
   static constexpr int64_t kBlock = 32 * kWeights, kBlockBytes = 32;
   static constexpr int64_t kWordChannels = 16 * kValueWeights;
+  static constexpr float kMean =
+      float(1 << Bits) / 2;  // of codes: what is lost of a product is taken so often
 
   static constexpr int64_t bytes_of(int64_t channels) { return channels * Bits / 8; }
   BITFUSE_INLINE Raw load_block(const char* p) const {
@@ -222,24 +224,30 @@ struct CodeWords {
   }
   static BITFUSE_INLINE Vi poison(Vi acc, Raw) { return acc; }
 
-  // Products [kBlock] of magnitudes up to 32767 as words, in the order of the columns.
-  static BITFUSE_INLINE void put_q(const float* q, const float* scale, uint32_t* to) {
+  // Products [kBlock] times factor, magnitudes up to 32767, as words in the order of the columns. Returns
+  // lost + what their rounding took.
+  static BITFUSE_INLINE Vf put_q(const float* products, Vf factor, uint32_t* to, Vf lost) {
     Vi words[kWeights];
     const Vi order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
 #pragma GCC unroll 2
     for (int i = 0; i < kWeights; ++i) {
       const int at = 32 * i;
-      const Vi low = _mm512_cvtps_epi32(mul(load(q + at), load(scale + at)));
-      const Vi high = _mm512_cvtps_epi32(mul(load(q + at + 16), load(scale + at + 16)));
+      const Vf x = mul(load(products + at), factor), y = mul(load(products + at + 16), factor);
+      const Vi low = _mm512_cvtps_epi32(x), high = _mm512_cvtps_epi32(y);
+      lost = add(lost, add(_mm512_reduce_ps(x, 0), _mm512_reduce_ps(y, 0)));  // less whole numbers
       words[i] = _mm512_permutexvar_epi64(order, _mm512_packs_epi32(low, high));
     }
-    if constexpr (Bits == 8) return store_dwords(to, words[0]);
+    if constexpr (Bits == 8) {
+      store_dwords(to, words[0]);
+      return lost;
+    }
     alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
                                                        22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
                                                        44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
     const Vi even = load_dwords(kEven), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
     store_dwords(to, _mm512_permutex2var_epi16(words[0], even, words[kWeights - 1]));
     store_dwords(to + 16, _mm512_permutex2var_epi16(words[0], odd, words[kWeights - 1]));
+    return lost;
   }
 
   // Operand J of interleaved words of V.

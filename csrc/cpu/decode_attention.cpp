@@ -16,8 +16,11 @@
 //
 // Few bits: K's scales are folded into the queries, a group of tokens at a time, its offsets into q . offset;
 // V's scales into the probabilities, its offsets into sums of p * offset. Where the machine multiplies words
-// both become int16, a row's largest product 32767, and sums are exact. The tail of a sequence, in full
-// precision, is a task of its own.
+// both become int16, the largest product of a row and a group (of a unit for V) 32767, and sums are exact. It
+// is the products that are made to fit, not their factors: a channel of K a thousand times the others, of a
+// query that is small there, takes no bits from them, nor does a token of few values and much probability.
+// Where a product is large itself, so is its share of the sum. The tail of a sequence, in full precision, is
+// a task of its own.
 //
 // Bound by bytes: 2 rows of dim elements a token and kv head. With 4 query heads a kv head and bfloat16 pairs
 // that is 512 bytes for some 60 vector instructions. Spans are cut by shapes alone (kTasks of them if they
@@ -39,9 +42,16 @@ constexpr int64_t kTile = 4;  // rows of a register tile
 constexpr int64_t kPitch = kUnit + kLanes;
 constexpr int64_t kDim = kMostHeadDim;
 constexpr int64_t kStateBytes = 256 << 10;  // of a block's outputs, which bounds its queries
-constexpr int64_t kMostGroups = 8;          // of channels: 256 / 32
+constexpr int64_t kMostGroups = kDim / 32;  // of channels
 constexpr int64_t kOffsets = kLanes > kMostGroups ? kLanes : kMostGroups;
+constexpr int64_t kMostBlock = 128;  // channels of a reader's block
 constexpr float kWordLargest = 32767;
+
+// What makes words of products whose largest magnitude is `largest`.
+BITFUSE_INLINE float word_factor(float largest) {
+  constexpr float kMost = 1.2676506e30f;  // 2^100: neither it nor its inverse is lost
+  return kWordLargest / kMost < largest ? kWordLargest / largest : kMost;
+}
 
 BITFUSE_INLINE void prefetch_row(const char* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
@@ -141,17 +151,21 @@ class Span {
   using V = Reader;
   using Element = typename Reader::Element;
   using Acc = typename Reader::Acc;
+  static_assert(Reader::kBlock <= kMostBlock);
   static constexpr int kWide = V::kPairs ? 4 : kVecs;                   // vectors of channels in a tile
   static constexpr int64_t kStretch = V::kPairs ? 64 : kVecs * kLanes;  // channels of it
 
  public:
   static constexpr int64_t q_pitch(int64_t dim) { return round_up(dim, K::kBlock) / (K::kPairs ? 2 : 1); }
+  // what q of codes takes, twice, and a vector: no power of two, which rows a page apart would be
+  static constexpr int64_t natural_pitch(int64_t dim) { return 2 * round_up(dim, kMostBlock) + kLanes; }
   static constexpr int64_t o_pitch(int64_t dim_v) { return round_up(dim_v, kStretch); }
 
   struct Space {
     Element* q;      // [kv_heads][row_slots][q_pitch], in the order of K's columns; codes: unscaled floats
-    float* natural;  // codes: [kv_heads][row_slots][2][kDim]: q in the order of channels, and of K's columns;
-                     // words: q over its largest magnitude, and that
+    float* natural;  // codes: [kv_heads][row_slots][natural_pitch]: q in the order of channels, and of K's
+                     // columns; words: q times a power of two, its largest magnitude below 2, and that
+                     // power's inverse
     float* o;        // [kv_heads][row_slots][o_pitch]
     float* offsets;  // codes: [kv_heads][row_slots][kOffsets]: sums of p * offset; group g in each i with i %
                      // padded == g
@@ -159,27 +173,27 @@ class Span {
     RowPlace* places;  // [row_slots]
     float* s;          // [row_slots][kPitch]
     float* rescale;    // [row_slots]: of what was before the unit
-    float* most;       // [row_slots]: the unit's largest probability
     Unit* units;       // two
   };
 
   static void carve(Carver& carver, const KvCache& cache, const Plan& plan, Space& to) {
     const int64_t slots = plan.row_slots * cache.kv_heads;
     to.q = carver.take<Element>(slots * q_pitch(cache.dim));
-    to.natural = carver.take<float>(K::kGrouped ? slots * 2 * kDim : 0);
+    to.natural = carver.take<float>(K::kGrouped ? slots * natural_pitch(cache.dim) : 0);
     to.o = carver.take<float>(slots * o_pitch(cache.dim_v));
     to.offsets = carver.take<float>(V::kGrouped ? slots * kOffsets : 0);
     to.states = carver.take<RowState>(slots);
     to.places = carver.take<RowPlace>(plan.row_slots);
     to.s = carver.take<float>(plan.row_slots * kPitch);
     to.rescale = carver.take<float>(plan.row_slots);
-    to.most = carver.take<float>(plan.row_slots);
     to.units = carver.take<Unit>(2);
   }
 
   Span(const DecodeCall& call, const Plan& plan, const Space& space, bool tail)
       : call_(call), cache_(call.cache), plan_(plan), my_(space), tail_(tail) {
     q_pitch_ = q_pitch(cache_.dim);
+    used_ = round_up(cache_.dim, kMostBlock);
+    natural_pitch_ = natural_pitch(cache_.dim);
     o_pitch_ = o_pitch(cache_.dim_v);
     k_bytes_ = K::bytes_of(cache_.dim);
     v_bytes_ = V::bytes_of(cache_.dim_v);
@@ -189,7 +203,7 @@ class Span {
     rest_ = cache_.dim % K::kBlock;
     if constexpr (V::kGrouped) {
       groups_ = cache_.value_groups();
-      padded_ = groups_ <= 2 ? groups_ : groups_ <= 4 ? 4 : kMostGroups;
+      padded_ = groups_ <= 2 ? groups_ : groups_ <= 4 ? 4 : groups_ <= 8 ? 8 : kMostGroups;
     }
   }
 
@@ -258,7 +272,7 @@ class Span {
       my_.places[r] = {i, position, 0};
       if (some && r % plan_.group == 0) turn_of(call_.rotary, b_, i, most(position, 0), turn);
       for (int64_t h = 0; h < cache_.kv_heads; ++h) {
-        std::memset(row, 0, sizeof row);
+        std::memset(row, 0, size_t(used_) * 4);
         if (some) {
           to_float(row_of(call_.q, cache_.dtype, b_, i, h * plan_.group + r % plan_.group), cache_.dtype, row,
                    cache_.dim);
@@ -271,12 +285,12 @@ class Span {
         }
         const int64_t at = h * plan_.row_slots + r;
         if constexpr (K::kGrouped) {
-          float* to = my_.natural + at * 2 * kDim;
-          std::memcpy(to, row, kDim * 4);
+          float* to = my_.natural + at * natural_pitch_;
+          std::memcpy(to, row, size_t(used_) * 4);
           if constexpr (K::kWords) {
-            to[kDim] = normalise(to);
+            to[used_] = normalise(to);
           } else {
-            reorder(row, to + kDim, nullptr);
+            reorder(row, to + used_, nullptr);
           }
         } else {
           alignas(64) float low[kDim], high[kDim];
@@ -287,14 +301,21 @@ class Span {
     }
   }
 
-  // q over its largest magnitude, which is returned.
+  // q times the power of two that makes its largest magnitude 1 to 2; returns the inverse. What is not finite
+  // becomes NaN.
   float normalise(float* q) const {
     Vf top = zero();
     for (int64_t c = 0; c < cache_.dim; c += kLanes) top = maximum(absolute(load(q + c)), top);
     const float largest = largest_lane(top);
-    const Vf inverse = set1(largest > 0 ? 1 / largest : 0);
-    for (int64_t c = 0; c < cache_.dim; c += kLanes) store(q + c, mul(load(q + c), inverse));
-    return largest;
+    const bool finite = largest < kInfinity;
+    int power = 1;
+    if (finite && largest > 0) std::frexp(largest, &power);
+    // in two steps: that of a denormal number is beyond float
+    const int half = (1 - power) / 2;
+    const Vf first = set1(finite ? std::ldexp(1.0f, half) : 0);
+    const Vf second = set1(std::ldexp(1.0f, 1 - power - half));
+    for (int64_t c = 0; c < cache_.dim; c += kLanes) store(q + c, mul(mul(load(q + c), first), second));
+    return std::ldexp(1.0f, power - 1);
   }
 
   // Channels in the order of K's columns: floats, or the low and the high halves of pairs.
@@ -337,7 +358,7 @@ class Span {
       alignas(64) float scale[2 * kDim], offset[kDim];
       const int64_t padded = round_up(cache_.dim, 64);
       for (int64_t c = cache_.dim; c < padded; ++c) scale[c] = offset[c] = 0;
-      if constexpr (!K::kWords) std::memset(scale, 0, sizeof scale);
+      if constexpr (!K::kWords) std::memset(scale, 0, size_t(used_) * 4);
       for (int64_t i = 0; i < now.count;) {
         const int64_t size = cache_.group_size;
         const int64_t count = least(now.count - i, size - now.row[i] % size);
@@ -345,17 +366,12 @@ class Span {
         to_float(cache_.k_scales + at, Dtype::kFloat16, scale, cache_.dim);
         to_float(cache_.k_offsets + at, Dtype::kFloat16, offset, cache_.dim);
         centre(scale, offset, cache_.dim);
-        float most = 0;
-        if constexpr (K::kWords) {
-          most = normalise_scales(scale, padded);
-        } else {
-          reorder(scale, scale + kDim, nullptr);
-        }
+        if constexpr (!K::kWords) reorder(scale, scale + kDim, nullptr);
         for (int64_t r = 0; r < rows_; r += kTile) {
           alignas(64) Element q[kTile * kDim];
           Folded folded;
           const int64_t rows = rows_ - r <= 2 ? rows_ - r : kTile;
-          for (int64_t t = 0; t < rows; ++t) fold_keys(scale, most, offset, h, r, t, q, folded);
+          fold_keys(scale, offset, h, r, rows, q, folded);
           dots(now, h, r, i, count, q, &folded);
         }
         i += count;
@@ -369,38 +385,52 @@ class Span {
       for (int64_t c = 0; c < count; ++c) offset[c] += K::kMiddle * scale[c];
   }
 
-  // The largest of scales, which become 32767 at most.
-  static float normalise_scales(float* scale, int64_t count) {
-    Vf top = zero();
-    for (int64_t c = 0; c < count; c += kLanes) top = maximum(load(scale + c), top);
-    const float largest = largest_lane(top);
-    const Vf factor = set1(largest > 0 ? kWordLargest / largest : 0);
-    for (int64_t c = 0; c < count; c += kLanes) store(scale + c, mul(load(scale + c), factor));
-    return largest;
-  }
-
   // What a group of K's tokens adds to each row's dots, and what multiplies sums of words.
   struct Folded {
     float bias[kTile], unit[kTile];
   };
 
-  // Row r + t times K's scales and offsets. Words: the scales are normalised, their largest was `most`.
-  void fold_keys(const float* scale, float most, const float* offset, int64_t h, int64_t r, int64_t t,
-                 Element* q, Folded& to) const {
-    const float* row = my_.natural + (h * plan_.row_slots + r + t) * 2 * kDim;
-    Element* out = q + t * q_pitch_;
-    Vf bias = zero();
-    for (int64_t c = 0; c < cache_.dim; c += kLanes) bias = fma(load(row + c), load(offset + c), bias);
-    to.bias[t] = sum(bias);
+  // Rows [r, r + rows) times K's scales and offsets.
+  void fold_keys(const float* scale, const float* offset, int64_t h, int64_t r, int64_t rows, Element* q,
+                 Folded& to) const {
+    const float* natural = my_.natural + (h * plan_.row_slots + r) * natural_pitch_;
+    [[maybe_unused]] alignas(64) float products[kTile * kDim];
+    for (int64_t t = 0; t < rows; ++t) {
+      const float* row = natural + t * natural_pitch_;
+      Vf bias = zero();
+      for (int64_t c = 0; c < cache_.dim; c += kLanes) bias = fma(load(row + c), load(offset + c), bias);
+      to.bias[t] = sum(bias);
+      if constexpr (K::kWords) {
+#if defined(__AVX512BF16__)
+        float* product = products + t * kDim;
+        Vf top[2] = {zero(), zero()};
+        for (int64_t c = 0; c < round_up(cache_.dim, K::kBlock); c += 2 * kLanes)
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            const int64_t at = c + i * kLanes;
+            const Vf x = mul(load(row + at), load(scale + at));
+            store(product + at, x);
+            top[i] = _mm512_range_ps(x, top[i], 0xb);  // the larger magnitude
+          }
+        to.unit[t] = word_factor(largest_lane(maximum(top[0], top[1])));
+#endif
+      } else {
+        for (int64_t a = 0; a < q_pitch_; a += kLanes)
+          store(q + t * q_pitch_ + a, mul(load(row + used_ + a), load(scale + kDim + a)));
+      }
+    }
     if constexpr (K::kWords) {
 #if defined(__AVX512BF16__)
-      to.bias[t] *= row[kDim];
-      to.unit[t] = row[kDim] * most * (1 / kWordLargest);
-      for (int64_t c = 0; c < cache_.dim; c += K::kBlock) K::put_q(row + c, scale + c, out + c / 2);
+      for (int64_t t = 0; t < rows; ++t) {
+        const Vf factor = set1(to.unit[t]);
+        const float unit = 1 / to.unit[t], power = natural[t * natural_pitch_ + used_];
+        Vf lost = zero();
+        for (int64_t c = 0; c < cache_.dim; c += K::kBlock)
+          lost = K::put_q(products + t * kDim + c, factor, q + t * q_pitch_ + c / 2, lost);
+        to.bias[t] = (to.bias[t] + K::kMean * unit * sum(lost)) * power;
+        to.unit[t] = unit * power;
+      }
 #endif
-    } else {
-      for (int64_t a = 0; a < q_pitch_; a += kLanes)
-        store(out + a, mul(load(row + kDim + a), load(scale + kDim + a)));
     }
   }
 
@@ -521,12 +551,11 @@ class Span {
       total = add(total, p);
     }
     for (int64_t t = round_up(count, kLanes); t < kUnit; t += kLanes) store(s + t, zero());
-    alignas(64) float both[kLanes] = {state.most, largest};
-    store(both, exponential(sub(load(both), shift)));
+    alignas(64) float before[kLanes];
+    store(before, exponential(sub(set1(state.most), shift)));
     state.most = raised;
-    state.sum = state.sum * both[0] + sum(total);
-    my_.rescale[r] = both[0];
-    my_.most[r] = both[1];
+    state.sum = state.sum * before[0] + sum(total);
+    my_.rescale[r] = before[0];
   }
 
   static BITFUSE_INLINE Vf lane_floats() {
@@ -538,7 +567,7 @@ class Span {
   // Scales and offsets of V, [token][padded groups], tokens behind the unit's end 0; of pairs the even
   // tokens, then the odd.
   struct ValueScales {
-    float most;  // words: scales are normalised, this was the largest
+    alignas(64) float top[kUnit];  // words: the largest scale of each token
     alignas(64) float scale[kUnit * kMostGroups + kLanes], offset[kUnit * kMostGroups + kLanes];
   };
 
@@ -569,8 +598,62 @@ class Span {
     to_float(scales, Dtype::kFloat16, to.scale, kUnit * padded_);
     to_float(offsets, Dtype::kFloat16, to.offset, kUnit * padded_);
     centre(to.scale, to.offset, kUnit * padded_);
-    if constexpr (V::kWords) to.most = normalise_scales(to.scale, kUnit * padded_);
+#if defined(__AVX512BF16__)
+    if constexpr (V::kWords) find_tops(to);
+#endif
   }
+
+#if defined(__AVX512BF16__)
+  // The maximum of each of 16 pairs, [pair][padded groups].
+  BITFUSE_INLINE Vf tops_of(const float* from) const {
+    if (padded_ == 1) return load(from);
+    if (padded_ == 2) {
+      const Vi even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+      const Vi odd = add_dwords(even, set1_dwords(1));
+      const Vf a = load(from), b = load(from + 16);
+      return maximum(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+    }
+    Vf part[4];  // [4 pairs][4 groups]
+    for (int i = 0; i < 4; ++i, from += 4 * padded_) {
+      if (padded_ == 4) {
+        part[i] = load(from);
+        continue;
+      }
+      Vf half[2];  // [2 pairs][8 groups]
+      for (int j = 0; j < 2; ++j) {
+        const Vf a = load(from + 2 * padded_ * j);
+        if (padded_ == 8) {
+          half[j] = a;
+        } else {
+          const Vf b = load(from + 2 * padded_ * j + 16);
+          half[j] = maximum(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        }
+      }
+      part[i] =
+          maximum(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+    }
+    const Vf x = maximum(_mm512_unpacklo_ps(part[0], part[1]), _mm512_unpackhi_ps(part[0], part[1]));
+    const Vf y = maximum(_mm512_unpacklo_ps(part[2], part[3]), _mm512_unpackhi_ps(part[2], part[3]));
+    const __m512d z = _mm512_castps_pd(x), w = _mm512_castps_pd(y);
+    const Vf low = _mm512_castpd_ps(_mm512_unpacklo_pd(z, w)),
+             high = _mm512_castpd_ps(_mm512_unpackhi_pd(z, w));
+    const Vi order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return _mm512_permutexvar_ps(order, maximum(low, high));
+  }
+
+  void find_tops(ValueScales& v) const {
+    const int64_t half = kUnit / 2 * padded_;
+    Vf tops[2][2];  // of even tokens and of odd ones
+    for (int odd = 0; odd < 2; ++odd)
+      for (int i = 0; i < 2; ++i) tops[odd][i] = tops_of(v.scale + odd * half + i * half / 2);
+    const Vi low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const Vi high = add_dwords(low, set1_dwords(8));
+    for (int i = 0; i < 2; ++i) {
+      store(v.top + 32 * i, _mm512_permutex2var_ps(tops[0][i], low, tops[1][i]));
+      store(v.top + 32 * i + 16, _mm512_permutex2var_ps(tops[0][i], high, tops[1][i]));
+    }
+  }
+#endif
 
   // p of a row times V's scales, in the order of ValueScales: floats [token][padded], or words of pairs
   // [pair][padded], whose sums `word` multiplies.
@@ -578,7 +661,7 @@ class Span {
                    float& word) const {
     const float* p = my_.s + r * kPitch;
     const Vf rescale = set1(my_.rescale[r]);
-    if (padded_ >= kLanes) {  // a vector holds groups of one token
+    if (!V::kPairs && padded_ >= kLanes) {  // a vector holds groups of one token
       for (int64_t g = 0; g < padded_; g += kLanes) {
         Vf sums = mul(load(offsets + g), rescale);
         for (int64_t t = 0; t < count; ++t) {
@@ -597,22 +680,24 @@ class Span {
       const int64_t half = kUnit / 2 * padded_, tokens = 2 * kLanes / padded_;
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / padded_ * 2);
       const Vi even = load_dwords(index), odd = add_dwords(even, set1_dwords(1));
-      const float most = my_.most[r];
-      const Vf inverse = set1(most > 1e-37f ? 1 / most : 0);
+      Vf top = zero();
+      for (int64_t t = 0; t < kUnit; t += kLanes) top = maximum(mul(load(p + t), load(v.top + t)), top);
+      const float scaled = word_factor(largest_lane(top));
+      const Vf factor = set1(scaled);
+      word = 1 / scaled;
       Vf added = zero();
       for (int64_t t = 0, at = 0; t < count; t += tokens, at += kLanes) {
         // one group: of two vectors, which the 5 bits of an index reach; else the upper is not
         const Vf both = load(p + t), more = padded_ == 1 ? load(p + t + kLanes) : both;
-        const Vf low = mul(_mm512_permutex2var_ps(both, even, more), inverse);
-        const Vf high = mul(_mm512_permutex2var_ps(both, odd, more), inverse);
+        const Vf low = mul(_mm512_permutex2var_ps(both, even, more), factor);
+        const Vf high = mul(_mm512_permutex2var_ps(both, odd, more), factor);
         added = fma(low, load(v.offset + at), added);
         added = fma(high, load(v.offset + half + at), added);
         const Vi x = _mm512_cvtps_epi32(mul(low, load(v.scale + at)));
         const Vi y = _mm512_cvtps_epi32(mul(high, load(v.scale + half + at)));
         store_dwords(to + at, _mm512_or_si512(x, shift_left<16>(y)));
       }
-      sums = fma(added, set1(most), sums);
-      word = most * v.most * (1 / kWordLargest);
+      sums = fma(added, set1(word), sums);
 #endif
     } else {
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / padded_);
@@ -632,7 +717,7 @@ class Span {
     for (int64_t r = 0; r < rows_; r += kTile) {
       alignas(64) Element p[kTile * (kUnit * kMostGroups + kLanes)];
       const int64_t rows = least(kTile, rows_ - r);
-      int64_t pitch = kUnit * kMostGroups + kLanes;
+      int64_t pitch = kUnit * most(padded_, 1) + kLanes;
       float units[kTile];
       const Element* of = p;
       if constexpr (V::kGrouped) {
@@ -837,7 +922,8 @@ class Span {
   const Space& my_;
   const bool tail_;
   Reader reader_;
-  int64_t q_pitch_, o_pitch_, k_bytes_, v_bytes_, k_head_, v_head_, blocks_, rest_, groups_ = 0, padded_ = 0;
+  int64_t q_pitch_, used_, natural_pitch_, o_pitch_, k_bytes_, v_bytes_, k_head_, v_head_, blocks_, rest_,
+      groups_ = 0, padded_ = 0;
   int64_t b_ = 0, rows_ = 0, length_ = 0;
 };
 

@@ -8,7 +8,7 @@ namespace bitfuse {
 
 enum class CacheFormat : int { kNone = 0, kFp8 = 1, kInt8 = 2, kInt4 = 3 };
 
-constexpr int64_t kMostHeadDim = 256;
+constexpr int64_t kMostHeadDim = 512;
 
 inline bool has_codes(CacheFormat format) { return format >= CacheFormat::kInt8; }
 inline int bits_of(CacheFormat format) { return format == CacheFormat::kInt4 ? 4 : 8; }

@@ -29,7 +29,9 @@
 //
 // A row's sums are relative to a maximum that follows the true one only when this has grown by more than 2^8:
 // mostly not at all after the first steps. P is then 256 at most, and P and the row's sum are as exact as
-// ever.
+// ever. The multiply-add of an exponent has what scale times maximum was rounded by: all of a row have the
+// same, and it cancels; from 2^27 on, where it would be 8 and more, a row takes a power of two for a scale
+// (even_scale).
 //
 // The keys that some rows of the tile do not see (window, end of the sequence) are masked, and come first;
 // then those that all see. What none sees is not visited.
@@ -341,12 +343,20 @@ struct Rows {
   float top[2], sum[2];  // what the sums are relative to, as a logit; this thread's part of the row's sum
 };
 
-// From the products s: logits, and what they are relative to, `base`, as powers of two. Returns whether o has
-// to be multiplied by `shrink`, which is the same for all lanes. `from`, `to`: the row's first and
-// last-but-one visible column, from the thread's own first column on.
+// The scale of a row whose largest score is `top`; a power of two above it where a logit would be 2^27 or
+// more: no product of it is rounded, and of neighbouring floats the smaller is nothing beside the larger.
+__device__ __forceinline__ float even_scale(float top, float scale) {
+  const float above = __int_as_float((__float_as_int(scale) & 0x7f800000) + 0x00800000);
+  return fabsf(top * scale) < 134217728.0f ? scale : above;
+}
+
+// From the products s: logits, and what they are relative to, `base`, as powers of two; a logit is `scale`
+// times a score. Returns whether o has to be multiplied by `shrink`, which is the same for all lanes. `from`,
+// `to`: the row's first and last-but-one visible column, from the thread's own first column on.
 template <typename C, bool Masked>
 __device__ __forceinline__ bool find_base(const Call& call, Rows<C>& r, const int (&from)[2],
-                                          const int (&to)[2], float (&base)[2], float (&shrink)[2]) {
+                                          const int (&to)[2], float (&scale)[2], float (&base)[2],
+                                          float (&shrink)[2]) {
   constexpr int Logits = C::TileN / 2;
   if constexpr (C::Capped) {
 #pragma unroll
@@ -377,25 +387,30 @@ __device__ __forceinline__ bool find_base(const Call& call, Rows<C>& r, const in
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       // a row that has seen nothing yet: any finite number, since exp2(-inf - it) is 0
-      base[row] = largest[row] == -INFINITY ? 0.0f : largest[row] * call.scale;
-      shrink[row] = exp2_approx(r.top[row] * call.scale - base[row]);
-      r.sum[row] *= shrink[row];
+      const float before = __fmul_rn(r.top[row], even_scale(r.top[row], call.scale));
       r.top[row] = largest[row];
+      scale[row] = even_scale(largest[row], call.scale);
+      base[row] = largest[row] == -INFINITY ? 0.0f : __fmul_rn(largest[row], scale[row]);
+      shrink[row] = exp2_approx(before - base[row]);
+      r.sum[row] *= shrink[row];
     }
   } else {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) base[row] = r.top[row] == -INFINITY ? 0.0f : r.top[row] * call.scale;
+    for (int row = 0; row < 2; ++row) {
+      scale[row] = even_scale(r.top[row], call.scale);
+      base[row] = r.top[row] == -INFINITY ? 0.0f : __fmul_rn(r.top[row], scale[row]);
+    }
   }
   return grew;
 }
 
 // From logits the probabilities in their place, and the rows' sums.
 template <typename C>
-__device__ __forceinline__ void exponentiate(const Call& call, Rows<C>& r, const float (&base)[2]) {
+__device__ __forceinline__ void exponentiate(Rows<C>& r, const float (&scale)[2], const float (&base)[2]) {
   float part[4] = {};
 #pragma unroll
   for (int i = 0; i < C::TileN / 2; ++i) {
-    r.s[i] = exp2_approx(fmaf(r.s[i], call.scale, -base[i / 2 % 2]));
+    r.s[i] = exp2_approx(fmaf(r.s[i], scale[i / 2 % 2], -base[i / 2 % 2]));
     part[i % 4] += r.s[i];
   }
   r.sum[0] += part[0] + part[1];
@@ -510,7 +525,7 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
 
     if (w.count > 0) {
       int from[2], to[2];
-      float base[2], shrink[2];
+      float scale[2], base[2], shrink[2];
       auto bounds = [&](int t) {  // of the columns of a masked tile
         const int first = w.visited(t) * TileN + lane % 4 * 2;
 #pragma unroll
@@ -541,8 +556,8 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
       keep_behind(r.s);
       k_done(0);
       bounds(0);
-      find_base<C, true>(call, r, from, to, base, shrink);
-      exponentiate<C>(call, r, base);
+      find_base<C, true>(call, r, from, to, scale, base, shrink);
+      exponentiate<C>(r, scale, base);
       round_probabilities<C>(r);
       next_k(0);
 
@@ -556,8 +571,8 @@ __device__ void consume(const Call& call, uint32_t shared, int group, int warp, 
         keep_behind(r.s);
         k_done(t);
         if constexpr (Masked) bounds(t);
-        const bool grew = find_base<C, Masked>(call, r, from, to, base, shrink);
-        exponentiate<C>(call, r, base);
+        const bool grew = find_base<C, Masked>(call, r, from, to, scale, base, shrink);
+        exponentiate<C>(r, scale, base);
         // The branches of this wait keep the next one where it is: ptxas would have it before the
         // exponentials.
         keep_behind(r.s);

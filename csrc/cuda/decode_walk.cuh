@@ -609,7 +609,7 @@ class Walk {
       for (int n = 1; n < TokenTiles; ++n) most = fmaxf(most, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       most = fmaxf(most, __shfl_xor_sync(AllLanes, most, 1));
       most = fmaxf(most, __shfl_xor_sync(AllLanes, most, 2));
-      most = fmaxf(most_[r], most * factor);
+      most = fmaxf(most_[r], __fmul_rn(most, factor));
       const float from = most == -INFINITY ? 0.0f : most;
       rescale[r] = exp2_approx(most_[r] - from);
       most_[r] = most;
@@ -619,7 +619,8 @@ class Walk {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[n][2 * r + i];
-          x = exp2_approx(fmaf(x, factor, -from));
+          // not fused: the largest's exponent is exactly 0, however large it is
+          x = exp2_approx(__fmul_rn(x, factor) - from);
           sum += x;
         }
       }

@@ -8,7 +8,7 @@ from ..kv_cache import BITS, FP8, CacheTensors, head_scales
 from . import append_kv as cache
 from .lowbit_linear import _cpu
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 
 def supports(

@@ -8,7 +8,7 @@ from ..kv_cache import Rotary
 from . import append_kv as cache
 from .lowbit_linear import _DTYPES, _cpu
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 
 def supports(x: torch.Tensor, rotary: Rotary, inverse: bool) -> str | None:

@@ -23,6 +23,7 @@ _ROTARY = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NO_ROWS = (0, 0, 0, 0)
 _NO_ROTARY = (0,) * 8
 
+MAX_HEAD_DIM = 256  # MostHeadDim of csrc/cuda/kv_cache.h
 MAX_ROWS = 128  # queries times query heads of a kv head: beyond, K and V would be read too often
 GROUP_STEP = 32  # tokens that a warp takes at once: they must share K's scales
 _UNIT = 16  # bytes that are copied at once
@@ -72,6 +73,8 @@ def supports(
     bits = BITS.get(cache.format, cache.k.element_size() * 8)
     step = _UNIT * 8 // bits
     dim_v = cache.head_dim_v
+    if max(dim, dim_v) > MAX_HEAD_DIM:
+        return f"head dims {dim} and {dim_v} are more than {MAX_HEAD_DIM}, its widest kernel"
     if dim % step or dim_v % step:
         return f"head dims {dim} and {dim_v} are not multiples of {step}, the channels of {_UNIT} bytes"
     for name, t in (("k_cache", cache.k), ("v_cache", cache.v)):

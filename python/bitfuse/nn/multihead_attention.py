@@ -35,7 +35,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     this layer's parameters and does not call it; `torch.backends.mha.set_fastpath_enabled(False)` ends that.
 
     Raises:
-        ValueError: sizes that do not fit, or a head_dim above 256.
+        ValueError: sizes that do not fit, or a head_dim above 512.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Raises:
             TypeError: not a torch.nn.MultiheadAttention, or a subclass, whose meaning is its own.
-            ValueError: a head_dim above 256.
+            ValueError: a head_dim above 512.
         """
         if type(module) is not torch.nn.MultiheadAttention:
             raise TypeError(

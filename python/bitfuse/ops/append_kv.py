@@ -39,7 +39,7 @@ from ..weight import check_tensor
 from .lowbit_linear import FLOATS
 from .rope import CHECK_PLACES, as_rotary
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 CACHE_SCHEMA = (
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? k_offsets, "

@@ -28,7 +28,7 @@ from ..tensors import check_read
 from ..weight import check_frozen, check_tensor
 from .lowbit_linear import FLOATS
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 _PREFIXES = ("prefix_k", "prefix_v")
 
 
@@ -623,7 +623,7 @@ def attention(
     Args:
         q: [batch, seqlen_q, heads, head_dim], float32, float16 or bfloat16, any strides.
         k, v: [batch, seqlen_k, kv_heads, head_dim] and [..., head_dim_v]; heads is a multiple of kv_heads
-            (grouped or multi-query attention). Head dims from 1 to 256.
+            (grouped or multi-query attention). Head dims from 1 to 512.
         causal: d <= 0 only.
         softmax_scale: head_dim ** -0.5 by default.
         window_size: (left, right): -left <= d <= right only; -1 is no bound.

@@ -141,7 +141,7 @@ def scaled_dot_product_attention(
 
     Args:
         query: [..., heads, seqlen_q, head_dim], float32, float16 or bfloat16, any strides; two dimensions or
-            more. Head dims from 1 to 256.
+            more. Head dims from 1 to 512.
         key, value: [..., heads, seqlen_k, head_dim] and [..., head_dim_v]. Leading dimensions broadcast.
         attn_mask: bool, True for a key that is seen, or float (query's dtype or float32), added; it
             broadcasts to [..., heads, seqlen_q, seqlen_k]. Gradients flow to a float mask. A query that sees
@@ -159,7 +159,7 @@ def scaled_dot_product_attention(
 
     Raises:
         RuntimeError: what torch refuses: sizes that do not fit, two dtypes.
-        TypeError, ValueError: what `bitfuse.attention` refuses: float64, a head_dim above 256, dropout_p = 1.
+        TypeError, ValueError: what `bitfuse.attention` refuses: float64, a head_dim above 512, dropout_p = 1.
     """
     call = _arranged(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out, _ = apply_attention(call.q, call.k, call.v, call.args, True)
