@@ -373,7 +373,8 @@ class Op:
                     found.append(t)
                     if t.layout is not torch.strided or t.is_nested:
                         what = "is nested" if t.is_nested else f"has layout {t.layout}"
-                        wrong.append(f"{argument.name} {what}, expected a strided tensor")
+                        name = _field(args, t) if argument.name == "tensors" else argument.name
+                        wrong.append(f"{name} {what}, expected a strided tensor")
                 elif t is not None:
                     wrong.append(f"{argument.name} is a {type(t).__name__}, expected a tensor")
                 elif "Optional" not in kind:
@@ -414,7 +415,10 @@ class Op:
     def _serve_writing(self, *args: Any) -> Any:
         """`_serve`, and what autograd must know of a write in place, as of torch's own ops."""
         assert self._writes is not None
-        written = [t for t in self._writes(*args) if t is not None and not t.is_inference()]
+        every = self._writes(*args)
+        if not every:
+            return Op._serve(self, *args)
+        written = [t for t in every if t is not None and not t.is_inference()]
         if torch.is_grad_enabled():
             for t in written:
                 if t.requires_grad:
@@ -529,6 +533,16 @@ def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
             return reference(*args)
 
     return run
+
+
+def _field(args: Any, t: torch.Tensor) -> str:
+    """The field of a named tuple that holds a tensor."""
+    for i, value in enumerate(args):
+        if value is t and hasattr(args, "_fields"):
+            return args._fields[i]
+        if isinstance(value, tuple) and (found := _field(value, t)):
+            return found
+    return ""
 
 
 def _resolved(value: Any) -> Any:

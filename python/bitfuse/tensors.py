@@ -60,11 +60,6 @@ class Unread(TypeError):
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # of two types that surely have memory
 
 
-def odd(t: torch.Tensor) -> bool:
-    """Whether `check_read` may refuse it: a quick look."""
-    return t.is_neg() or type(t) not in PLAIN or t.layout is not torch.strided
-
-
 def check_read(name: str, t: torch.Tensor) -> None:
     """Raise TypeError for a sparse tensor, and `Unread` for a negated view (`torch.Tensor.is_neg`), whose
     memory has the other sign, and for a subclass that holds other tensors and has no memory of its own."""

@@ -28,7 +28,7 @@ from ..kv_cache import (
 )
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
-from ..tensors import check_read
+from ..tensors import PLAIN, check_read
 from ..weight import check_tensor
 from .append_kv import (
     CACHE_SCHEMA,
@@ -60,7 +60,8 @@ def _check(
         raise ValueError(f"q has shape {list(q.shape)}, expected [batch, seq, heads, head_dim]")
     if q.dtype not in FLOATS:
         raise TypeError(f"q has dtype {q.dtype}, expected {' or '.join(map(str, FLOATS))}")
-    check_read("q", q)
+    if type(q) not in PLAIN or q.is_neg():
+        check_read("q", q)
     batch, queries, heads, dim = q.shape
     device = q.device
     check_cache(cache, batch, q.dtype, device, cache_seqlens)

@@ -22,7 +22,7 @@ from ..kernels import lora_linear as triton
 from ..lora_args import LoraArgs
 from ..op import Backend, Explanation, Op, explains
 from ..policy import bucket
-from ..tensors import as_rows, odd
+from ..tensors import PLAIN, as_rows
 from ..weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
 from .lowbit_linear import FLOATS, check_float, check_weight
 
@@ -53,8 +53,7 @@ def _check_projection(p: LoraArgs, k: int, like: torch.Tensor, dropout_p: float)
     """What both directions rely on; out_features. `like` has the dtype and the device of activations."""
     weight, device = p.weight, like.device
     if isinstance(weight, WeightTensors):
-        check_weight(weight, k, device)
-        n = weight.qweight.shape[0]
+        n = check_weight(weight, k, device)
     else:
         n = weight.shape[0] if weight.dim() == 2 else 0
         check_tensor("w", weight, (like.dtype,), (n, k), device)
@@ -62,9 +61,21 @@ def _check_projection(p: LoraArgs, k: int, like: torch.Tensor, dropout_p: float)
     if rank > MAX_RANK:
         raise ValueError(f"lora_A has shape {list(p.lora_A.shape)}, expected a rank of at most {MAX_RANK}")
     a, b = p.lora_A, p.lora_B
-    if a.dtype not in FLOATS or a.shape != (rank, k) or a.device != device or odd(a):
+    if (
+        a.dtype not in FLOATS
+        or a.shape != (rank, k)
+        or a.device != device
+        or type(a) not in PLAIN
+        or a.is_neg()
+    ):
         check_tensor("lora_A", a, FLOATS, (rank, k), device)
-    if b.dtype not in FLOATS or b.shape != (n, rank) or b.device != device or odd(b):
+    if (
+        b.dtype not in FLOATS
+        or b.shape != (n, rank)
+        or b.device != device
+        or type(b) not in PLAIN
+        or b.is_neg()
+    ):
         check_tensor("lora_B", b, FLOATS, (n, rank), device)
     if p.scale_by is not None:
         check_tensor("scaling", p.scale_by, (torch.float32,), (), device)
@@ -479,9 +490,10 @@ def lora_args(
     for name, t in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor")
-    for name, given in (("bias", bias), ("out_scale", out_scale)):
-        if given is not None and not isinstance(given, torch.Tensor):
-            raise TypeError(f"{name} is a {type(given).__name__}, expected a tensor or None")
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise TypeError(f"bias is a {type(bias).__name__}, expected a tensor or None")
+    if out_scale is not None and not isinstance(out_scale, torch.Tensor):
+        raise TypeError(f"out_scale is a {type(out_scale).__name__}, expected a tensor or None")
     weight: WeightTensors | torch.Tensor
     perm = None
     if isinstance(w, LowBitWeight):

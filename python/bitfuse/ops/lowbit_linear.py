@@ -27,12 +27,11 @@ def _check(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) ->
     dtype, device, sizes = x.dtype, x.device, x.shape
     if dtype not in FLOATS or not sizes or x.is_neg():
         check_float(x, "x", sizes[-1] if sizes else 0)
-    check_weight(weight, sizes[-1], device)
+    n = check_weight(weight, sizes[-1], device)
     if bias is not None:
-        n = (weight.qweight.shape[0],)
-        fits = bias.dtype is dtype and bias.shape == n and bias.device == device
+        fits = bias.dtype is dtype and bias.shape == (n,) and bias.device == device
         if not fits or type(bias) not in PLAIN or bias.is_neg():
-            check_tensor("bias", bias, (dtype,), n, device, "x")
+            check_tensor("bias", bias, (dtype,), (n,), device, "x")
 
 
 def check_float(x: torch.Tensor, name: str, columns: int) -> None:
@@ -45,8 +44,9 @@ def check_float(x: torch.Tensor, name: str, columns: int) -> None:
     check_read(name, x)
 
 
-def check_weight(weight: WeightTensors, k: int, device: torch.device) -> None:
-    """What native code relies on. The commonest weight, of one level of scales, takes a shorter way."""
+def check_weight(weight: WeightTensors, k: int, device: torch.device) -> int:
+    """What native code relies on; out_features. The commonest weight, of one level of scales, takes a shorter
+    way."""
     qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
     sizes = qweight.shape
     if (
@@ -59,7 +59,7 @@ def check_weight(weight: WeightTensors, k: int, device: torch.device) -> None:
         and qweight.dtype is torch.uint8
         and qweight.device == device
     ):
-        return
+        return sizes[0]
     given = (zeros is not None, scale_scales is not None, scale_offset is not None)
     for t, expected in zip(weight[:5], _expected(format, group_size, k, sizes, given), strict=True):
         if expected is None:
@@ -67,6 +67,7 @@ def check_weight(weight: WeightTensors, k: int, device: torch.device) -> None:
                 raise ValueError(f"scale_offset is given, which format {format!r} has no place for")
         elif t is None or t.dtype not in expected[1] or t.shape != expected[2] or t.device != device:
             check_tensor(expected[0], t, expected[1], expected[2], device, "x")
+    return sizes[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -286,7 +287,7 @@ def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = 
         ValueError: sizes that do not fit, tensors on two devices.
     """
     if not (isinstance(w, LowBitWeight) and isinstance(x, torch.Tensor)) or (
-        bias is not None and not isinstance(bias, torch.Tensor)
+        bias is not None and type(bias) not in PLAIN and not isinstance(bias, torch.Tensor)
     ):
         _check_types(x, w, bias)
     return apply_lowbit(x, w.op_args, w.perm, bias)
