@@ -424,6 +424,12 @@ def test_what_has_no_gradient_says_so() -> None:
         out = bitfuse.decode_attention(given[0], c.clone(), c.clone(), lengths, k=given[1], v=given[2])
         with pytest.raises(RuntimeError, match="decode_attention has no gradient"):
             out.sum().backward()
+    lengths = torch.tensor([4], dtype=torch.int32)
+    compiled = torch.compile(
+        lambda q: bitfuse.decode_attention(q, c, c.clone(), lengths), backend="aot_eager"
+    )
+    with pytest.raises(RuntimeError, match="decode_attention has no gradient"):
+        compiled(q.clone().requires_grad_()).sum().backward()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="decode_attention has no"):
         bitfuse.decode_attention(forward_ad.make_dual(q, q), c, c.clone(), lengths)
 

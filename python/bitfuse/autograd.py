@@ -206,6 +206,6 @@ def without_gradient(
 ) -> tuple[torch.Tensor, ...]:
     """The outputs as they are; a derivative through them to one of the inputs raises a RuntimeError (forward
     mode: NotImplementedError) with this reason."""
-    if is_compiling() or not recorded(*inputs):
+    if not recorded(*inputs):
         return outputs
     return _NoGradient.call(reason, len(outputs), *outputs, *inputs)
