@@ -8,7 +8,7 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import Errors
 
 torch_sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -38,8 +38,15 @@ SDPA: list[tuple[Shape, Shape, Shape, str, Shape, dict[str, Any]]] = [
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("number", range(len(SDPA)))
 def test_sdpa_is_torch_s(number: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(number)
-    *sizes, kind, shape, options = SDPA[number]
+    errors = Errors()
+    for draw in range(5):
+        torch.manual_seed(5 * number + draw)
+        sdpa_draw(errors, *SDPA[number], dtype=dtype)
+    errors.check("sdpa")
+
+
+def sdpa_draw(errors: Errors, *case: Any, dtype: torch.dtype) -> None:
+    *sizes, kind, shape, options = case
     tensors: dict[str, Any] = {
         n: torch.randn(s).to(dtype).requires_grad_()
         for n, s in zip(("query", "key", "value"), sizes, strict=True)
@@ -52,17 +59,18 @@ def test_sdpa_is_torch_s(number: int, dtype: torch.dtype) -> None:
         n: t.detach().double().requires_grad_() if t.is_floating_point() else t for n, t in tensors.items()
     }
     y, wanted = bitfuse.scaled_dot_product_attention(**tensors, **options), torch_sdpa(**exact, **options)
-    assert_accurate(y.detach(), wanted.detach(), torch_sdpa(**tensors, **options).detach(), "output")
+    errors.add("output", y.detach(), wanted.detach(), torch_sdpa(**tensors, **options).detach())
     grad = torch.randn(y.shape).to(dtype)
+    learnt = {n: t for n, t in tensors.items() if t.requires_grad}
 
     def gradients(y: torch.Tensor, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(y, [t for t in given.values() if t.requires_grad], grad.to(y.dtype))
+        return torch.autograd.grad(y, [given[n] for n in learnt], grad.to(y.dtype))
 
     got, of_exact = gradients(y, tensors), gradients(wanted, exact)
     with bitfuse.use_backend("reference"):  # the same formula, from lse, where torch keeps the probabilities
         of_plain = gradients(bitfuse.scaled_dot_product_attention(**tensors, **options), tensors)
-    for one, e, p in zip(got, of_exact, of_plain, strict=True):
-        assert_accurate(one, e, p, "gradient")
+    for name, one, e, p in zip(learnt, got, of_exact, of_plain, strict=True):
+        errors.add(f"gradient of {name}", one, e, p)
 
 
 @pytest.mark.parametrize(

@@ -478,7 +478,7 @@ def test_the_torch_op_refuses_what_would_crash() -> None:
 def test_explains_itself() -> None:
     x, w, a, b, ids = small()
     told = str(bitfuse.explain(multi_lora_linear, x, w, a, b, 1.0, ids))
-    assert told.startswith("multi_lora_add_ on cpu: cpp runs")
+    assert told.startswith("multi_lora_linear on cpu: cpp runs")
 
 
 # the C++ backend
