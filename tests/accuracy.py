@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -22,6 +24,21 @@ def assert_accurate(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor,
         )
         error, allowed = norm(got.double() - exact), 2 * norm(plain.double() - exact) + eps
         assert error <= allowed, f"{what}: {measure} error {error:.3g}, allowed {allowed:.3g}"
+
+
+def worst_order(
+    dot: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    w: torch.Tensor,
+    exact: torch.Tensor,
+) -> torch.Tensor:
+    """Of dot(x, w), which sums over the last dimension of both, in eight orders of that sum the result that
+    errs most: what one order makes of a few numbers is luck, and another BLAS's."""
+    found = [dot(x, w)]
+    for seed in range(7):
+        order = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(seed))
+        found.append(dot(x[..., order], w[..., order]))
+    return max(found, key=lambda t: float((t.double() - exact).abs().max()) if t.numel() else 0.0)
 
 
 class Errors:

@@ -501,7 +501,7 @@ app(["bench", "rope", "merge_attention", "--quick", "--against", "torch", "--res
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert "what was measured is kept" in done.stderr
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (p for p in tmp_path.iterdir() if p.is_dir())
     (found,) = results.load(folder / "merge_attention.json")["runs"]
     assert found["interrupted"] and {r["case"] for r in found["rows"]} == {"torch", "bitfuse (cpp)"}
 

@@ -575,6 +575,7 @@ def test_the_extension_is_built(
     (package / "csrc" / "cuda" / "rope_sm90.cu").write_text(SOURCE.replace("NAME", "large"))
     monkeypatch.setattr(_sources, "PACKAGE", package)
     monkeypatch.setenv("BITFUSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("BITFUSE_CUDART", raising=False)
     monkeypatch.setattr(toolchain, "CXXFLAGS", ("-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden"))
     options = ["compile", "--arch", "a100", "--arch", "sm_90", "--backend", "cuda", "--op", "rope", "--json"]
     options += ["--cubins", "--out", str(tmp_path / "out")]

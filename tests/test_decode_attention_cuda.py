@@ -229,7 +229,7 @@ def test_refuses(target: Target) -> None:
         ("head dims 20 and 64 are not multiples of 8", {"dims": (20, 64)}, {}),
         ("head dims 64 and 24 are not multiples of 16", {"dims": (64, 24), "format": "fp8"}, {}),
         ("head dims 48 and 48 are not multiples of 32", {"dims": (48, 48), "format": "int4"}, {}),
-        ("group_size 16 is not a multiple of 32", {"format": "int8", "group_size": 16}, {}),
+        ("16 tokens share K's scales", {"format": "int8", "group_size": 16}, {}),
         ("are an odd number", {"format": "int4", "dims": (96, 96), "kv_heads": 1}, {}),
         ("are more than 128 rows", {}, {"queries": 65, "group": 2}),
     ]

@@ -302,7 +302,7 @@ def test_the_constructor_refuses() -> None:
     for sizes, words in (
         ((30, 4), "embed_dim is 30, expected a multiple of num_heads, 4"),
         ((0, 1), "embed_dim is 0"),
-        ((1024, 2), "expected at most 256 a head"),
+        ((1032, 2), "expected at most 512 a head"),
     ):
         with pytest.raises(ValueError, match=words):
             Mha(*sizes)

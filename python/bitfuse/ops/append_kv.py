@@ -476,7 +476,8 @@ class KVCache:
 
     @property
     def gives_pages(self) -> bool:
-        return self._pages is not None
+        """Whether pages are found for new tokens: not in code that is compiled, where the host runs once."""
+        return self._pages is not None and not is_compiling()
 
     def before_new(self, tokens: int, seqlens: torch.Tensor | None) -> None:
         """Find pages for new tokens, which are written next: at seqlens, where they are given, in place of
