@@ -533,3 +533,6 @@ def test_a_chain_holds_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> N
         layers = [Layer(lambda: torch.zeros(1), 8.0, held_bytes=held)] * 512
         contender = Contender("x", "float32", layers.__getitem__)
         assert measure.Chain(problem, contender, tiny(), 256 << 20).depth == depth
+        few = measure.Chain(problem, contender, tiny(), 256 << 20, most_held=128 << 20)
+        assert few.depth == min(depth, 2 if held else depth)
+    assert 0 < measure.free_memory("cpu") < 1 << 50

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import gc
 import importlib.metadata
+import os
 import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +42,7 @@ PACKAGES = (
 )  # fmt: skip
 MOST_LAYERS = 512
 MOST_HELD = 512 << 20  # bytes of a chain: all chains of a problem are there at once
+SHARE = 0.5  # of the memory that is free, for all chains together
 Watch = Callable[[str, int], None]  # told what comes next, and how many steps are behind
 
 
@@ -51,6 +55,16 @@ def effort_for(device: str, quick: bool = False, **changes: Any) -> Effort:
     else:
         effort = Effort(cold_mb=max(256, 4 * cache))
     return replace(effort, **{name: value for name, value in changes.items() if value is not None})
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a process may still take on a device."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info()[0])
+    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Chain:
@@ -71,7 +85,14 @@ class Chain:
         Unavailable, ImportError: the contender can't run here.
     """
 
-    def __init__(self, problem: Problem, contender: Contender, setting: Setting, cold_bytes: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        contender: Contender,
+        setting: Setting,
+        cold_bytes: int,
+        most_held: int = MOST_HELD,
+    ) -> None:
         self.contender = contender
         self.device = setting.device
         self.times: list[list[float]] = []
@@ -80,7 +101,7 @@ class Chain:
         with torch.set_grad_enabled(problem.needs_grad):
             first = contender.build(0)
             depth = max(1, min(MOST_LAYERS, round(cold_bytes / first.own_bytes))) if problem.streamed else 1
-            depth = min(depth, max(1, int(MOST_HELD / max(first.held_bytes, first.own_bytes, 1))))
+            depth = min(depth, max(1, int(most_held / max(first.held_bytes, first.own_bytes, 1))))
             self._layers: list[Layer] = [first, *(contender.build(i) for i in range(1, depth))]
             self.depth = depth
             self.own_bytes = statistics.mean(layer.own_bytes for layer in self._layers)
@@ -317,10 +338,11 @@ class Session:
     def _measure(self, into: Measured, contenders: list[Contender]) -> None:
         """Build every chain of a problem, then sample them in turn."""
         problem, setting = into.problem, narrowed(SUITES[into.problem.op], self.setting)
+        most = min(MOST_HELD, int(SHARE * free_memory(setting.device) / max(len(contenders), 1)))
         for contender in contenders:
             self._step(f"{problem.op}: {contender}")
             try:
-                chain = Chain(problem, contender, self.setting, self.effort.cold_bytes)
+                chain = Chain(problem, contender, self.setting, self.effort.cold_bytes, most)
                 chain.error = _error(problem.bounded(), replace(setting, cold_bytes=1 << 18), str(contender))
                 into.chains.append(chain)
             except (
