@@ -536,3 +536,11 @@ def test_a_chain_holds_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> N
         few = measure.Chain(problem, contender, tiny(), 256 << 20, most_held=128 << 20)
         assert few.depth == min(depth, 2 if held else depth)
     assert 0 < measure.free_memory("cpu") < 1 << 50
+
+    def secretive(i: int) -> Layer:
+        kept = torch.ones(16 << 20)
+        return Layer(lambda: kept[:1], 8.0)
+
+    monkeypatch.setattr(measure, "free_memory", lambda device: 2 << 30)
+    depth = measure.Chain(problem, Contender("x", "float32", secretive), tiny(), 256 << 20).depth
+    assert 7 <= depth <= 9  # 512 MiB of what the system says that it grew by

@@ -57,6 +57,13 @@ def effort_for(device: str, quick: bool = False, **changes: Any) -> Effort:
     return replace(effort, **{name: value for name, value in changes.items() if value is not None})
 
 
+def resident() -> int:
+    """Bytes of memory that this process has; 0 where nobody tells."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def free_memory(device: str) -> int:
     """Bytes that a process may still take on a device."""
     if device != "cpu":
@@ -102,7 +109,13 @@ class Chain:
             first = contender.build(0)
             depth = max(1, min(MOST_LAYERS, round(cold_bytes / first.own_bytes))) if problem.streamed else 1
             depth = min(depth, max(1, int(most_held / max(first.held_bytes, first.own_bytes, 1))))
-            self._layers: list[Layer] = [first, *(contender.build(i) for i in range(1, depth))]
+            self._layers: list[Layer] = [first]
+            if depth > 1:  # a peer may keep more than it says: a second float matrix, a session's own copy
+                before = resident()
+                self._layers.append(contender.build(1))
+                grown = resident() - before if setting.device == "cpu" else 0
+                depth = min(depth, max(2, int(SHARE / 2 * free_memory(setting.device) / max(grown, 1))))
+            self._layers += [contender.build(i) for i in range(2, depth)]
             self.depth = depth
             self.own_bytes = statistics.mean(layer.own_bytes for layer in self._layers)
             first.call()
