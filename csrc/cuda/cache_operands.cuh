@@ -145,33 +145,34 @@ __device__ __forceinline__ uint32_t max2(uint32_t a, uint32_t b) {
   return out;
 }
 
-// What scales and offsets of codes are multiplied by. The bits of a code c are a float16 already, c 2^-24;
-// times scale 2^up, plus offset 2^(up - 24), it is its value times 2^(up - 24). The largest `up` with which
-// nothing overflows leaves values just below 2^-1 (8 bits) or 2^-5; where some are 1 or more, 15 is enough
-// for 14 bits of the largest.
+// What scales and offsets of codes are multiplied by. Codes stand in float16's mantissas as c 2^-Point; times
+// scale 2^up, plus offset 2^(up - Point), one is its value times 2^(up - Point). The largest `up` with which
+// nothing overflows leaves values just below 2^-1; where some are 1 or more, 15 is enough for 14 bits of the
+// largest.
+template <int Bits>
 struct Powers {
-  static constexpr int Most = 30, Middle = 24, LeastOfHalf = -14;
+  static constexpr int Point = Bits == 8 ? 24 : 20;
+  static constexpr int Most = 30, LeastOfHalf = -14;
   int up;
 
   // From bounds of magnitudes, two of each lane.
-  template <int Bits>
   __device__ __forceinline__ static Powers of(uint32_t bounds) {
     const unsigned most = __reduce_max_sync(AllLanes, max(bounds >> 16, bounds & 0xffff));
     // what float16 has no room for is still below 65504 (2^Bits)
     const int exponent = most >= 0x7c00 ? 16 + Bits : static_cast<int>(most >> 10) - 15;
-    const int up = (Bits == 8 ? 22 : 18) - exponent;
+    const int up = Point - 2 - exponent;
     return {min(up, exponent >= 0 ? 15 : Most)};
   }
-  // To two scales, of the second of which the codes are `TooHigh` bits too high, and two offsets. A power
-  // that float16 has not comes in two parts.
-  template <int TooHigh>
+  // What products are to be multiplied by.
+  __device__ __forceinline__ float unit() const { return power_of_two(Point - up); }
+  // To two scales and two offsets. A power that float16 has not comes in two parts.
   __device__ __forceinline__ void apply(uint32_t& scales, uint32_t& offsets) const {
-    const int of_scale = min(up, 15), of_offset = max(up - Middle, LeastOfHalf);
-    scales = mul2(scales, half_powers(of_scale) - (TooHigh << 26));
+    const int of_scale = min(up, 15), of_offset = max(up - Point, LeastOfHalf);
+    scales = mul2(scales, half_powers(of_scale));
     offsets = mul2(offsets, half_powers(of_offset));
-    if (up > 15 || up - Middle < LeastOfHalf) {
+    if (up > 15 || up - Point < LeastOfHalf) {
       scales = mul2(scales, half_powers(up - of_scale));
-      offsets = mul2(offsets, half_powers(up - Middle - of_offset));
+      offsets = mul2(offsets, half_powers(up - Point - of_offset));
     }
   }
 };
@@ -209,25 +210,18 @@ __device__ __forceinline__ void pairs_of_fp8(uint32_t word, uint32_t (&pairs)[2]
 #endif
 }
 
-// Integer codes as they stand at the bottom of float16: 4 of 8 bits in pairs as above, 8 of 4 bits in pairs
-// (i, i + 4), of which every second is 4 bits too high.
+// Integer codes as they stand in float16's mantissa: 4 of 8 bits in pairs as above, at its bottom; 8 of 4 bits
+// in pairs (i, i + 4), above 4 bits of 0.
 template <int Bits, bool OfV>
 __device__ __forceinline__ void pairs_of_codes(uint32_t word, uint32_t (&pairs)[16 / Bits]) {
   if constexpr (Bits == 8) {
     pairs[0] = OfV ? word & 0x00ff00ff : __byte_perm(word, 0, 0x4140);
     pairs[1] = __byte_perm(word, 0, OfV ? 0x4341 : 0x4342);
   } else {
+    pairs[0] = word << 4 & 0x00f000f0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      pairs[2 * i] = word >> 8 * i & 0x000f000f;
-      pairs[2 * i + 1] = word >> 8 * i & 0x00f000f0;
-    }
+    for (int i = 1; i < 4; ++i) pairs[i] = word >> 4 * (i - 1) & 0x00f000f0;
   }
-}
-// So much lower the power of their scale is.
-template <int Bits>
-__device__ __forceinline__ constexpr int too_high(int pair) {
-  return Bits == 4 && pair % 2 == 1 ? 4 : 0;
 }
 
 }  // namespace bitfuse::decode

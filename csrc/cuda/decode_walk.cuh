@@ -222,7 +222,7 @@ class Walk {
     float* const o = reinterpret_cast<float*>(to + StateBytes);
     float2* const states = reinterpret_cast<float2*>(to);
     float unit = 1;
-    if constexpr (R::Grouped) unit = power_of_two(Powers::Middle - v_powers_.up);
+    if constexpr (R::Grouped) unit = v_powers_.unit();
     if constexpr (R::Converts && !R::Grouped) {
       const float* const scales = kernel_.a.cache.v_head_scales;
       unit = Fp8Unit * (scales == nullptr ? 1.0f : __ldg(scales + span_.kv_head));
@@ -506,9 +506,9 @@ class Walk {
       for (int i = 0; i < 2; ++i) words[i][w] = both[i][Words * lane_ + w];
       bounds = max2(bounds, bounds_of<R::Bits>(words[0][w], words[1][w]));
     }
-    const Powers powers = Powers::of<R::Bits>(bounds);
+    const Powers<R::Bits> powers = Powers<R::Bits>::of(bounds);
 #pragma unroll
-    for (int w = 0; w < Words; ++w) powers.apply<too_high<R::Bits>(1)>(words[0][w], words[1][w]);
+    for (int w = 0; w < Words; ++w) powers.apply(words[0][w], words[1][w]);
     __syncwarp();
 #pragma unroll
     for (int w = 0; w < Words; ++w) {
@@ -527,7 +527,7 @@ class Walk {
       }
     }
     __syncwarp();
-    return power_of_two(Powers::Middle - powers.up);
+    return powers.unit();
   }
 
   // Which of a tile's keys a row does not see. Most tiles are seen whole.
@@ -663,7 +663,7 @@ class Walk {
       }
       bounds = max2(bounds, bounds_of<R::Bits>(words[0][w], words[1][w]));
     }
-    const Powers powers = Powers::of<R::Bits>(bounds);
+    const Powers<R::Bits> powers = Powers<R::Bits>::of(bounds);
     if (powers.up < v_powers_.up) {
       const float down = power_of_two(powers.up - v_powers_.up);
       rescale[0] *= down, rescale[1] *= down;
@@ -674,7 +674,7 @@ class Walk {
 #pragma unroll
     for (int w = 0; w < Words; ++w) {
       if (2 * w >= groups) continue;
-      v_powers_.apply<0>(words[0][w], words[1][w]);
+      v_powers_.apply(words[0][w], words[1][w]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         unsigned short* const to =
@@ -698,7 +698,7 @@ class Walk {
   }
 
   __device__ __forceinline__ void add_codes(const unsigned char* stage, const uint32_t (&p)[2][4]) {
-    uint32_t scale[2][TokenTiles], offset[TokenTiles];  // scale: of either kind of pairs
+    uint32_t scale[TokenTiles], offset[TokenTiles];
     int group = -1;
     const uint32_t from = shared_address(stage + S::V) + place<S::Units>(lane_, 0);
 #pragma unroll
@@ -710,12 +710,8 @@ class Walk {
           const unsigned char* const of_group = stage + S::VScales + group * Tokens * 2 + lane_ % 4 * 16;
           const uint4 a = *reinterpret_cast<const uint4*>(of_group);
           const uint4 b = *reinterpret_cast<const uint4*>(of_group + S::VScaleBytes);
-          scale[0][0] = a.x, scale[0][1] = a.y, scale[0][2] = a.z, scale[0][3] = a.w;
+          scale[0] = a.x, scale[1] = a.y, scale[2] = a.z, scale[3] = a.w;
           offset[0] = b.x, offset[1] = b.y, offset[2] = b.z, offset[3] = b.w;
-#pragma unroll
-          for (int m = 0; m < TokenTiles; ++m) {
-            scale[1][m] = mul2(scale[0][m], half_powers(-too_high<R::Bits>(1)));
-          }
         }
       }
       uint32_t words[4];  // of 8 tokens each
@@ -729,7 +725,7 @@ class Walk {
           pairs_of_codes<R::Bits, true>(words[m], v[m]);
 #pragma unroll
           for (int i = 0; i < Pairs; ++i) {
-            v[m][i] = fma2<__half>(v[m][i], scale[too_high<R::Bits>(i) ? 1 : 0][m], offset[m]);
+            v[m][i] = fma2<__half>(v[m][i], scale[m], offset[m]);
           }
         }
       }
@@ -753,7 +749,7 @@ class Walk {
   bool linear_;  // logits are scores times a positive factor
   LaneRow rows_[2];
   float factor_[2], most_[2], sum_[2];
-  Powers v_powers_ = {Powers::Most};  // O is in their units
+  Powers<R::Bits> v_powers_ = {Powers<R::Bits>::Most};  // O is in their units
   Fragments<R> fragments_;
   float o_[Columns][4];
 };
