@@ -21,7 +21,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
 # the simulator runs PTX, for the two generations that the kernels are written for, and stands in for a shared runtime
 TEST_ARCHS ?= 80+PTX;90a+PTX
 TEST_BUILD = BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' BITFUSE_CUDART=shared
-NVCC_WHEELS = $(shell PYTHONPATH=python/bitfuse python3 -c 'from arch.toolchain import NVCC_WHEELS; print(*NVCC_WHEELS)')
+NVCC_WHEELS = $(shell PYTHONPATH=python python3 -c 'from bitfuse_tools.compile.toolchain import NVCC_WHEELS; print(*NVCC_WHEELS)')
 
 .PHONY: demo test test-oldest test-cuda-torch lint bench gpu clean
 
@@ -44,7 +44,7 @@ test-oldest: test-%: $(SETUP) $(VENV)/.demo $(VENV)/.test $(VENV)/.built
 test-cuda-torch: test-%: $(SETUP) $(VENV)/.built
 	test -x $(VENV)-$*/bin/python || python3 -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip --disable-pip-version-check -q install torch==2.11.0 triton==3.6.0 $(OP_TESTS)
-	$(OTHER) $(wildcard tests/test_lowbit_linear*.py) tests/test_cusim_extension.py tests/test_cusim_triton.py $(ARGS)
+	$(OTHER) $(wildcard tests/linear/test_lowbit_linear*.py) tests/cusim/test_cusim_extension.py tests/cusim/test_cusim_triton.py $(ARGS)
 
 lint: $(SETUP) $(VENV)/.lint
 	$(PYTHON) -m ruff check .

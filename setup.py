@@ -1,6 +1,6 @@
 """Builds bitfuse._cpu always, and bitfuse._cuda when an nvcc is at hand. No torch is needed to build.
 
-Compilers, flags and jobs: python/bitfuse/arch/toolchain.py, which `bitfuse compile` uses too.
+Compilers, flags and jobs: python/bitfuse_tools/compile/toolchain.py, which `bitfuse compile` uses too.
 
 Environment:
     BITFUSE_CUDA        1 demands the CUDA extension (a failure fails the build), 0 leaves it out; else: tries
@@ -24,8 +24,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 # bitfuse itself can't be imported yet: it wants torch
-sys.path.insert(0, str(ROOT / "python" / "bitfuse"))
-from arch import toolchain  # noqa: E402
+sys.path.insert(0, str(ROOT / "python"))
+from bitfuse_tools.compile import toolchain  # noqa: E402
 
 del sys.path[0]
 

@@ -1,4 +1,4 @@
-"""bottleneck_adapter against what a user would otherwise pick. The cases are those of bitfuse.bench.
+"""bottleneck_adapter against what a user would otherwise pick. The cases are those of bitfuse_tools.bench.
 
 python benchmarks/bench_bottleneck_adapter.py --quick          # = bitfuse bench bottleneck_adapter --quick
 pytest benchmarks/bench_bottleneck_adapter.py                  # the quick cases under pytest-benchmark
@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 import pytest
-from bitfuse.bench import Trial, trials
-from bitfuse.cli import app
+from bitfuse_tools.bench import Trial, trials
+from bitfuse_tools.cli import app
 
 OP = "bottleneck_adapter"
 

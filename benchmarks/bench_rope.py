@@ -1,4 +1,4 @@
-"""rope against what a user would otherwise pick. The cases are those of bitfuse.bench.
+"""rope against what a user would otherwise pick. The cases are those of bitfuse_tools.bench.
 
 python benchmarks/bench_rope.py --quick          # = bitfuse bench rope --quick
 pytest benchmarks/bench_rope.py                  # the quick cases under pytest-benchmark
@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 import pytest
-from bitfuse.bench import Trial, trials
-from bitfuse.cli import app
+from bitfuse_tools.bench import Trial, trials
+from bitfuse_tools.cli import app
 
 OP = "rope"
 

@@ -1,4 +1,4 @@
-"""speculative_sample against what a user would otherwise pick. The cases are those of bitfuse.bench.
+"""speculative_sample against what a user would otherwise pick. The cases are those of bitfuse_tools.bench.
 
 python benchmarks/bench_speculative_sample.py --quick          # = bitfuse bench speculative_sample --quick
 pytest benchmarks/bench_speculative_sample.py                  # the quick cases under pytest-benchmark
@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 import pytest
-from bitfuse.bench import Trial, trials
-from bitfuse.cli import app
+from bitfuse_tools.bench import Trial, trials
+from bitfuse_tools.cli import app
 
 OP = "speculative_sample"
 

@@ -38,11 +38,11 @@ PYTHON = sys.executable
 SHARES = {"build": 0.35, "tests": 0.45, "bench": 0.3, "tune": 0.12, "sanitize": 0.15}
 # by tool, kernels with shared memory, barriers and asynchronous copies: a file of tests, and which of them
 SANITIZED = (
-    ("memcheck", "tests/test_lowbit_linear_cuda.py", "rows_of_any_length or split_k or views"),
-    ("memcheck", "tests/test_decode_attention_cuda.py", "stretches or rows_than_a_tile"),
-    ("memcheck", "tests/test_attention_cuda.py", "many_tiles or packed_neighbours"),
-    ("racecheck", "tests/test_lowbit_linear_cuda.py", "split_k"),
-    ("racecheck", "tests/test_lora_linear_cuda.py", "any_rank or any_mix"),
+    ("memcheck", "tests/linear/test_lowbit_linear_cuda.py", "rows_of_any_length or split_k or views"),
+    ("memcheck", "tests/attention/test_decode_attention_cuda.py", "stretches or rows_than_a_tile"),
+    ("memcheck", "tests/attention/test_attention_cuda.py", "many_tiles or packed_neighbours"),
+    ("racecheck", "tests/linear/test_lowbit_linear_cuda.py", "split_k"),
+    ("racecheck", "tests/linear/test_lora_linear_cuda.py", "any_rank or any_mix"),
 )
 
 

@@ -24,8 +24,8 @@ from setuptools.build_meta import (
 )
 
 # bitfuse itself can't be imported: it wants torch
-sys.path.insert(0, str(Path(__file__).parent.parent / "python" / "bitfuse"))
-from arch import toolchain
+sys.path.insert(0, str(Path(__file__).parent.parent / "python"))
+from bitfuse_tools.compile import toolchain
 
 del sys.path[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 import bitfuse
 import cusim
 import torch
-from bitfuse.op import Op
+from bitfuse.core.op import Op
 from torch.overrides import TorchFunctionMode
 
 _seeds = itertools.count(1)

@@ -12,11 +12,11 @@ from . import (
     optim,
 )
 from ._version import __version__
-from .arch.bundle import load_kernels
 from .checkpoints import load_peft_, save_peft
-from .formats import Format, register_format
+from .core.bundle import load_kernels
+from .core.op import BackendError, Explanation, explain, use_backend
 from .integrations import FuseReport, fuse_peft_, unfuse_peft_, with_bitfuse_layers
-from .lora import (
+from .models.lora import (
     AdapterReport,
     MergeReport,
     add_ia3_,
@@ -28,25 +28,25 @@ from .lora import (
     set_adapter_,
     unmerge_adapters_,
 )
-from .op import BackendError, Explanation, explain, use_backend
-from .ops.append_kv import KVCache, append_kv
-from .ops.attention import attention, varlen_attention
-from .ops.bottleneck_adapter import bottleneck_adapter
-from .ops.decode_attention import decode_attention
-from .ops.gated_activation import gated_activation
-from .ops.lora_linear import lora_linear
-from .ops.lora_mlp import Projection, lora_mlp, lora_qkv
-from .ops.lowbit_linear import lowbit_linear
-from .ops.merge_attention import merge_attention
-from .ops.multi_lora_linear import multi_lora_linear
-from .ops.quantize_kv import QuantizedKV, quantize_kv
-from .ops.rope import rope
-from .ops.sample import sample
-from .ops.scaled_dot_product_attention import scaled_dot_product_attention
-from .ops.speculative_sample import speculative_sample
-from .ops.speculative_sample_tree import speculative_sample_tree
-from .quantization import QuantizationReport, quantize_
-from .weight import LowBitWeight, quantize
+from .models.quantization import QuantizationReport, quantize_
+from .ops.attention.append_kv import KVCache, append_kv
+from .ops.attention.attention import attention, varlen_attention
+from .ops.attention.decode_attention import decode_attention
+from .ops.attention.merge_attention import merge_attention
+from .ops.attention.quantize_kv import QuantizedKV, quantize_kv
+from .ops.attention.rope import rope
+from .ops.attention.scaled_dot_product_attention import scaled_dot_product_attention
+from .ops.linear.bottleneck_adapter import bottleneck_adapter
+from .ops.linear.gated_activation import gated_activation
+from .ops.linear.lora_linear import lora_linear
+from .ops.linear.lora_mlp import Projection, lora_mlp, lora_qkv
+from .ops.linear.lowbit_linear import lowbit_linear
+from .ops.linear.multi_lora_linear import multi_lora_linear
+from .ops.sampling.sample import sample
+from .ops.sampling.speculative_sample import speculative_sample
+from .ops.sampling.speculative_sample_tree import speculative_sample_tree
+from .weights.formats import Format, register_format
+from .weights.weight import LowBitWeight, quantize
 
 __all__ = [
     "AdapterReport",

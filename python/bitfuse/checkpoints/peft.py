@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..lora import (
+from ..models.lora import (
     ALL_LINEAR,
     WRAPPED,
     AdapterReport,

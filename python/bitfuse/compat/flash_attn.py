@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..ops.attention import attention, varlen_attention
-from ..ops.decode_attention import decode_attention
-from ..ops.rope import rope
+from ..ops.attention.attention import attention, varlen_attention
+from ..ops.attention.decode_attention import decode_attention
+from ..ops.attention.rope import rope
 
 
 def _returned(made: tuple[torch.Tensor, torch.Tensor], return_attn_probs: bool) -> Any:

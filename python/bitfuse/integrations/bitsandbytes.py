@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..formats import NESTED_BLOCK, NF4, Format, nested_code, register_format
 from ..nn import Linear
-from ..weight import CHUNK, LowBitWeight
+from ..weights.formats import NESTED_BLOCK, NF4, Format, nested_code, register_format
+from ..weights.weight import CHUNK, LowBitWeight
 
 # the 4-bit floats of bitsandbytes: e2m1 but for the smallest, 1/192 of the largest
 _FP4 = tuple(s * v / 192 for s in (1, -1) for v in (0.0, 1.0, 128.0, 192.0, 64.0, 96.0, 32.0, 48.0))

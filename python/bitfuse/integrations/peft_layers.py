@@ -16,8 +16,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..nn import Linear
 from ..nn.dora import RowNorms, dora_scale
 from ..nn.lora import LowRank, adapted_linear
-from ..ops.lora_linear import MAX_RANK
-from ..ops.lowbit_linear import FLOATS
+from ..ops.linear.lora_linear import MAX_RANK
+from ..ops.linear.lowbit_linear import FLOATS
 from .bitsandbytes import to_bitsandbytes
 
 __all__ = [

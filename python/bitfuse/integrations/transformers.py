@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..attention_args import AttentionArgs
-from ..dropout import new_seed
-from ..ops.attention import apply_attention, varlen_attention
+from ..core.dropout import new_seed
+from ..ops.attention.attention import apply_attention, varlen_attention
+from ..ops.attention.attention_args import AttentionArgs
 
 NAME = "bitfuse"
 log = logging.getLogger("bitfuse")

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..ops.lowbit_linear import FLOATS
-from ..weight import CHUNK, LowBitWeight, dequantize_rows, nest_scales, quantize
+from ..ops.linear.lowbit_linear import FLOATS
+from ..weights.weight import CHUNK, LowBitWeight, dequantize_rows, nest_scales, quantize
 from .linear import Linear, is_conv1d
 
 # what of a module calls hooks: they move from a layer to the one around it

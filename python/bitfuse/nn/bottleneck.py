@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..activations import check_activation
-from ..ops.bottleneck_adapter import bottleneck_adapter
+from ..core.activations import check_activation
+from ..ops.linear.bottleneck_adapter import bottleneck_adapter
 
 
 class BottleneckAdapter(torch.nn.Module):

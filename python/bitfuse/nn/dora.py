@@ -9,8 +9,8 @@ import torch
 from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
-from ..ops.lowbit_linear import lowbit_linear
-from ..tensors import aside
+from ..core.tensors import aside
+from ..ops.linear.lowbit_linear import lowbit_linear
 from .adapters import float_rows
 from .linear import Linear
 

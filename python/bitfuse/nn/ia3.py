@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ops.lora_linear import lora_linear
+from ..ops.linear.lora_linear import lora_linear
 from .adapters import AdapterLinear, options_to_bytes
 from .linear import Linear, on_rows
 from .lora import check_dtype

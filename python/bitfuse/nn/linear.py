@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..formats import FIXED_SCALE_DTYPES, Format, get_format
-from ..op import Explanation, explain
-from ..ops.lowbit_linear import apply_lowbit, lowbit_linear
-from ..weight import LowBitWeight, WeightTensors, as_bytes, as_floats, column_order, quantize, whole
+from ..core.op import Explanation, explain
+from ..ops.linear.lowbit_linear import apply_lowbit, lowbit_linear
+from ..weights.formats import FIXED_SCALE_DTYPES, Format, get_format
+from ..weights.weight import LowBitWeight, WeightTensors, as_bytes, as_floats, column_order, quantize, whole
 
 _TENSORS = ("qweight", "scales", "zeros", "g_idx", "scale_scales", "scale_offset")
 _FLOAT_TENSORS = ("scales", "scale_scales", "scale_offset")

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.compiler import is_compiling
 
-from ..cost import Cost, moved
-from ..dropout import new_seed
-from ..lora_args import LoraArgs
-from ..op import Explanation, explain
-from ..ops.lora_linear import MAX_RANK, apply_lora, lora_linear
-from ..ops.lowbit_linear import FLOATS, check_float
+from ..core.cost import Cost, moved
+from ..core.dropout import new_seed
+from ..core.op import Explanation, explain
+from ..ops.linear.lora_args import LoraArgs
+from ..ops.linear.lora_linear import MAX_RANK, apply_lora, lora_linear
+from ..ops.linear.lowbit_linear import FLOATS, check_float
 from .adapters import AdapterLinear, options_from_bytes, options_to_bytes
 from .dora import RowNorms, dora_scale
 from .linear import Linear, on_rows

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..attention_args import AttentionArgs
-from ..autograd import Function, once
-from ..dropout import keep_rows, new_seed
-from ..op import Explanation
-from ..ops.attention import MAX_HEAD_DIM, apply_attention, attention_op
+from ..core.autograd import Function, once
+from ..core.dropout import keep_rows, new_seed
+from ..core.op import Explanation
+from ..ops.attention.attention import MAX_HEAD_DIM, apply_attention, attention_op
+from ..ops.attention.attention_args import AttentionArgs
 
 _linear = torch.nn.functional.linear
 

@@ -10,8 +10,8 @@ import torch
 from torch.optim._functional import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..blockwise import ZERO, blocks_of
-from ..ops.adamw8bit import BLOCK_SIZES, FLOATS, op
+from ..ops.optim.adamw8bit import BLOCK_SIZES, FLOATS, op
+from ..weights.blockwise import ZERO, blocks_of
 from .states import MOMENTS, converted, is_dtensor, is_sharded_in_blocks, local, rename_codes, sharded_like
 
 # what a group of an older checkpoint or of another optimiser may lack

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..blockwise import blocks_of, dequantize_blocks, dynamic_map, quantize_blocks
-from ..ops.adamw8bit import BLOCK_SIZES
+from ..ops.optim.adamw8bit import BLOCK_SIZES
+from ..weights.blockwise import blocks_of, dequantize_blocks, dynamic_map, quantize_blocks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PLAIN = (torch.nn.Parameter, torch.Tensor)

@@ -1,0 +1,273 @@
+// x W^T for so few rows of x that reading W bounds it: W is decoded straight into multiply-adds.
+//
+// A vector load takes 4 * kLanes bytes of one row of W as dwords, lane i holding kPerDword codes from
+// kPerDword * i on; step J decodes code J of every lane and multiplies with x, put in that order once a call.
+// So no code moves between lanes. The sums of such a block are scaled lane by lane into the row's total;
+// lanes are added once a row. Four rows of W run at once, so that a vector of x serves four and multiply-adds
+// do not wait for each other, and the next four are prefetched. Per 64 bytes of int4, 128 weights: 8
+// permutes, 7 shifts and 8 multiply-adds in float32; 4, 3 and 4 with bfloat16 x.
+#pragma once
+
+#include "cpu/linear/codes.h"
+#include "cpu/linear/low_rank.h"
+#include "cpu/linear/scales.h"
+
+namespace bitfuse::BITFUSE_ISA {
+
+constexpr int kFewRows = 4;
+constexpr int kQuad = 4;  // rows of W at once; the last few are copied beside rows of zeros
+
+// Where the scales of a block's lanes lie among a row's: lane i takes scale first[block] + lane[block][i].
+// Uniform: a block lies in one group, all its lanes take scale first[block].
+struct LaneGroups {
+  bool uniform;
+  int32_t* first;  // [blocks]
+  int32_t* lane;   // [blocks][kLanes]
+
+  static bool is_uniform(const LowBitMatrix& w, int64_t width) {
+    return w.group_size % width == 0 || w.group_size == w.k;
+  }
+  void fill(const LowBitMatrix& w, int per_dword, int64_t blocks) {
+    const int64_t width = int64_t(per_dword) * kLanes;
+    uniform = is_uniform(w, width);
+    for (int64_t b = 0; b < blocks; ++b) {
+      first[b] = int32_t(b * width / w.group_size);
+      for (int i = 0; i < kLanes && !uniform; ++i)
+        lane[b * kLanes + i] = int32_t(least(b * width + i * per_dword, w.k - 1) / w.group_size) - first[b];
+    }
+  }
+  template <bool Uniform>
+  BITFUSE_INLINE Vf pick(const float* row, int64_t block) const {
+    if (Uniform) return set1(row[first[block]]);
+    return permute(load(row + first[block]), load_dwords(lane + block * kLanes));
+  }
+};
+
+// One row of x as [block][kSteps][kLanes] elements, zeros past k. `natural` is room for one row in float32.
+template <class Steps>
+void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural, float* to) {
+  constexpr int64_t kBlock = Steps::Code::kPerDword * kLanes;
+  to_float(element(call.x, call.dtype, row * call.row_stride), call.dtype, natural, call.w.k);
+  for (int64_t i = call.w.k; i < blocks * kBlock; ++i) natural[i] = 0;
+  for (int64_t b = 0; b < blocks; ++b, natural += kBlock)
+    for (int j = 0; j < Steps::kSteps; ++j)
+      for (int i = 0; i < kLanes; ++i) *to++ = natural[Steps::column(j, i)];
+}
+
+// The same for pairs; x is bfloat16.
+template <class Steps>
+void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural, uint32_t* to) {
+  constexpr int64_t kBlock = Steps::Code::kPerDword * kLanes;
+  auto* words = reinterpret_cast<uint16_t*>(natural);
+  std::memset(words, 0, size_t(blocks * kBlock) * 2);
+  std::memcpy(words, element(call.x, call.dtype, row * call.row_stride), size_t(call.w.k) * 2);
+  for (int64_t b = 0; b < blocks; ++b, words += kBlock)
+    for (int j = 0; j < Steps::kSteps; ++j)
+      for (int i = 0; i < kLanes; ++i) {
+        const int at = Steps::column(j, i);
+        *to++ = words[at] | uint32_t(words[at + Steps::kSteps]) << 16;
+      }
+}
+
+// What an adapter adds to row n of W: t B[n]^T, summed in the same lanes. t is [Rows][t_stride], zeros past
+// rank.
+struct RowAddend {
+  const float* t = nullptr;  // null: no adapter
+  int64_t t_stride = 0, rank = 0;
+  const void* b = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+// Of the rows [n, n + kQuad) of B, `valid` are there; the others' sums meet no output.
+template <int Rows>
+BITFUSE_INLINE void add_rows(const RowAddend& addend, int64_t n, int64_t valid, Vf (&total)[Rows][kQuad]) {
+  with_elements(addend.dtype, [&](auto elements) __attribute__((always_inline)) {
+    using Elements = decltype(elements);
+    const auto* b = static_cast<const typename Elements::Type*>(addend.b) + n * addend.rank;
+    for (int64_t j = 0; j < addend.rank; j += kLanes) {
+      Vf row[kQuad];
+#pragma GCC unroll 4
+      for (int q = 0; q < kQuad; ++q) {
+        const auto* at = b + least(q, valid - 1) * addend.rank + j;
+        row[q] = j + kLanes <= addend.rank ? Elements::whole(at) : Elements::some(at, int(addend.rank - j));
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const Vf t = load(addend.t + r * addend.t_stride + j);
+#pragma GCC unroll 4
+        for (int q = 0; q < kQuad; ++q) total[r][q] = fma(t, row[q], total[r][q]);
+      }
+    }
+  });
+}
+
+// Rows [n, n + kQuad) of W, `codes` their codes, times Rows rows of x. scales and zeros: [kQuad][groups].
+template <class Steps, int Rows, bool Uniform>
+void quad(const Steps& steps, const LowBitMatrix& w, const uint8_t* codes, int64_t n, int64_t valid,
+          const typename Steps::Element* x, int64_t x_stride, const LaneGroups& lanes, const float* scales,
+          const float* zeros, const RowAddend& addend, float (&out)[Rows][kQuad]) {
+  using Code = typename Steps::Code;
+  constexpr int kBytes = 4 * kLanes;
+  const int64_t row_bytes = code_bytes<Code>(w.k), groups = groups_of(w);
+  Vf total[Rows][kQuad];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuad; ++q) total[r][q] = zero();
+
+  auto block = [&](int64_t b, auto load_block) __attribute__((always_inline)) {
+    Vi dwords[kQuad];
+    Vf z[kQuad], sums[Rows][kQuad];
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuad; ++q) {
+      const uint8_t* at = codes + q * row_bytes + b * kBytes;
+      __builtin_prefetch(at + kQuad * row_bytes);
+      dwords[q] = load_block(at);
+      z[q] = Code::kZeros ? lanes.pick<Uniform>(zeros + q * groups, b) : zero();
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) sums[r][q] = zero();
+    }
+    const auto* xb = x + b * (Steps::kSteps * kLanes);
+    unrolled<Steps::kSteps>([&](auto j) __attribute__((always_inline)) {
+      constexpr int J = decltype(j)::value;
+      typename Steps::Vector weights[kQuad];
+#pragma GCC unroll 4
+      for (int q = 0; q < kQuad; ++q) weights[q] = steps.template weight<J>(dwords[q], z[q]);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const auto xv = Steps::load_x(xb + r * x_stride + J * kLanes);
+#pragma GCC unroll 4
+        for (int q = 0; q < kQuad; ++q) sums[r][q] = Steps::accumulate(sums[r][q], weights[q], xv);
+      }
+    });
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuad; ++q) {
+      Vf s = lanes.pick<Uniform>(scales + q * groups, b);
+      if (Code::kNans && any_nan(dwords[q])) s = add(s, nan_lanes(dwords[q]));
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) total[r][q] = fma(sums[r][q], s, total[r][q]);
+    }
+  };
+  const int64_t whole = row_bytes / kBytes, rest = row_bytes % kBytes;
+  for (int64_t b = 0; b < whole; ++b) block(b, [](const uint8_t* at) { return load_dwords(at); });
+  if (rest) block(whole, [&](const uint8_t* at) { return load_some(at, rest); });
+  if (addend.t) add_rows(addend, n, valid, total);
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuad; ++q) out[r][q] = sum(total[r][q]) * Steps::kUnit;
+}
+
+template <class Steps, int Rows, bool Uniform>
+void quads(const Steps& steps, const LinearCall& call, Range range, const typename Steps::Element* x,
+           int64_t x_stride, const LaneGroups& lanes, const RowAddend& addend, float* scales, float* zeros,
+           uint8_t* last) {
+  const LowBitMatrix& w = call.w;
+  const int64_t groups = groups_of(w), row_bytes = code_bytes<typename Steps::Code>(w.k);
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    const int64_t n = i * kQuad, valid = least(kQuad, w.n - n);
+    const uint8_t* codes = w.codes + n * row_bytes;
+    if (valid < kQuad) {
+      std::memcpy(last, codes, size_t(valid * row_bytes));
+      std::memset(last + valid * row_bytes, 0, size_t((kQuad - valid) * row_bytes));
+      codes = last;
+    }
+    read_scales(w, n * groups, valid * groups, scales);
+    if (Steps::Code::kZeros) read_zeros(w, n * groups, valid * groups, zeros);
+    prefetch_scales(w, (n + kQuad) * groups, kQuad * groups);
+    float y[Rows][kQuad], bias[kQuad] = {};
+    quad<Steps, Rows, Uniform>(steps, w, codes, n, valid, x, x_stride, lanes, scales, zeros, addend, y);
+    if (call.bias) to_float(element(call.bias, call.dtype, n), call.dtype, bias, valid);
+    for (int r = 0; r < Rows; ++r) {
+      for (int q = 0; q < valid; ++q)
+        y[r][q] = (call.out_scale ? y[r][q] * call.out_scale[n + q] : y[r][q]) + bias[q];
+      from_float(y[r], element(call.out, call.dtype, r * w.n + n), call.dtype, valid);
+    }
+  }
+}
+
+// Scratch: at most 12 bytes for each column of x and, on each thread, 32 for each group of a row; kQuad rows
+// of codes where n is no multiple of kQuad; with an adapter also what Shrink says, and 16 bytes for each
+// rank.
+template <class Steps>
+void few_rows(const LinearCall& call) {
+  using Code = typename Steps::Code;
+  using Element = typename Steps::Element;
+  constexpr int64_t kBlock = Code::kPerDword * kLanes;
+  const LowBitMatrix& w = call.w;
+  const Steps steps(w);
+  const int64_t blocks = round_up(w.k, kBlock) / kBlock, x_stride = blocks * Steps::kSteps * kLanes;
+  const int64_t row_scales = round_up(kQuad * groups_of(w) + kLanes, kLanes);  // `pick` loads a whole vector
+  const int64_t quad_count = (w.n + kQuad - 1) / kQuad;
+  const int threads = int(least(threads_for(w.n * w.k * call.rows), quad_count));
+
+  const Adapter none{};
+  const Adapter& adapter = call.adapter ? *call.adapter : none;
+  const Shrink shrink(adapter, call.x, call.dtype, call.row_stride, w.k);
+  const int64_t t_stride = round_up(adapter.rank, kLanes);
+
+  struct Worker {
+    float *scales, *zeros, *t, *shrink;
+    uint8_t* last;  // the last rows of W, where they are no whole quad
+  };
+  auto carve_worker = [&](Carver& carver) {
+    Worker worker;
+    worker.scales = carver.take<float>(row_scales);
+    worker.zeros = carver.take<float>(Code::kZeros ? row_scales : 0);
+    worker.t = carver.take<float>(call.rows * t_stride);
+    worker.shrink = call.adapter ? shrink.carve_worker(carver) : nullptr;
+    worker.last = carver.take<uint8_t>(w.n % kQuad ? kQuad * code_bytes<Code>(w.k) : 0);
+    return worker;
+  };
+  LaneGroups lanes;
+  auto carve = [&](Carver& carver, Element*& x, float*& natural) {
+    x = carver.take<Element>(call.rows * x_stride);
+    natural = carver.take<float>(blocks * kBlock);
+    lanes.first = carver.take<int32_t>(blocks);
+    lanes.lane = carver.take<int32_t>(blocks * kLanes);
+  };
+  Element* x;
+  float* natural;
+  Carver shared_need, worker_need;
+  carve(shared_need, x, natural);
+  carve_worker(worker_need);
+  char* workers = scratch(shared_need.used() + size_t(threads) * worker_need.used());
+  Carver carver(workers);
+  carve(carver, x, natural);
+  workers += shared_need.used();
+  lanes.fill(w, Code::kPerDword, blocks);
+  for (int64_t r = 0; r < call.rows; ++r) arrange<Steps>(call, r, blocks, natural, x + r * x_stride);
+
+  parallel(threads, [&](int thread, int team) {
+    const Range mine = share(quad_count, thread, team);
+    Carver my_carver(workers + size_t(thread) * worker_need.used());
+    const Worker my = carve_worker(my_carver);
+    for (int64_t i = 0; i < row_scales; ++i)
+      my.scales[i] = 0;  // what lies past the last group is loaded, not used
+    for (int64_t i = 0; Code::kZeros && i < row_scales; ++i) my.zeros[i] = 0;
+    RowAddend addend;
+    if (call.adapter) {
+      shrink.run(0, call.rows, thread, team, my.shrink);
+      if (team > 1) {
+#pragma omp barrier
+      }
+      for (int64_t r = 0; r < call.rows; ++r)
+        for (int64_t j = 0; j < t_stride; ++j)
+          my.t[r * t_stride + j] =
+              j < adapter.rank ? adapter.h[r * adapter.rank + j] * (adapter.scale / Steps::kUnit) : 0;
+      addend = {my.t, t_stride, adapter.rank, adapter.b, adapter.b_dtype};
+    }
+    unrolled<kFewRows>([&](auto r) {
+      constexpr int Rows = decltype(r)::value + 1;
+      if (call.rows != Rows) return;
+      if (lanes.uniform) {
+        quads<Steps, Rows, true>(steps, call, mine, x, x_stride, lanes, addend, my.scales, my.zeros, my.last);
+      } else {
+        quads<Steps, Rows, false>(steps, call, mine, x, x_stride, lanes, addend, my.scales, my.zeros,
+                                  my.last);
+      }
+    });
+  });
+}
+
+}  // namespace bitfuse::BITFUSE_ISA

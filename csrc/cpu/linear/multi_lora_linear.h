@@ -1,0 +1,38 @@
+// What the binding hands to multi_lora_linear: rows of x put in segments of one adapter each.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/linear/lowbit_linear.h"
+
+namespace bitfuse {
+
+// One adapter, and the rows that ask for it: those that `MultiLoraCall::order` has at [begin, end).
+struct LoraSegment {
+  const void *a, *b;  // [rank, k] and [n, rank], dense
+  int64_t rank, begin, end;
+  float scale;
+};
+
+// y[m] += scale (x[m] a^T) b^T for the rows of each segment.
+struct MultiLoraCall {
+  const LoraSegment* segments;
+  int64_t segment_count, most_rank;
+  const int64_t* order;           // rows by segment; each at most once
+  int64_t n, k, row_stride;       // row_stride counts elements of x; y is dense
+  Dtype dtype, a_dtype, b_dtype;  // dtype: of x and y
+  const void* x;
+  void* y;
+};
+
+#define BITFUSE_DECLARE_LEVEL(level)              \
+  namespace level {                               \
+  void multi_lora_add(const MultiLoraCall& call); \
+  }
+BITFUSE_DECLARE_LEVEL(portable)
+BITFUSE_DECLARE_LEVEL(avx2)
+BITFUSE_DECLARE_LEVEL(avx512)
+BITFUSE_DECLARE_LEVEL(avx512bf16)
+#undef BITFUSE_DECLARE_LEVEL
+
+}  // namespace bitfuse

@@ -1,0 +1,76 @@
+// Scales and zero points of a LowBitMatrix, read as floats.
+#pragma once
+
+#include "cpu/linear/matmul.h"
+
+namespace bitfuse::BITFUSE_ISA {
+
+BITFUSE_INLINE int64_t groups_of(const LowBitMatrix& w) { return w.k / w.group_size; }
+
+// Scale `index` of the flattened [n, groups] array.
+template <ScaleKind Kind>
+BITFUSE_INLINE float scale_at(const LowBitMatrix& w, int64_t index) {
+  if constexpr (Kind == ScaleKind::kFloat32) {
+    return static_cast<const float*>(w.scales)[index];
+  } else if constexpr (Kind == ScaleKind::kFloat16) {
+    return half_to_float(static_cast<const uint16_t*>(w.scales)[index]);
+  } else if constexpr (Kind == ScaleKind::kBfloat16) {
+    return bfloat_to_float(static_cast<const uint16_t*>(w.scales)[index]);
+  } else {
+    const float first = w.scale_table[static_cast<const uint8_t*>(w.scales)[index]];
+    if constexpr (Kind == ScaleKind::kTable) return first * w.scale_factor;
+    return first * w.scale_scales[index / kNestedBlock] + w.scale_offset;
+  }
+}
+
+// Calls f(constant) with the scale kind as a constant, so that no loop over scales asks for it.
+template <ScaleKind Kind>
+struct ScaleConstant {
+  static constexpr ScaleKind value = Kind;
+};
+template <class F>
+BITFUSE_INLINE void with_scale_kind(ScaleKind kind, F f) {
+  switch (kind) {
+    case ScaleKind::kFloat32:
+      return f(ScaleConstant<ScaleKind::kFloat32>{});
+    case ScaleKind::kFloat16:
+      return f(ScaleConstant<ScaleKind::kFloat16>{});
+    case ScaleKind::kBfloat16:
+      return f(ScaleConstant<ScaleKind::kBfloat16>{});
+    case ScaleKind::kNested:
+      return f(ScaleConstant<ScaleKind::kNested>{});
+    case ScaleKind::kTable:
+      return f(ScaleConstant<ScaleKind::kTable>{});
+  }
+}
+
+// Scales [first, first + count) of the flattened array.
+inline void read_scales(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
+  with_scale_kind(w.scale_kind, [&](auto kind) {
+    constexpr ScaleKind Kind = decltype(kind)::value;
+    if constexpr (Kind == ScaleKind::kFloat32) {
+      to_float(static_cast<const float*>(w.scales) + first, Dtype::kFloat32, to, count);
+    } else if constexpr (Kind == ScaleKind::kFloat16) {
+      to_float(static_cast<const uint16_t*>(w.scales) + first, Dtype::kFloat16, to, count);
+    } else if constexpr (Kind == ScaleKind::kBfloat16) {
+      to_float(static_cast<const uint16_t*>(w.scales) + first, Dtype::kBfloat16, to, count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = scale_at<Kind>(w, first + i);
+    }
+  });
+}
+
+// Ask for the memory of scales (and zeros) that are read soon: they are short runs far apart, which no
+// hardware prefetcher follows.
+inline void prefetch_scales(const LowBitMatrix& w, int64_t first, int64_t count) {
+  const int64_t size = w.scale_kind == ScaleKind::kFloat32 ? 4 : w.scale_kind >= ScaleKind::kNested ? 1 : 2;
+  const char* scales = static_cast<const char*>(w.scales) + first * size;
+  for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(scales + b);
+  for (int64_t b = 0; w.zeros && b < count; b += 64) __builtin_prefetch(w.zeros + first + b);
+}
+
+inline void read_zeros(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = float(w.zeros[first + i]);
+}
+
+}  // namespace bitfuse::BITFUSE_ISA

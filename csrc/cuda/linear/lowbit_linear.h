@@ -1,0 +1,67 @@
+// lowbit_linear on CUDA: what the binding and the kernels agree on. No CUDA header is needed to read this.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/linear/adapter.h"
+
+namespace bitfuse {
+
+enum class Float : int { Float16, BFloat16 };
+enum class Code : int { Int4, Codebook4, Int8, Fp8 };
+enum class ScaleType : int { Float32, Float16, BFloat16, E8M0, Nested };
+
+// Tensors as addresses, strides in elements. x [m, k], qweight [n, k * bits / 8], scales and zeros [n,
+// groups], y [m, n].
+struct LowbitLinearArgs {
+  const void* x;
+  const unsigned char* qweight;
+  const void* scales;
+  const unsigned char* zeros;  // null: zero_point
+  const float* scale_scales;   // with scale_offset and nested_levels: nested scales only
+  const float* scale_offset;
+  const float* nested_levels;  // the 256 values of a nested scale's code
+  const void* pairs;           // of a codebook: the two levels of each byte, of x's type, [256, 4, 2]
+  const void* bias;            // null: none
+  const float* out_scale;      // [n], times the sums before the bias; null: 1
+  void* y;
+  float* partial;      // [splits, m, n, and one more where n is odd], when splits > 1
+  unsigned* counters;  // one a tile, zero before and after, when splits > 1
+  int64_t x_stride, qweight_stride;
+  int m, n, k, group_size, groups, scales_stride, zeros_stride, zero_point;
+  int last_scale, last_zero;  // places of the last ones, in elements
+  ScaleType scale_type;
+};
+
+// How the work is cut; see plan_lowbit_linear.
+struct LowbitLinearPlan {
+  int token_tiles;    // tiles of 8 tokens that a warp holds: 1, 2, 4 or 8
+  int log_warps_n;    // of the block's 8 warps, how many stand side by side in n; the others split k
+  int splits;         // blocks that split k
+  int log_panel;      // chunks of each warp in a panel of x
+  int panel_buffers;  // panels of x in shared memory
+  int shared_bytes;
+  int tiles;  // of n
+};
+
+struct DeviceInfo {
+  int multiprocessors;
+  int shared_per_block;
+  int shared_per_multiprocessor;
+  int capability;  // 10 * major + minor
+};
+
+constexpr int LowbitLinearMaxTokens = 64;
+
+DeviceInfo device_info(int device);
+// The architectures that the kernels were compiled for, as nvcc lists them: "800,900".
+const char* architectures();
+LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested, const DeviceInfo& device,
+                                    bool adapter = false);
+// Queues the kernel, with or without an adapter to ride along. Throws std::runtime_error with the launch's
+// shape when CUDA refuses it.
+void lowbit_linear(const LowbitLinearArgs& args, const LowbitLinearPlan& plan, Float type, Code code,
+                   int device, std::uintptr_t stream, const AdapterArgs* adapter = nullptr);
+
+}  // namespace bitfuse

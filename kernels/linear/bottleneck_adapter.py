@@ -1,0 +1,166 @@
+"""bottleneck_adapter in Triton: y = x + act(x D^T + c) U^T + b in one kernel.
+
+A program owns TileM rows. It walks the columns of x for h = x D^T + c, whose [TileM, TileR] stay in registers
+(h is stored too, R numbers a row: the backward wants it), applies the activation in float32, and walks the
+columns of y with act(h) as the one operand of R-deep products; x, which it read a moment ago, comes from L2.
+So x is read and y written once in memory, which is what bounds it: 134 MB at 8192 rows of 4096 in 16 bits.
+TileM is the tallest that fills the machine; at 32 rows the x of all running programs is 35 MB, what L2 holds.
+Ranks up to MOST_RANK: what fits the registers.
+
+Products as in `lora_linear`: D as exact as it is given; act(h) and U in x's dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from ...core.device import Device, device_of
+from ..core.launch import HANDLES, Plan, alignment_of, as_matrix, jit, refuse, tl
+from .gated_activation import CUBE, ROOT, value_and_slope
+from .lora_linear import dot_exactly, pieces
+
+
+@jit(do_not_specialize=["M", "K", "N", "R", "stride"])
+def _kernel(
+    x, down, down_bias, up, up_bias, out, h, M, K, N, R, stride,
+    KAlign: tl.constexpr, NAlign: tl.constexpr, RAlign: tl.constexpr, StrideAlign: tl.constexpr,
+    Residual: tl.constexpr, Activation: tl.constexpr, Root: tl.constexpr, Cube: tl.constexpr,
+    XPieces: tl.constexpr, Pieces: tl.constexpr, TileM: tl.constexpr, TileR: tl.constexpr,
+    TileK: tl.constexpr, TileN: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] in rows of `stride` elements, down [R, K], up [N, R]; out [M, N], h float32 [M, R]."""
+    K *= KAlign
+    N *= NAlign
+    R *= RAlign
+    Float: tl.constexpr = x.dtype.element_ty
+    m = tl.program_id(0) * TileM + tl.arange(0, TileM)
+    rank = tl.arange(0, TileR)
+    there = rank < R
+    x_row = x + m.to(tl.int64)[:, None] * (stride.to(tl.int64) * StrideAlign)
+    column = tl.arange(0, TileK)
+    down_at = down + rank.to(tl.int64)[:, None] * K + column[None, :]
+    acc = tl.zeros((TileM, TileR), tl.float32)
+    for k in range(0, K, TileK):
+        tile = tl.load(
+            x_row + (k + column)[None, :], mask=(m < M)[:, None] & (column < K - k)[None, :], other=0.0
+        )
+        d = tl.load(down_at + k, mask=there[:, None] & (column < K - k)[None, :], other=0.0)
+        acc = dot_exactly(tile, d.T, acc, Float, XPieces, Pieces)
+    if down_bias is not None:
+        acc += tl.load(down_bias + rank, mask=there, other=0.0).to(tl.float32)[None, :]
+    mask = (m < M)[:, None] & there[None, :]
+    tl.store(h + m.to(tl.int64)[:, None] * R + rank[None, :], acc, mask=mask)
+    middle, _ = value_and_slope(acc, Activation, Root, Cube, Float == tl.float32)
+    middle = middle.to(Float)
+    n = tl.arange(0, TileN)
+    up_at = up + n.to(tl.int64)[:, None] * R + rank[None, :]
+    out_row = out + m.to(tl.int64)[:, None] * N
+    for at in tl.range(0, N, TileN):
+        inside = n < N - at
+        u = tl.load(up_at + at.to(tl.int64) * R, mask=inside[:, None] & there[None, :], other=0.0)
+        y = tl.dot(middle, u.to(Float).T, input_precision="ieee")
+        mask_y = (m < M)[:, None] & inside[None, :]
+        if up_bias is not None:
+            y += tl.load(up_bias + at + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if Residual:
+            y += tl.load(x_row + (at + n)[None, :], mask=mask_y, other=0.0).to(tl.float32)
+        tl.store(out_row + (at + n)[None, :], y.to(Float), mask=mask_y)
+
+
+MOST_RANK = 256
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    device: Device,
+    m: int,
+    k: int,
+    n: int,
+    rank: int,
+    stride: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    activation: str,
+    residual: bool,
+) -> Plan:
+    """`dtypes`: of x, down, down_bias, up and up_bias."""
+    dtype, down, _, up, _ = dtypes
+    assert dtype is not None and down is not None and up is not None
+    tile_r = max(16, 1 << (rank - 1).bit_length())
+    tile_m = 32 if m >= 24 * device.multiprocessors else 16
+    if dtype == torch.float32:
+        tile_k, tile_n, stages = 16, 32, 2
+    else:
+        # stages of a matrix's tile that fit the 99 KB of a program on compute capability 8.6
+        row = tile_r * max(down.itemsize, up.itemsize)
+        tile_k = tile_n = 128 if row <= 128 else 64
+        stages = 4 if row <= 128 else 3 if row <= 256 else 2
+    # sums [TileM, TileR] in registers, and no warp without sums of its own
+    warps = 8 if tile_r > 128 else min(4, tile_m * tile_r // 128)
+    k_align, n_align, r_align, stride_align = (math.gcd(size, 8) for size in (k, n, rank, stride))
+    constants = (
+        k_align, n_align, r_align, stride_align, residual, activation, ROOT, CUBE,
+        2 if dtype == torch.float16 else 1, pieces(dtype, (down,)), tile_m, tile_r, tile_k, tile_n,
+    )  # fmt: skip
+    return Plan(
+        _kernel,
+        (-(-m // tile_m), 1, 1),
+        (m, k // k_align, n // n_align, rank // r_align, stride // stride_align, *constants),
+        dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
+        HANDLES.setdefault((device.number, "bottleneck adapter", dtypes, constants), {}),
+        None,
+        None,
+    )
+
+
+def supports(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    activation: str,
+    residual: bool,
+) -> str | None:
+    """None when `run` can serve the call, else the reason."""
+    if (reason := refuse(x.device)) is not None:
+        return reason
+    rank, k = down.shape
+    if not 0 < rank <= MOST_RANK:
+        return f"the bottleneck is {rank}, it takes 1 to {MOST_RANK}"
+    if 0 in (k, up.shape[0]):
+        return f"down has shape {list(down.shape)} and up {list(up.shape)}, which leaves nothing to do"
+    if x.numel() // k >= 2**31:
+        return f"{x.numel() // k} rows are more than 2**31 - 1"
+    return None
+
+
+def run(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    activation: str,
+    residual: bool,
+) -> list[torch.Tensor]:
+    """y, of x's dtype and leading shape, and h = x D^T + c, float32 [rows, r]."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return run(x, down, down_bias, up, up_bias, activation, residual)
+    n, (rank, k) = up.shape[0], down.shape
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    rows = as_matrix(x)
+    m = rows.shape[0]
+    h = torch.empty(m, rank, dtype=torch.float32, device=x.device)
+    if m:
+        given = (rows, down, down_bias, up, up_bias)
+        weights = [None if t is None else t.contiguous() for t in given[1:]]
+        plan = _plan(
+            device_of(x.device), m, k, n, rank, rows.stride(0) if m > 1 else k,
+            tuple(None if t is None else t.dtype for t in given), activation, residual,
+        )  # fmt: skip
+        plan.launch((rows, *weights, out, h), alignment_of(rows, *weights))
+    return [out, h]

@@ -1,1 +1,0 @@
-"""C++ kernels on the CPU: tensors to addresses."""

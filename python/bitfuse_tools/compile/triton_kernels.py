@@ -1,0 +1,316 @@
+"""The Triton kernels that calls of the ops need on a GPU that is not here.
+
+The ops are called as anyone calls them, on meta tensors, in a process of its own whose Triton believes in the
+absent GPU. Their planning picks tiles, and Triton specialises on them and on the arguments; there, instead of
+compiling, it hands over what it would compile. That is then compiled by as many processes as there are cores,
+and kept under the same key under which a process on the GPU will look for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from bitfuse.core import device
+from bitfuse.core.gpus import GPUS, Gpu
+from bitfuse.core.op import Backend, Op
+
+from ..bench.shapes import Shape
+from ..hypothetical import DENSE, EVERY, Sizes
+
+# rows of x: every number of tokens for which a plan may take another tile, and whole and odd ones of each
+ROWS = (1, 2, 3, 4, 8, 13, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192)
+BATCHES = (1, 8, 64)
+LENGTHS = (1, 17, 128, 1024, 4096)
+RANKS = (8, 16, 64)
+CACHES = ("none", "fp8", "int8", "int4")
+PAGES = (None, 16)
+# no gradient flows
+_INFERENCE = (
+    "append_kv", "quantize_kv", "sample", "speculative_sample", "speculative_sample_tree", "decode_attention",
+    "adamw8bit",
+)  # fmt: skip
+_BIASED = ("lowbit_linear", "lora_linear", "multi_lora_linear")
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One compilation: a kernel, and in Triton's own words its types, constants and options.
+
+    Attributes:
+        op: that calls it, first.
+        call: the sizes of that call, in short.
+        module, kernel: where it is defined.
+        key: two specialisations of a kernel that compile to the same have the same.
+        data: JSON.
+    """
+
+    op: str
+    call: str
+    module: str
+    kernel: str
+    key: str
+    data: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel: its files by name, those of Triton's cache, in a folder of its key."""
+
+    key: str
+    files: dict[str, str]
+    cubin: str
+    shared: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an op needs on an absent GPU; and where some calls could not be made there, the first and why."""
+
+    found: list[Specialisation]
+    refused: str | None
+
+
+def has_kernels(op: str) -> bool:
+    """Whether there are Triton kernels of an op of `EVERY`."""
+    return any(b.name == "triton" for o in _ops_of(EVERY[op].function.__module__) for b in o.backends)
+
+
+def _ops_of(module: str) -> list[Op]:
+    return [v for v in vars(importlib.import_module(module)).values() if isinstance(v, Op)]
+
+
+def sizes(
+    op: str, shapes: Iterable[Shape], formats: Iterable[str], dtypes: Iterable[torch.dtype]
+) -> list[Sizes]:
+    """The calls of an op that models of these shapes make."""
+    uses = EVERY[op].uses
+    models = list(shapes)
+    linears = [nk for model in models for nk in model.linears.values()]
+    if op == "gated_activation":
+        linears = [(model.intermediate, model.hidden) for model in models]
+    if op == "lora_mlp":
+        linears = [(model.intermediate, model.hidden) for model in models]
+    if op == "lora_qkv":  # its widths are those of the heads
+        linears = [(model.hidden, model.hidden) for model in models]
+    if op == "bottleneck_adapter":
+        linears = [(model.hidden, model.hidden) for model in models]
+    heads = list(dict.fromkeys((m.heads, m.kv_heads, m.head_dim) for m in models))
+    kept = [f for f in formats if not (op == "lowbit_linear" and f == DENSE)]
+    axes: dict[str, Iterable[Any]] = {
+        "m": ROWS if "m" in uses else (),
+        "linear": dict.fromkeys(linears) if "k" in uses or "n" in uses else (),
+        "format": kept if "format" in uses else (),
+        "rank": RANKS if "rank" in uses else (),
+        "batch": BATCHES if "batch" in uses else (),
+        "seqlen": LENGTHS if "seqlen" in uses else (),
+        "attention": heads if "heads" in uses or "kv_heads" in uses else (),
+        "cache": CACHES if "cache" in uses else (),
+        "page_size": PAGES if "page_size" in uses else (),
+        "causal": (True, False) if "causal" in uses else (),
+        "vocab": dict.fromkeys(m.vocab for m in models) if "vocab" in uses else (),
+        "dtype": dtypes,
+    }
+    axes = {name: values for name, values in axes.items() if values}
+    own = {(m.heads, m.kv_heads, m.head_dim, m.hidden) for m in models}
+    made = set()
+    for chosen in itertools.product(*axes.values()):
+        given = dict(zip(axes, chosen, strict=True))
+        if "linear" in given:
+            given["n"], given["k"] = given.pop("linear")
+        if "attention" in given:
+            given["heads"], given["kv_heads"], given["head_dim"] = given.pop("attention")
+        if op == "lora_qkv" and (given["heads"], given["kv_heads"], given["head_dim"], given["k"]) not in own:
+            continue  # the heads of one model over the columns of another
+        made.add(Sizes(**{name: value for name, value in given.items() if name in uses}))
+    return sorted(made, key=repr)
+
+
+def in_short(op: str, s: Sizes) -> str:
+    """A call in a few words: "int4 bfloat16 m=16 n=4096 k=4096"."""
+    uses = EVERY[op].uses
+    words = [s.format] if "format" in uses else []
+    words += [f"cache={s.cache}"] if "cache" in uses else []
+    words.append(str(s.dtype).removeprefix("torch."))
+    names = ("m", "n", "k", "rank", "batch", "seqlen", "heads", "head_dim", "page_size", "vocab", "drafted")
+    return " ".join(
+        words + [f"{n}={getattr(s, n)}" for n in names if n in uses and getattr(s, n) is not None]
+    )
+
+
+# in a process of its own
+
+
+def begin(cache: str | None = None) -> None:
+    """What a process that plans or compiles does first: Ctrl-C is for the one that waits for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    if cache is not None:
+        from triton import knobs
+
+        knobs.cache.dir = cache
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that waits for this one is gone, which a pool would not notice."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def believe(gpu: Gpu) -> None:
+    """Make Triton in this process compile for a GPU that is not here. Nothing can be launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    facts = {
+        "multiprocessor_count": gpu.multiprocessors,
+        "max_shared_mem": gpu.arch.block_kib << 10,
+        "warpSize": 32,
+    }
+
+    class Absent(DriverBase):
+        def __init__(self) -> None:
+            self.utils = SimpleNamespace(get_device_properties=lambda index: facts)
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", gpu.capability, 32)
+
+        # Triton keeps what it knows by device: one for each GPU that this process has been told of
+        def get_current_device(self) -> int:
+            return list(GPUS).index(gpu.name)
+
+        def get_current_stream(self, index: int | None = None) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("meta")
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_benchmarker(self) -> Any:
+            raise NotImplementedError("an absent GPU has no time")
+
+    triton.runtime.driver.set_active(Absent())
+
+
+def plan(
+    gpu: Gpu,
+    op: str,
+    shapes: Iterable[Shape],
+    formats: Iterable[str],
+    dtypes: Iterable[torch.dtype],
+    backward: bool,
+) -> Plan:
+    """What Triton would compile on this GPU for this op. Only in a process that does nothing else: its ops
+    run nothing from here on."""
+    from triton import knobs
+
+    believe(gpu)
+    device.plan_for(gpu)
+    _serve_meta_tensors()
+    refused: str | None = None
+    seen: dict[tuple[str, str, str], Specialisation] = {}
+    now = ""
+
+    def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        key = (fn.module, fn.name, str(compile["key"]))
+        if key not in seen:
+            seen[key] = Specialisation(op, now, *key, data=compile["specialization_data"])
+        return True  # taken care of: Triton compiles nothing and launches nothing
+
+    knobs.runtime.jit_cache_hook = take
+    # a bias is added by the forward, and its gradient is torch's
+    kinds = [(False, False), (False, True)] if op in _BIASED else [(False, False)]
+    if backward and op not in _INFERENCE:
+        kinds.append((True, False))
+    for each in sizes(op, shapes, formats, dtypes):
+        now = in_short(op, each)
+        for gradient, biased in kinds:
+            try:
+                _call(op, each, gradient, biased)
+            except (ValueError, TypeError, RuntimeError) as why:
+                # sizes that the op refuses, and work that an absent GPU can't do
+                refused = refused or f"{now}: {str(why).splitlines()[0]}"
+    return Plan(list(seen.values()), refused)
+
+
+def _call(op: str, s: Sizes, gradient: bool, biased: bool) -> None:
+    def make(*shape: int, dtype: torch.dtype = s.dtype) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
+        return tensor.requires_grad_(gradient and dtype == s.dtype and dtype.is_floating_point)
+
+    call = EVERY[op]
+    keywords = call.keywords(s) | ({"bias": make(s.n)} if biased else {})
+    out = call.function(*call.arguments(s, make), **keywords)
+    if gradient:
+        outs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
+        torch.autograd.backward(outs, [torch.empty_like(t) for t in outs])
+
+
+def _serve_meta_tensors() -> None:
+    """Meta tensors to the Triton backends, as the simulator's CPU tensors are, and to the fake where they
+    refuse."""
+    meta = torch.device("meta")
+    for name in list(sys.modules):
+        if name.startswith("bitfuse.ops."):
+            for op in _ops_of(name):
+                fake = Backend("fake", ("meta",), lambda *args: None, op.fake)
+                op._order[meta] = (*(b for b in op.backends if b.name == "triton"), fake)
+
+
+def compile_one(gpu: Gpu, wanted: Specialisation) -> Compiled:
+    """Compile it, or find it in this process's cache."""
+    from triton.runtime.cache import get_cache_manager
+
+    believe(gpu)
+    function: Any = importlib.import_module(wanted.module)
+    for part in wanted.kernel.split("."):
+        function = getattr(function, part)
+    kernel: Any = function.preload(wanted.data)
+    files = {name: str(path) for name, path in kernel.metadata_group.items()}
+    key = getattr(get_cache_manager(kernel.hash), "key")  # noqa: B009  of the file cache, not of its base
+    return Compiled(
+        key=key,
+        files=files,
+        cubin=next(path for name, path in files.items() if name.endswith(".cubin")),
+        shared=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+    )
+
+
+KEPT = (".cubin", ".json", ".ptx")  # what a launch reads; PTX to be looked at, and for the simulator
+
+
+def keep(compiled: Compiled, folder: Path) -> None:
+    """Copy a kernel into a bundle's triton/ folder, its group file with names instead of this machine's
+    paths."""
+    into = folder / compiled.key
+    into.mkdir(parents=True, exist_ok=True)
+    names = [name for name in compiled.files if name.endswith(KEPT)]
+    for name in names:
+        (into / name).write_bytes(Path(compiled.files[name]).read_bytes())
+    described = next(name for name in names if name.endswith(".json"))
+    group = {"child_paths": {name: name for name in names}}
+    (into / f"__grp__{described}").write_text(json.dumps(group))

@@ -1,0 +1,217 @@
+"""`bitfuse tune`: measures, on the GPU that is here, which backend serves a call the fastest and which tiles
+Triton should take for it, and writes that into the policy's cache (policy.py)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from bitfuse.core import policy
+from bitfuse.core.cost import as_time
+from bitfuse.core.device import device_of
+from bitfuse.core.op import BackendError, explain, use_backend
+from bitfuse.kernels.core.decoding import CODES
+from bitfuse.kernels.linear import lowbit_linear as triton
+from bitfuse.ops.attention.append_kv import KVCache
+from bitfuse.weights.formats import get_format
+from bitfuse.weights.weight import LowBitWeight, quantize
+
+from .bench.shapes import DEFAULT, Shape
+from .bench.timing import Effort, captured, sample
+from .hypothetical import CALLS, Sizes
+
+OPS = ("lowbit_linear", "lora_linear", "multi_lora_linear", "attention", "decode_attention")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+LENGTHS = (1024, 4096, 16384)
+GAIN = 0.98  # of the rule's time: for less a measured choice is not worth another compilation
+Timer = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call to measure."""
+
+    op: str
+    sizes: Sizes
+
+    def __str__(self) -> str:
+        s = self.sizes
+        if self.op == "attention":
+            return (
+                f"attention, batch {s.batch}, {s.heads}/{s.kv_heads} heads of {s.head_dim}, {s.seqlen} tokens"
+            )
+        if self.op == "decode_attention":
+            return f"decode_attention, batch {s.batch}, {s.kv_len} keys, cache {s.cache}"
+        return f"{self.op}, M={s.m} N={s.n} K={s.k} {s.format}"
+
+
+def cases(
+    ops: tuple[str, ...], shape: Shape = DEFAULT, formats: tuple[str, ...] = ("int4",),
+    rows: tuple[int, ...] = ROWS, dtype: torch.dtype = torch.bfloat16,
+) -> list[Case]:  # fmt: skip
+    """What a model of this shape calls; those of a decoding step first."""
+    heads = Sizes(heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=dtype)
+    found: list[Case] = []
+    for m in rows:
+        for format in formats:
+            for n, k in dict.fromkeys(shape.linears.values()):
+                sizes = Sizes(m=m, n=n, k=k, format=format, dtype=dtype)
+                found += [Case(op, sizes) for op in ops if op in OPS[:3] and (m <= 64 or op != OPS[2])]
+    if "decode_attention" in ops:
+        for batch in (1, 8):
+            for length in LENGTHS:
+                found += [
+                    Case("decode_attention", replace(heads, batch=batch, kv_len=length, cache=cache))
+                    for cache in ("none", "int8")
+                ]
+    if "attention" in ops:
+        found += [Case("attention", replace(heads, seqlen=length)) for length in LENGTHS]
+    return found
+
+
+def arguments(case: Case, device: str) -> tuple[Any, ...]:
+    """Random ones on a device."""
+    s = case.sizes
+
+    def make(*shape: int, dtype: torch.dtype = s.dtype) -> torch.Tensor:
+        if dtype is torch.int32:  # ids of adapters
+            return torch.arange(shape[0], device=device, dtype=dtype) % s.adapters
+        if dtype.itemsize == 1:  # of a weight, which is made anew below
+            return torch.empty(shape, device=device, dtype=dtype)
+        return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
+
+    made = list(CALLS[case.op].arguments(s, make))
+    for i, argument in enumerate(made):
+        if isinstance(argument, LowBitWeight):
+            made[i] = quantize(make(s.n, s.k), s.format, group_size=s.group_size)
+        if isinstance(argument, KVCache):
+            argument.append(*(make(s.batch, s.kv_len, s.kv_heads, s.head_dim) for _ in range(2)))
+    return tuple(made)
+
+
+def graph_seconds(call: Callable[[], Any]) -> float:
+    """The median time of a call, replayed as a CUDA graph where it can be one, its L2 cold."""
+    call()
+    try:
+        run = captured(call)
+    except RuntimeError:
+        run = call
+    return statistics.median(sample(run, Effort(budget=0.02), "cuda")[0])
+
+
+@dataclass
+class Found:
+    """What the measurement of a case gave: seconds by backend, and the tiles if others than the rule's are
+    faster."""
+
+    key: str
+    seconds: dict[str, float]
+    config_key: str | None = None
+    config: triton.Config | None = None
+    rule_seconds: float | None = None
+
+    def __str__(self) -> str:
+        said = ", ".join(
+            f"{name} {as_time(t)}" for name, t in sorted(self.seconds.items(), key=lambda e: e[1])
+        )
+        if self.config is None or self.rule_seconds is None:
+            return said
+        c = self.config
+        tiles = f"{c.tile_m}x{c.tile_n}x{c.tile_k}, {c.splits} splits, {c.stages} stages"
+        return f"{said} (tiles {tiles}; the rule's take {as_time(self.rule_seconds)})"
+
+
+def measure(case: Case, device: str, timer: Timer, until: float) -> Found | None:
+    """None where only one backend serves the case and it has nothing to choose."""
+    call = CALLS[case.op]
+    args, options = arguments(case, device), call.keywords(case.sizes)
+
+    def run() -> Any:
+        return call.function(*args, **options)
+
+    key = explain(call.function, *args, **options).policy_key
+    assert key is not None
+    found = Found(key, {})
+    for name in ("cuda", "triton"):
+        try:
+            with use_backend(name):
+                found.seconds[name] = timer(run)
+        except BackendError:
+            continue
+    if case.op == "lowbit_linear" and "triton" in found.seconds:
+        _tiles(case, device, run, timer, until, found)
+    return found if len(found.seconds) > 1 or found.config is not None else None
+
+
+def _tiles(case: Case, device: str, run: Callable[[], Any], timer: Timer, until: float, found: Found) -> None:
+    """Other tiles than the rule's, each compiled and timed."""
+    s = case.sizes
+    group = get_format(s.format, group_size=s.group_size).group_size
+    group = s.k if group == -1 else group
+    gpu = device_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    best = found.rule_seconds = found.seconds["triton"]
+    tried = triton.candidates(
+        s.m,
+        s.n,
+        s.k,
+        CODES[s.format].bits,
+        0 if group == s.k else group,
+        s.dtype.itemsize,
+        gpu.capability,
+        gpu.multiprocessors,
+    )
+    for config in tried[1:]:
+        if time.monotonic() > until:
+            break
+        try:
+            with use_backend("triton"), triton.trying(config):
+                seconds = timer(run)
+        except (
+            RuntimeError,
+            triton.triton.TritonError,
+        ):  # no shared memory or registers for these tiles here
+            continue
+        if seconds < best * GAIN:
+            best, found.config = seconds, config
+    if found.config is not None:
+        found.seconds["triton"] = best
+        found.config_key = triton.tuning_key(s.m, s.n, s.k, s.format, group, s.dtype)
+
+
+def tune(
+    device_name: str,
+    todo: list[Case],
+    minutes: float,
+    again: bool,
+    timer: Timer = graph_seconds,
+    device: str = "cuda",
+) -> Iterator[tuple[Case, Found | None]]:
+    """Measure one case after the other until the time is up, each written down when it is done.
+
+    Raises:
+        policy.PolicyError: the cache can't be read or written.
+    """
+    until = time.monotonic() + 60 * minutes
+    file = policy.path()
+    for case in todo:
+        if time.monotonic() > until:
+            return
+        devices = policy.read(file)
+        mine = devices.get(device_name)
+        if mine is None or mine.get("versions") != policy.versions():
+            mine = {"versions": policy.versions(), "backends": {}, "configs": {}, "done": []}
+        if str(case) in mine["done"] and not again:
+            yield case, None
+            continue
+        found = measure(case, device, timer, until)
+        mine["done"] = sorted({*mine["done"], str(case)})
+        if found is not None:
+            mine["backends"][found.key] = found.seconds
+            if found.config is not None and found.config_key is not None:
+                mine["configs"][found.config_key] = list(found.config)
+        policy.write(file, {**devices, device_name: mine})
+        yield case, found

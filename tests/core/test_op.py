@@ -1,0 +1,138 @@
+"""Op: who serves a call, what explain says of it, what is asked for and can't be had."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import bitfuse
+import pytest
+import torch
+from bitfuse.core.op import Backend, BackendError, Op
+
+calls: list[str] = []
+
+
+def backend(name: str, refuses: str | None = None) -> Backend:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        calls.append(name)
+        return x + 1
+
+    return Backend(
+        name, ("cpu",) if name == "cpp" else ("cuda",), lambda x: refuses if x.dim() == 2 else None, run
+    )
+
+
+def reference(x: torch.Tensor) -> torch.Tensor:
+    """One more."""
+    calls.append("reference")
+    return x + 1
+
+
+def check(x: torch.Tensor) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f"x has dtype {x.dtype}, expected torch.float32")
+
+
+plus_one = Op(
+    "plus_one_test(Tensor x) -> Tensor",
+    check,
+    reference,
+    lambda x: torch.empty_like(x),
+    (backend("cpp", "2 dimensions are too many"), backend("cuda"), backend("triton")),
+)
+
+
+def served(x: torch.Tensor) -> list[str]:
+    calls.clear()
+    assert torch.equal(plus_one(x), x + 1)
+    return list(calls)
+
+
+def test_the_first_backend_that_can_serves() -> None:
+    assert served(torch.zeros(3)) == ["cpp"]
+
+
+def test_the_reference_serves_the_rest_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    plus_one._told.clear()
+    with caplog.at_level(logging.WARNING, "bitfuse"):
+        assert served(torch.zeros(3, 1)) == ["reference"]
+        assert served(torch.zeros(3, 1)) == ["reference"]
+    (record,) = caplog.records
+    assert "not cpp: 2 dimensions are too many" in record.getMessage()
+
+
+def test_explain() -> None:
+    explanation = plus_one.explain(torch.zeros(3, 1))
+    assert explanation.chosen == "reference" and explanation.refused["cpp"] == "2 dimensions are too many"
+    assert str(plus_one.explain(torch.zeros(3))) == "plus_one_test on cpu: cpp runs\n  24 B"
+    with pytest.raises(TypeError, match="op is 3, expected a bitfuse op or layer"):
+        bitfuse.explain(3)
+
+
+def test_explain_of_public_functions_and_layers() -> None:
+    layer = bitfuse.nn.Linear.from_float(torch.nn.Linear(128, 64))
+    x = torch.randn(2, 128)
+    for explanation in (bitfuse.explain(layer, x), bitfuse.explain(bitfuse.lowbit_linear, x, layer.weight)):
+        assert explanation.op == "lowbit_linear" and explanation.chosen == "cpp"
+    assert bitfuse.explain(bitfuse.ops.linear.lowbit_linear, x, layer.weight).chosen == "cpp"
+
+
+def test_asking_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bitfuse.use_backend("reference"):
+        assert served(torch.zeros(3)) == ["reference"]
+        with bitfuse.use_backend("cpp"):
+            assert served(torch.zeros(3)) == ["cpp"]
+        assert plus_one.explain(torch.zeros(3)).refused["cpp"] == "reference was asked for"
+    with (
+        bitfuse.use_backend("cpp"),
+        pytest.raises(BackendError, match="'cpp' was asked for, but 2 dimensions"),
+    ):
+        plus_one(torch.zeros(1, 1))
+    monkeypatch.setattr(bitfuse.core.op, "_ENVIRONMENT", "reference")
+    assert served(torch.zeros(3)) == ["reference"]
+    monkeypatch.setattr(bitfuse.core.op, "_ENVIRONMENT", "fastest")
+    with pytest.raises(ValueError, match="BITFUSE_BACKEND is 'fastest', expected one of 'cpp'"):
+        plus_one(torch.zeros(3))
+    with pytest.raises(ValueError, match="name is 'tritn'"), bitfuse.use_backend("tritn"):
+        pass
+
+
+def test_plain_by_design(caplog: pytest.LogCaptureFixture) -> None:
+    """Plain torch is what serves, and what explain says; nobody is warned, no backend is refused."""
+    op = Op("plus_one_plain(Tensor x) -> Tensor", check, reference, torch.empty_like, (), plain=True)
+    x = torch.zeros(3)
+    with caplog.at_level(logging.WARNING, "bitfuse"):
+        for name in (None, *bitfuse.core.op.BACKENDS):
+            with bitfuse.use_backend(name) if name else contextlib.nullcontext():
+                assert torch.equal(op(x), x + 1)
+                explanation = op.explain(x)
+            assert explanation.chosen == "reference" and not explanation.refused
+            assert str(explanation) == (
+                "plus_one_plain on cpu: reference runs, plain torch on every device by design\n  24 B"
+            )
+    assert not caplog.records
+    with pytest.raises(TypeError, match=r"x has dtype torch.int64"):
+        op(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="plain is True, and backends has 1, expected none"):
+        Op("two(Tensor x) -> Tensor", check, reference, torch.empty_like, (backend("cpp"),), plain=True)
+
+
+def test_arguments_are_checked_however_the_op_is_called() -> None:
+    for call in (plus_one, torch.ops.bitfuse.plus_one_test, plus_one.explain):
+        with pytest.raises(TypeError, match=r"x has dtype torch.int64"):
+            call(torch.zeros(3, dtype=torch.int64))
+
+
+def test_under_a_compile_and_a_mode() -> None:
+    def twice(x: torch.Tensor) -> Any:
+        return plus_one(plus_one(x))
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(twice, fullgraph=True)(x), x + 2)
+    assert plus_one(torch.zeros(3, device="meta")).shape == (3,)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        assert twice(mode.from_tensor(x)).shape == (3,)

@@ -1,0 +1,84 @@
+"""The pages to copy run as they are, and stand on what is public."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+WORKSHOP = (
+    "ahead",
+    "arch",
+    "bench",
+    "cli",
+    "cpu",
+    "cuda",
+    "demo",
+    "finetune",
+    "hypothetical",
+    "info",
+    "report",
+)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_can_be_copied(path: Path) -> None:
+    """It imports nothing of the workshop, nothing private, nothing beside it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            parts = name.split(".")
+            assert parts[0] != "bitfuse" or not any(p.startswith("_") or p in WORKSHOP for p in parts), name
+            assert not (ROOT / "examples" / f"{parts[0]}.py").exists()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr().out
+    if path.stem == "qlora":
+        losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+        assert losses[-1] < losses[0]
+        assert {p.name for p in (tmp_path / "qlora-adapter").iterdir()} >= {"adapter_config.json"}
+    if path.stem == "serve_adapters":
+        assert all(float(error) < 1e-5 for error in re.findall(r"arithmetic (\S+)", said))
+    if path.stem == "save_and_load":
+        assert "same bits: True" in said
+    assert said
+
+
+def test_variables_of_the_environment_are_in_the_readme() -> None:
+    """All that the package, its kernels and its build read."""
+    files = [ROOT / "setup.py"]
+    for folder in ("build_backend", "python/bitfuse", "kernels", "csrc"):
+        files += [path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".cpp", ".h")]
+    read = {name for file in files for name in re.findall(r'"(BITFUSE_[A-Z_]+)"', file.read_text())}
+    told = set(re.findall(r"^\| `(BITFUSE_\w+)", (ROOT / "README.md").read_text(), re.M))
+    assert read == told and len(read) >= 8
+
+
+def test_the_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, in smaller sizes."""
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # such as that there was nothing to do
+            exec(snippet.replace("4096", "256").replace("11008", "512"), names)
+    assert len(snippets) >= 2 and (tmp_path / "my-adapter" / "adapter_config.json").is_file()
