@@ -15,6 +15,7 @@ from bitfuse.core.cost import as_time
 from bitfuse.core.device import device_of
 from bitfuse.core.op import BackendError, explain, use_backend
 from bitfuse.kernels.core.decoding import CODES
+from bitfuse.kernels.core.launch import triton as compiler
 from bitfuse.kernels.linear import lowbit_linear as triton
 from bitfuse.ops.attention.append_kv import KVCache
 from bitfuse.weights.formats import get_format
@@ -172,7 +173,7 @@ def _tiles(case: Case, device: str, run: Callable[[], Any], timer: Timer, until:
                 seconds = timer(run)
         except (
             RuntimeError,
-            triton.triton.TritonError,
+            compiler.TritonError,
         ):  # no shared memory or registers for these tiles here
             continue
         if seconds < best * GAIN:

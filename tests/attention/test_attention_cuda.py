@@ -16,10 +16,10 @@ import cusim
 import pytest
 import torch
 from backends import Target, targets
+from bitfuse.core import cuda as counters
 from bitfuse.ops.attention import attention_cuda as cuda
 from bitfuse.ops.attention.attention import _reference, attention_op
 from bitfuse.ops.attention.attention_args import AttentionArgs
-from bitfuse.ops.linear import lowbit_linear_cuda as lowbit_linear
 from test_attention import Errors
 
 native = pytest.importorskip("bitfuse._cuda")
@@ -110,7 +110,7 @@ def test_draws(target: Target, dim: int, dtype: torch.dtype) -> None:
         assert packed == (q.dim() == 3)
     for cap, found in errors.items():
         found.check(f"softcap {cap}")
-    assert not any(bool(kept.any()) for kept in lowbit_linear._counters.values())
+    assert not any(bool(kept.any()) for kept in counters._counters.values())
 
 
 @TARGETS

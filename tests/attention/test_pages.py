@@ -13,7 +13,7 @@ import torch
 from backends import Target, targets
 from bitfuse.ops.attention.append_kv import append_kv_op
 from bitfuse.ops.attention.decode_attention import decode_attention_op
-from bitfuse.ops.attention.kv_cache import CACHE_FORMATS
+from bitfuse.ops.attention.kv_cache import CACHE_FORMATS, DecodeArgs, Rotary
 
 
 def cache(batch: int = 2, pages: int | None = 6, format: str = "none", **given: Any) -> bitfuse.KVCache:
@@ -49,7 +49,7 @@ def test_entries_without_a_page(backend: str) -> None:
         # what the host did not prepare, as in a compiled step
         words = r"block_table\[0, 0\] is -1, expected 0 to 1: sequence 0 has no page there"
         with pytest.raises(ValueError, match=words):
-            append_kv_op(k, v, c.tensors, c.seqlens, bitfuse.ops.attention.kv_cache.Rotary())
+            append_kv_op(k, v, c.tensors, c.seqlens, Rotary())
         c.append(k[:, :32], v[:, :32])
         assert torch.equal(c.gather(0)[0], k[0, :32])
         c.seqlens.fill_(40)
@@ -336,8 +336,8 @@ def test_a_gpu_leaves_out_what_has_no_page(target: Target) -> None:
     q, new_k, new_v, lengths = target.place(
         torch.randn(2, 1, 2, 32).half(), k[:, 16:17], v[:, 16:17], seqlens
     )
-    a = bitfuse.ops.attention.kv_cache.DecodeArgs(32**-0.5)
-    args = (q, new_k, new_v, tensors, lengths, bitfuse.ops.attention.kv_cache.Rotary(), a)
+    a = DecodeArgs(32**-0.5)
+    args = (q, new_k, new_v, tensors, lengths, Rotary(), a)
     if target.reason(decode_attention_op, *args) is not None:
         return
     out, _ = target.run(decode_attention_op, *args)

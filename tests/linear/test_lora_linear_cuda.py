@@ -13,6 +13,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, worst_order
 from backends import Target, targets
+from bitfuse.core import cuda as counters
 from bitfuse.core.device import device_of
 from bitfuse.ops.linear import lowbit_linear_cuda as base
 from bitfuse.ops.linear.lora_args import LoraArgs
@@ -131,7 +132,7 @@ def test_blocks_that_split_k_agree_on_the_sums(target: Target, m: int, k: int) -
         first = check(target, x, p)
         for _ in range(2):  # another schedule each time
             assert all(map(torch.equal, check(target, x, p), first))
-    assert not any(bool(kept.any()) for kept in base._counters.values())
+    assert not any(bool(kept.any()) for kept in counters._counters.values())
 
 
 @pytest.mark.parametrize("resident", [1, 3])
@@ -144,7 +145,7 @@ def test_blocks_that_can_not_start_are_not_waited_for(resident: int) -> None:
             first = check(target, x, p)
         with simulated(target, multiprocessors=16, resident=resident):
             assert all(map(torch.equal, check(target, x, p), first))
-        assert not any(bool(kept.any()) for kept in base._counters.values())
+        assert not any(bool(kept.any()) for kept in counters._counters.values())
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -299,7 +300,7 @@ def test_many_adapters_give_the_same_bits_however_blocks_are_scheduled(resident:
             with simulated(target, multiprocessors=16, resident=at_once):
                 found.append(check_many(target, ids, [24] * 7, 72, 1024, torch.float16))
         assert torch.equal(*found)
-        assert not any(bool(kept.any()) for kept in base._counters.values())
+        assert not any(bool(kept.any()) for kept in counters._counters.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,6 +13,7 @@ import torch
 from accuracy import Errors, assert_accurate
 from backends import Target, targets
 from bitfuse.ops.linear.lowbit_linear import forward_op, lowbit_linear_grad_x
+from bitfuse.weights.formats import FORMATS
 from test_weight import EVERY, LATER, name_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -26,7 +27,7 @@ REFUSED = re.compile("float32|M = ")
 def columns(options: dict[str, Any], factor: int) -> int:
     """in_features of the factor-th shape: the smallest, a few groups, or for whole-row scales an odd multiple
     of 8."""
-    group = options.get("group_size") or bitfuse.weights.formats.FORMATS[options["format"]].group_size
+    group = options.get("group_size") or FORMATS[options["format"]].group_size
     return (8, 88, 264, 1000)[factor] if group == -1 else group * (1, 3, 5, 8)[factor]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
+from bitfuse.core.cpu import strided_rows
 from bitfuse.ops.linear import lowbit_linear_cpu as cpp
 
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
@@ -159,7 +160,7 @@ def test_rows_are_addressed_where_they_lie() -> None:
     x = torch.randn(4, 3, 80)
     views = ((x[..., :64], False), (x[:, 1, :64], False), (x[:, :2, :64], True), (x.mT[:, :64], True))
     for view, copied in views:
-        got, stride = cpp._rows(view)
+        got, stride = strided_rows(view)
         assert (got is not view) == copied
         shape = (view[..., 0].numel(), view.shape[-1])
         assert torch.equal(got.as_strided(shape, (stride, 1)), view.reshape(shape))

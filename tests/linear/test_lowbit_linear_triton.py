@@ -19,6 +19,8 @@ from bitfuse.kernels.core.decoding import CODES
 from bitfuse.kernels.core.launch import HANDLES
 from bitfuse.ops.linear.lowbit_linear import forward_op, lowbit_linear_grad_x
 from bitfuse.weights.codebook import unbiased_levels
+from bitfuse.weights.formats import get_format
+from bitfuse.weights.packing import pack
 from bitfuse.weights.weight import WeightTensors
 
 pytest.importorskip("triton")
@@ -61,7 +63,7 @@ def check(
 @TARGETS
 def test_every_code_decodes_exactly(target: Target, dtype: torch.dtype, format: str) -> None:
     """W holds each code in each place of a byte, scale 1: times the unit vectors that is the table itself."""
-    kind = bitfuse.weights.formats.get_format(format)
+    kind = get_format(format)
     exact = kind.values() - kind.zero_point
     values = unbiased_levels(exact, dtype) if kind.bits == 4 and not kind.is_integer else exact.to(dtype)
     codes = torch.arange(8).unsqueeze(1) + torch.arange(256)
@@ -69,7 +71,7 @@ def test_every_code_decodes_exactly(target: Target, dtype: torch.dtype, format: 
     group = 256 if kind.group_size == -1 else kind.group_size
     one = torch.ones(8, 256 // group).to(kind.scale_dtype)
     tensor_scale = torch.ones(1) if kind.tensor_scale else None
-    tensors = (bitfuse.weights.packing.pack(codes, kind.bits), one, tensor_scale)
+    tensors = (pack(codes, kind.bits), one, tensor_scale)
     qweight, scales, scale_scales = (t if t is None else target.place(t)[0] for t in tensors)
     (x,) = target.place(torch.eye(256, dtype=dtype))
     weight = WeightTensors._make((qweight, scales, None, scale_scales, None, format, group))

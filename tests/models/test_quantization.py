@@ -14,6 +14,7 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
+from bitfuse.models.quantization import model_bytes
 from bitfuse.nn import Linear, LoRALinear
 from bitfuse.weights.formats import FORMATS
 
@@ -51,7 +52,7 @@ class Model(torch.nn.Module):
 def test_replaces_every_linear() -> None:
     model, ids = Model(), torch.randint(0, 64, (2, 7))
     expected = model(ids)
-    before = bitfuse.models.quantization.model_bytes(model)
+    before = model_bytes(model)
     report = bitfuse.quantize_(model, "int8", progress=False)
     assert [r.name for r in report.layers] == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
     assert report.skipped == {"head": "its weight is tied to embed.weight"}
@@ -59,10 +60,7 @@ def test_replaces_every_linear() -> None:
     assert model.shared.qweight is model.get_parameter("blocks.1.up.qweight")
     assert model.again is model.blocks[0] and isinstance(model.again.up, Linear)
     assert model.head.weight is model.embed.weight
-    assert (
-        report.bytes_before == before
-        and report.bytes_after == bitfuse.models.quantization.model_bytes(model) < before / 2
-    )
+    assert report.bytes_before == before and report.bytes_after == model_bytes(model) < before / 2
     assert 0 < report.worst_relative_error < 0.02
     assert float((model(ids) - expected).norm() / expected.norm()) < 0.01
     assert "blocks.1.down" in str(report) and "tied to embed.weight" in str(report)
