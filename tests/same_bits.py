@@ -623,6 +623,7 @@ def run_all(backends: list[str], ops: list[str], tests: Path) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if k not in ("BITFUSE_BACKEND", "BITFUSE_CPU_ISA")}
         environment |= {"BITFUSE_CPU_ISA": level} if backend == "cpp" else {}
         environment["CUDA_VISIBLE_DEVICES"] = ""  # on the simulator, GPU or not
+        environment["MKL_NUM_THREADS"] = "1"  # products of torch itself depend on how many there are
         options = [word for op in ops for word in ("--op", op)]
         command = [sys.executable, __file__, "run", target, "--tests", str(tests), *options]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
