@@ -13,8 +13,9 @@ from . import (
 )
 from ._version import __version__
 from .checkpoints import load_peft_, save_peft
+from .core.backends import BackendError, use_backend
 from .core.bundle import load_kernels
-from .core.op import BackendError, Explanation, explain, use_backend
+from .core.explain import Explanation, explain
 from .integrations import FuseReport, fuse_peft_, unfuse_peft_, with_bitfuse_layers
 from .models.lora import (
     AdapterReport,

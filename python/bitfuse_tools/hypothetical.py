@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from bitfuse.core.backends import BackendError
 from bitfuse.core.device import pretend
+from bitfuse.core.explain import Explanation, explain
 from bitfuse.core.gpus import Gpu
 from bitfuse.core.json_files import brief
-from bitfuse.core.op import BackendError, Explanation, explain
 from bitfuse.ops.attention.append_kv import KVCache, append_kv
 from bitfuse.ops.attention.attention import attention, varlen_attention
 from bitfuse.ops.attention.decode_attention import decode_attention

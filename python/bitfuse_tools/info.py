@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from bitfuse._version import __version__
 from bitfuse.core import bundle, device, policy
-from bitfuse.core.op import BACKENDS, Backend, asked_backend, explain
+from bitfuse.core.backends import BACKENDS, Backend, asked_backend
+from bitfuse.core.explain import explain
 from bitfuse.ops.linear.lowbit_linear import forward_op, lowbit_linear
 from bitfuse.weights.formats import FORMATS
 from bitfuse.weights.weight import quantize

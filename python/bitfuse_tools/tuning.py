@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from bitfuse.core import policy
+from bitfuse.core.backends import BackendError, use_backend
 from bitfuse.core.cost import as_time
 from bitfuse.core.device import device_of
-from bitfuse.core.op import BackendError, explain, use_backend
+from bitfuse.core.explain import explain
 from bitfuse.kernels.core.decoding import CODES
 from bitfuse.kernels.core.launch import triton as compiler
 from bitfuse.kernels.linear import lowbit_linear as triton

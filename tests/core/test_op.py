@@ -9,7 +9,8 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
-from bitfuse.core.op import Backend, BackendError, Op
+from bitfuse.core.backends import BACKENDS, Backend, BackendError, asked
+from bitfuse.core.op import Op
 
 calls: list[str] = []
 
@@ -79,7 +80,7 @@ def test_explain_of_public_functions_and_layers() -> None:
     assert bitfuse.explain(bitfuse.ops.lowbit_linear, x, layer.weight).chosen == "cpp"
 
 
-def test_asking_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_for_a_backend() -> None:
     with bitfuse.use_backend("reference"):
         assert served(torch.zeros(3)) == ["reference"]
         with bitfuse.use_backend("cpp"):
@@ -90,11 +91,10 @@ def test_asking_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(BackendError, match="'cpp' was asked for, but 2 dimensions"),
     ):
         plus_one(torch.zeros(1, 1))
-    monkeypatch.setattr(bitfuse.core.op, "_ENVIRONMENT", "reference")
-    assert served(torch.zeros(3)) == ["reference"]
-    monkeypatch.setattr(bitfuse.core.op, "_ENVIRONMENT", "fastest")
+    token = asked.set("fastest")  # as BITFUSE_BACKEND does at the start
     with pytest.raises(ValueError, match="BITFUSE_BACKEND is 'fastest', expected one of 'cpp'"):
         plus_one(torch.zeros(3))
+    asked.reset(token)
     with pytest.raises(ValueError, match="name is 'tritn'"), bitfuse.use_backend("tritn"):
         pass
 
@@ -104,7 +104,7 @@ def test_plain_by_design(caplog: pytest.LogCaptureFixture) -> None:
     op = Op("plus_one_plain(Tensor x) -> Tensor", check, reference, torch.empty_like, (), plain=True)
     x = torch.zeros(3)
     with caplog.at_level(logging.WARNING, "bitfuse"):
-        for name in (None, *bitfuse.core.op.BACKENDS):
+        for name in (None, *BACKENDS):
             with bitfuse.use_backend(name) if name else contextlib.nullcontext():
                 assert torch.equal(op(x), x + 1)
                 explanation = op.explain(x)

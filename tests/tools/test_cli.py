@@ -16,7 +16,7 @@ import bitfuse
 import pytest
 import torch
 from bitfuse.core import op
-from bitfuse.core.op import Backend
+from bitfuse.core.backends import Backend
 from bitfuse.ops.linear.lowbit_linear import forward_op
 from bitfuse_tools import info
 from bitfuse_tools.cli import app

@@ -13,8 +13,9 @@ import cusim
 import pytest
 import torch
 from bitfuse.core import policy
+from bitfuse.core.backends import Backend
 from bitfuse.core.device import device_of
-from bitfuse.core.op import Backend, Op
+from bitfuse.core.op import Op
 from bitfuse.kernels.linear import lowbit_linear as triton
 from bitfuse_tools import tuning
 from bitfuse_tools.cli import app
@@ -86,7 +87,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     assert policy.of("GPU")["configs"] == {} and "set BITFUSE_CACHE" in caplog.text
 
 
-def test_an_op_prefers_what_was_fastest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_op_prefers_what_was_fastest(cache: Path) -> None:
     served: list[str] = []
 
     def backend(name: str) -> Backend:
@@ -101,11 +102,10 @@ def test_an_op_prefers_what_was_fastest(cache: Path, monkeypatch: pytest.MonkeyP
         (backend("cuda"), backend("triton")), kind=lambda x: (policy.bucket(x.numel()),),
     )  # fmt: skip
     policy.write(cache, {"GPU": entry(backends={"tuned_test(4)": {"cuda": 2.0, "triton": 1.0}})})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU")
     x = torch.zeros(3)
     assert op.explain(x).policy_key == "tuned_test(4)"
     op(x)
-    op._tuned[x.device] = {}  # as `_ordered` does on a GPU that was measured
+    op.candidates.measured_as(x.device, "GPU")
     op(x), op(torch.zeros(5))
     assert served == ["cuda", "triton", "cuda"]
     assert op.explain(x).chosen == "triton" and op.explain(torch.zeros(5)).chosen == "cuda"
@@ -128,7 +128,7 @@ def made_up(seconds: Callable[[str, triton.Config | None], float]) -> tuning.Tim
     def timer(call: Callable[[], Any]) -> float:
         got = call()
         assert torch.isfinite(got).all() and got.abs().max() > 0
-        from bitfuse.core.op import asked_backend
+        from bitfuse.core.backends import asked_backend
 
         return seconds(asked_backend() or "", triton._trial)
 

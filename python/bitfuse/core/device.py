@@ -72,10 +72,16 @@ def pretend(gpu: Gpu | None) -> Iterator[None]:
 
 
 def plan_for(gpu: Gpu) -> None:
-    """From here on meta tensors are on this GPU, which need not be here: calls plan their kernels for it.
-    Nothing can run in this process any more."""
+    """From here on meta tensors are on this GPU, which need not be here: calls plan their Triton kernels for
+    it, and where those refuse, the op's fake says what comes out. Nothing can run in this process any
+    more."""
     global _planned
     _planned = gpu
+
+
+def planning() -> bool:
+    """Whether meta tensors stand for those of a GPU: see `plan_for`."""
+    return _planned is not None
 
 
 def served(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..core.op import Explanation, explain
+from ..core.explain import Explanation, explain
 from ..ops.linear.lowbit_linear import apply_lowbit, lowbit_linear
 from ..weights.formats import FIXED_SCALE_DTYPES, Format, get_format
 from ..weights.weight import LowBitWeight, WeightTensors, as_bytes, as_floats, column_order, quantize, whole

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from ..core.cost import Cost, moved
 from ..core.dropout import new_seed
-from ..core.op import Explanation, explain
+from ..core.explain import Explanation, explain
 from ..ops.linear.lora_args import LoraArgs
 from ..ops.linear.lora_linear import MAX_RANK, apply_lora, lora_linear
 from ..ops.linear.lowbit_linear import FLOATS, check_float

@@ -9,7 +9,7 @@ import torch
 
 from ..core.autograd import Function, once
 from ..core.dropout import keep_rows, new_seed
-from ..core.op import Explanation
+from ..core.explain import Explanation
 from ..ops.attention.attention import MAX_HEAD_DIM, apply_attention, attention_op
 from ..ops.attention.attention_args import AttentionArgs
 

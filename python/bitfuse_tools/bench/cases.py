@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from bitfuse.core.op import BackendError, Op, use_backend
+from bitfuse.core.backends import BackendError, use_backend
+from bitfuse.core.op import Op
 from bitfuse.weights.weight import LowBitWeight, quantize
 
 from .shapes import DEFAULT, Shape

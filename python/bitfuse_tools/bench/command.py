@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitfuse.core.op import BACKENDS
+from bitfuse.core.backends import BACKENDS
 from bitfuse.ops.attention.kv_cache import CACHE_FORMATS
 from bitfuse.weights.formats import FORMATS
 

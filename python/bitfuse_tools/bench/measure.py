@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitfuse.core.op import asked_backend
+from bitfuse.core.backends import asked_backend
 from bitfuse.ops.linear import lowbit_linear_cpu as cpp
 
 from ..info import commit, cuda

@@ -13,7 +13,7 @@ class _Commands(typer.core.TyperGroup):
     """The commands; what BITFUSE_BACKEND asks for and this machine can't do ends any of them in a line."""
 
     def invoke(self, ctx: Any) -> Any:
-        from bitfuse.core.op import BackendError
+        from bitfuse.core.backends import BackendError
 
         asked = os.environ.get("BITFUSE_BACKEND")
         try:
@@ -52,7 +52,7 @@ def refuse_asked_backend(command: str) -> None:
     Raises:
         typer.Exit: BITFUSE_BACKEND is set, which would decide for every call.
     """
-    from bitfuse.core.op import asked_backend
+    from bitfuse.core.backends import asked_backend
 
     if (asked := asked_backend()) is not None:
         fail(command, f"BITFUSE_BACKEND is {asked!r}, which would decide for every call: unset it")

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from bitfuse.core import device
 from bitfuse.core.gpus import GPUS, Gpu
-from bitfuse.core.op import Backend, Op
+from bitfuse.core.op import Op
 
 from ..bench.shapes import Shape
 from ..hypothetical import DENSE, EVERY, Sizes
@@ -229,7 +228,6 @@ def plan(
 
     believe(gpu)
     device.plan_for(gpu)
-    _serve_meta_tensors()
     refused: str | None = None
     seen: dict[tuple[str, str, str], Specialisation] = {}
     now = ""
@@ -267,17 +265,6 @@ def _call(op: str, s: Sizes, gradient: bool, biased: bool) -> None:
     if gradient:
         outs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
         torch.autograd.backward(outs, [torch.empty_like(t) for t in outs])
-
-
-def _serve_meta_tensors() -> None:
-    """Meta tensors to the Triton backends, as the simulator's CPU tensors are, and to the fake where they
-    refuse."""
-    meta = torch.device("meta")
-    for name in list(sys.modules):
-        if name.startswith("bitfuse.ops."):
-            for op in _ops_of(name):
-                fake = Backend("fake", ("meta",), lambda *args: None, op.fake)
-                op._order[meta] = (*(b for b in op.backends if b.name == "triton"), fake)
 
 
 def compile_one(gpu: Gpu, wanted: Specialisation) -> Compiled:

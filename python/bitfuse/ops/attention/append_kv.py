@@ -10,8 +10,10 @@ import torch
 from torch.compiler import is_compiling
 
 from ...core import autocast
+from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...kernels.attention import append_kv as triton
 from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS

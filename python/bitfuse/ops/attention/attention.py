@@ -15,9 +15,11 @@ from torch.compiler import is_compiling
 
 from ...core import autocast
 from ...core.autograd import Function, once, recorded
+from ...core.backends import Backend
 from ...core.cost import Cost, moved
 from ...core.dropout import keep, new_seed
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import check_read
 from ...kernels.attention import attention as triton

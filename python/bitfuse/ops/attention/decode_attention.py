@@ -10,8 +10,10 @@ import torch
 
 from ...core import autocast
 from ...core.autograd import recorded, recording, without_gradient
+from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, check_read
 from ...kernels.attention import decode_attention as triton

@@ -9,7 +9,9 @@ import torch
 
 from ...core import autocast
 from ...core.autograd import Function, recorded
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.backends import Backend
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...kernels.attention import merge_attention as triton
 from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 
 from ...core import autocast
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.backends import Backend
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...kernels.attention import quantize_kv as triton
 from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS

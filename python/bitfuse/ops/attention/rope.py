@@ -10,7 +10,9 @@ from torch.compiler import is_compiling
 
 from ...core import autocast
 from ...core.autograd import Function, elsewhere, no_forward_mode, recorded
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.backends import Backend
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...kernels.attention import rope as triton
 from ...weights.weight import check_frozen, check_tensor
 from ..linear.lowbit_linear import FLOATS

@@ -11,7 +11,7 @@ import torch
 
 from ...core import autocast
 from ...core.dropout import new_seed
-from ...core.op import Explanation, explains
+from ...core.explain import Explanation, explains
 from .attention import apply_attention, attention_op
 from .attention_args import AttentionArgs
 

@@ -9,8 +9,10 @@ import torch
 from ...core import autocast
 from ...core.activations import activate, check_activation, derivative
 from ...core.autograd import Function, once, recorded, refuse_intermediate
+from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...core.tensors import as_rows
 from ...kernels.linear import bottleneck_adapter as triton
 from ...weights.weight import check_tensor

@@ -9,7 +9,9 @@ import torch
 from ...core import autocast
 from ...core.activations import activate, check_activation, derivative
 from ...core.autograd import Function, once, recorded
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.backends import Backend
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...kernels.linear import gated_activation as triton
 from ...weights.weight import check_tensor
 from . import gated_activation_cpu as cpp

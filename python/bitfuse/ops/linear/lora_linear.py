@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from ...core.autograd import Function, materialized, once, recorded, recording, refuse_intermediate
+from ...core.backends import Backend
 from ...core.cost import Cost, moved
 from ...core.dropout import keep, new_seed
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, as_rows
 from ...kernels.linear import lora_linear as triton

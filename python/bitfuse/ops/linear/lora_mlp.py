@@ -11,7 +11,7 @@ import torch
 from ...core.activations import check_activation
 from ...core.autograd import Function, once, recorded, refuse_intermediate
 from ...core.dropout import new_seed
-from ...core.op import Explanation, explains, together
+from ...core.explain import Explanation, explains, together
 from ...weights.weight import LowBitWeight
 from .gated_activation import gated_activation, gated_activation_backward, gated_activation_op
 from .lora_args import LoraArgs

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from ...core.autograd import Function, elsewhere, no_forward_mode, recorded
+from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, as_rows, check_read
 from ...kernels.linear import lowbit_linear as triton

@@ -18,8 +18,10 @@ from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch_mode
 
 from ...core.autograd import Function, once, recorded
+from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.op import Backend, Explanation, Op, explains, together
+from ...core.explain import Explanation, explains, together
+from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, as_rows, aside
 from ...kernels.linear import multi_lora_linear as triton

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...kernels.optim import adamw8bit as triton
 from ...weights.blockwise import blocks_of, dequantize_blocks, quantize_blocks
 from ...weights.weight import check_tensor

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.backends import Backend
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...kernels.sampling import sample as triton
 from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS

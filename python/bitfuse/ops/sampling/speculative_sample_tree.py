@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ...core.op import Backend, Explanation, Op, explains
+from ...core.backends import Backend
+from ...core.explain import Explanation, explains
+from ...core.op import Op
 from ...kernels.sampling import speculative_sample as triton
 from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS
