@@ -15,7 +15,7 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
-from bitfuse.core import op
+from bitfuse.core import backends
 from bitfuse.core.backends import Backend
 from bitfuse.ops.linear.lowbit_linear import forward_op
 from bitfuse_tools import info
@@ -49,10 +49,10 @@ def test_info() -> None:
     facts = json.loads(done.stdout)
     assert facts["bitfuse"] == bitfuse.__version__ and facts["packages"]["torch"] == torch.__version__
     assert facts["devices"][0]["device"] == "cpu" and facts["devices"][0]["threads"] >= 1
-    backends = {backend["name"]: backend for backend in facts["backends"]}
-    assert list(backends) == [backend.name for backend in forward_op.backends]
-    assert backends["reference"]["alive"] and set(backends["reference"]["formats"].values()) == {"right"}
-    for backend in backends.values():
+    by_name = {backend["name"]: backend for backend in facts["backends"]}
+    assert list(by_name) == [backend.name for backend in forward_op.backends]
+    assert by_name["reference"]["alive"] and set(by_name["reference"]["formats"].values()) == {"right"}
+    for backend in by_name.values():
         assert backend["alive"] or backend["reason"]
         assert not any(outcome.startswith("wrong") for outcome in backend["formats"].values())
     assert str(Path.home()) not in done.stdout and str(Path(bitfuse.__file__).parent) not in done.stdout
@@ -140,11 +140,12 @@ def test_a_backend_that_is_not_here(
     command: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """BITFUSE_BACKEND on a machine that can't serve it: one line, whatever the command."""
-    monkeypatch.setattr(op, "_ENVIRONMENT", asked)
-    monkeypatch.setattr(op, "simulated_gpu", lambda: False)
+    monkeypatch.setattr(backends, "simulated", lambda: False)
     monkeypatch.setenv("BITFUSE_BACKEND", asked)
     monkeypatch.chdir(tmp_path)
+    token = backends.asked.set(asked)  # as the variable does at the start
     done = CliRunner().invoke(app, [command, *COMMANDS[command]])
+    backends.asked.reset(token)
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1, (done.output, done.exception)
     assert done.stderr.startswith(f"bitfuse {command}: ") and "BITFUSE_BACKEND is" in done.stderr
     assert not done.stdout and not list(tmp_path.iterdir())
@@ -152,7 +153,7 @@ def test_a_backend_that_is_not_here(
 
 @pytest.mark.parametrize("asked", ["triton", "foo", "cpp"])
 def test_info_says_that_every_call_fails(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "simulated_gpu", lambda: False)
+    monkeypatch.setattr(info.device, "simulated", lambda: False)
     monkeypatch.setenv("BITFUSE_BACKEND", asked)
     done = CliRunner().invoke(app, ["info"])
     assert done.exit_code == (0 if asked == "cpp" else 1)
@@ -161,7 +162,7 @@ def test_info_says_that_every_call_fails(asked: str, monkeypatch: pytest.MonkeyP
 
 def test_info_tells_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every variable that the package reads, and no path."""
-    source = "".join(p.read_text() for p in (Path(bitfuse.__file__).parent).rglob("*.py"))
+    source = "".join(p.read_text() for p in Path(bitfuse.__file__).parents[1].rglob("*.py"))
     read = set(re.findall(r'environ(?:\.get\(|\[)\s*"(BITFUSE_\w+)"', source)) | {"BITFUSE_CPU_ISA"}
     assert read <= {*info._ENVIRONMENT, *info._PATHS} and len(read) > 6
     monkeypatch.setenv("BITFUSE_KERNEL_PATH", f"{tmp_path}{os.pathsep}/nowhere")
