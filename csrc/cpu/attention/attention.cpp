@@ -5,8 +5,9 @@
 // sum of each row, and O^T [dim_v][row] in float; of K and V a chunk at a time, K natural and V turned. Each
 // tile goes over its part of the chunk by blocks of kBlockKeys keys:
 //
-//     S^T = K Q^T  ->  logits, maximum, exponential, sum: P^T in words, in place  ->  O^T = O^T * rescale +
-//     V^T P^T
+//     S^T = K Q^T                  [key][row]
+//     P^T = e^(S^T - maximum)      in words, in the place of S^T; the running maximum and sum of each row
+//     O^T = O^T * rescale + V^T P^T
 //
 // S^T of a block (24 KiB at 16 lanes) stays in L1; the chunk and the tiles' state have budgets that fit L2
 // together. Keys that no row of a tile may see are not visited; masks are computed where an edge of the

@@ -5,9 +5,9 @@
 //
 // A task is the rows of one (batch, kv head), or a share of them where there are few such: all five products
 // of a tile of rows and a block of keys are made in one visit, so that nothing is computed twice. Of its rows
-// a task holds, for a part of them at a time, q and grad as panels [dim][row] and [row][dim], and dQ^T [dim]
-// [row] in float; of the keys a chunk, K natural and turned, V natural. dK and dV [key][dim] in float belong
-// to the task: sums of rows are added in their order, and those of shares in theirs, so that no bit depends
+// a task holds, for a part of them at a time, q and grad as panels [dim][row] and [row][dim], and dQ^T
+// [dim][row] in float; of the keys a chunk, K natural and turned, V natural. dK and dV [key][dim] in float
+// belong to the task: sums of rows are added in their order, and those of shares in theirs, so that no bit depends
 // on the threads. In a chunk each tile goes over its blocks of kBlockKeys keys; S^T, dP^T and the words of P
 // and dS, made in place, stay in L1.
 //

@@ -2,9 +2,8 @@
 //
 // One parallel region of two halves with a barrier between them:
 //   shrink  h = x A^T, float. A task is kBlockRows rows of a segment times kBlockRanks rows of A, both read
-//   along
-//           K, lane i summing the columns i, i + kLanes, ... Vectors of A serve the rows, vectors of x the
-//           ranks: 4 x 4 sums and 8 vectors of operands in registers.
+//           along K, lane i summing the columns i, i + kLanes, ... Vectors of A serve the rows, vectors of x
+//           the ranks: 4 x 4 sums and 8 vectors of operands in registers.
 //   expand  a thread owns a stretch of y's columns, of all segments. Of kWidth rows of B, transposed block by
 //           block in registers, it makes a panel [rank][kWidth] of floats, over which the segment's rows of h
 //           pass with the tiles of matmul.h; the sums are scaled and added to y.

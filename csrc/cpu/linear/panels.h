@@ -4,8 +4,7 @@
 // Bound by multiply-adds. A task is a tile of kWidth outputs; its panel covers kBlock steps of the
 // contraction:
 //   forward   lanes are rows of W: 4 * kLanes bytes of kLanes rows are transposed as dwords, so that one
-//   dword vector
-//             holds the codes of kPerDword steps, and scales are lane vectors;
+//             dword vector holds the codes of kPerDword steps, and scales are lane vectors;
 //   gradient  lanes are columns of W, read in memory order; the scale of a row's group is a broadcast.
 // The sums of a task, [rows][kWidth] floats, stay in L2; an adapter's ranks, which are a few more steps of
 // the contraction, bias and rounding come at its end.
@@ -20,12 +19,10 @@ namespace bitfuse::BITFUSE_ISA {
 // What a panel holds:
 //   kFloats        (value - zero) * scale, as in a dense float32 weight;
 //   kExactPairs    value - zero as bfloat16 pairs, exact; each group's sum is scaled in float32, which is
-//   nearer to the
-//                  exact product than a dense bfloat16 weight;
+//                  nearer to the exact product than a dense bfloat16 weight;
 //   kRoundedPairs  (value - zero) * scale rounded to bfloat16, as in a dense bfloat16 weight;
-//   kCodes, kCodePairs  codes still packed, decoded in registers by each tile; sums are scaled. For few rows
-//   of x,
-//                  where writing and reading a panel of numbers would cost as much as the products.
+//   kCodes,        codes still packed, decoded in registers by each tile; sums are scaled. For few rows of
+//   kCodePairs     x, where writing and reading a panel of numbers would cost as much as the products.
 enum class Panel { kFloats, kExactPairs, kRoundedPairs, kCodes, kCodePairs };
 
 constexpr bool in_pairs(Panel kind) {

@@ -10,8 +10,7 @@
 // are read once a pair. The shrink of a pair is cut along k into slices, as many as there are blocks for; a
 // slice of a pair is an item. A block takes item after item:
 // - A is the A operand of mma.m16n8k16 (16 ranks a step), the group's rows of x the B operand (8 tokens).
-// Lane
-//   (g = lane / 4, t = lane % 4) holds A[k 8t..8t+7] of ranks g and g+8 and the same k of token g: one
+//   Lane (g = lane / 4, t = lane % 4) holds A[k 8t..8t+7] of ranks g and g+8 and the same k of token g: one
 //   16-byte load each for two steps, 64 bytes of each row a warp, 256 k the block. An A that is not of x's
 //   type goes through tf32, in two parts where it is float32.
 // - The sums of the block's warps meet in shared memory; those of a pair's slices in `partial`, added in the

@@ -1,13 +1,13 @@
 // From codes to pairs of 16-bit floats in registers.
 //
 // A format is a struct of
-//   Bits                       of a code
-//   TableBytes                 of shared memory that `fill_table` writes once a block
-//   HasNan                     true when dequant8 flags codes that are NaN instead of giving a NaN
-//   Zero, zero(z)              what a zero point becomes once a group
-//   dequant8(words, zero, flags, pairs)   8 consecutive codes of a row, low bits first, to 4 pairs in the
-//   row's order;
-//                              value minus zero point, without the scale
+//   Bits            of a code
+//   TableBytes      of shared memory that `fill_table` writes once a block
+//   HasNan          true when dequant8 flags codes that are NaN instead of giving a NaN
+//   Zero, zero(z)   what a zero point becomes once a group
+//   dequant8(words, zero, flags, pairs)
+//                   8 consecutive codes of a row, low bits first, to 4 pairs in the row's order: value minus
+//                   zero point, without the scale
 // Integers and minifloats come out exactly; the levels of a codebook are rounded to T (see Codebook4).
 #pragma once
 
