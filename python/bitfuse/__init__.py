@@ -47,7 +47,8 @@ from .ops.sampling.sample import sample
 from .ops.sampling.speculative_sample import speculative_sample
 from .ops.sampling.speculative_sample_tree import speculative_sample_tree
 from .weights.formats import Format, register_format
-from .weights.weight import LowBitWeight, quantize
+from .weights.quantize import quantize
+from .weights.weight import LowBitWeight
 
 __all__ = [
     "AdapterReport",

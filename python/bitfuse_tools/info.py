@@ -19,7 +19,7 @@ from bitfuse.core.backends import BACKENDS, Backend, asked_backend
 from bitfuse.core.explain import explain
 from bitfuse.ops.linear.lowbit_linear import forward_op, lowbit_linear
 from bitfuse.weights.formats import FORMATS
-from bitfuse.weights.weight import quantize
+from bitfuse.weights.quantize import quantize
 
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "safetensors", "peft", "bitsandbytes", "accelerate",

@@ -20,7 +20,8 @@ from bitfuse.kernels.core.launch import triton as compiler
 from bitfuse.kernels.linear import lowbit_linear as triton
 from bitfuse.ops.attention.append_kv import KVCache
 from bitfuse.weights.formats import get_format
-from bitfuse.weights.weight import LowBitWeight, quantize
+from bitfuse.weights.quantize import quantize
+from bitfuse.weights.weight import LowBitWeight
 
 from .bench.shapes import DEFAULT, Shape
 from .bench.timing import Effort, captured, sample

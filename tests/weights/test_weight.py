@@ -370,6 +370,17 @@ def test_a_weight_survives_pickle_and_copies(options: dict[str, Any]) -> None:
         assert other.dtype == torch.bfloat16 and other.format == w.format
 
 
+@pytest.mark.parametrize("name", ["nf4", "mxfp4"])
+def test_a_pickle_of_version_0_1_is_loaded(name: str) -> None:
+    """Its weights stood in other modules."""
+    w = bitfuse.quantize(torch.randn(16, 128), name)
+    now = pickle.dumps(w, protocol=2)
+    then = now.replace(b"cbitfuse.weights.", b"cbitfuse.")
+    assert then.count(b"cbitfuse.weight\n") == then.count(b"cbitfuse.formats\n") == 1
+    other = pickle.loads(then)
+    assert torch.equal(other.dequantize(), w.dequantize()) and other.format == w.format
+
+
 def test_every_tensor_has_its_own_memory() -> None:
     """safetensors refuses a view of a larger storage."""
     for options in (*EVERY, *LATER, dict(format="int8", nested=True), dict(format="fp4", nested=True)):

@@ -83,3 +83,41 @@ def as_rows(t: torch.Tensor) -> torch.Tensor:
     """[..., features] as [rows, features], whatever of it is 0 (`reshape(-1, 0)` is refused); [features] as
     one row."""
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def check_tensor(
+    name: str,
+    t: object,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+    beside: str = "",
+    read: bool = True,
+) -> None:
+    """Raise TypeError or ValueError for what is no tensor of one of the dtypes, of the shape and on the
+    device, where `beside` names another argument that is; `Unread` unless it is not for native code yet."""
+    if not isinstance(t, torch.Tensor):
+        found = "missing" if t is None else f"a {type(t).__name__}"
+        raise TypeError(f"{name} is {found}, expected a tensor {list(shape)}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {t.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
+    if t.device != device:
+        where = f", where {beside} is" if beside else ""
+        raise ValueError(f"{name} is on {t.device}, expected {device}{where}")
+    if read:
+        check_read(name, t)
+
+
+def check_frozen(name: str, t: torch.Tensor) -> None:
+    """Raise ValueError for a tensor that asks for a gradient which the op does not give."""
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which the op does not give: pass {name}.detach()")
+
+
+def check_finite(name: str, t: torch.Tensor) -> None:
+    finite = torch.isfinite(t)
+    if not bool(finite.all()):
+        at = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"{name}{at} is {t[tuple(at)].item()}, expected finite numbers")

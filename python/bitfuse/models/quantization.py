@@ -20,8 +20,10 @@ from tqdm import tqdm
 from ..nn import Linear
 from ..nn.adapters import AdapterLinear
 from ..nn.linear import float_weight, is_conv1d
+from ..weights.checks import check_float_weight, check_shape
 from ..weights.formats import Format, get_format
-from ..weights.weight import LowBitWeight, check_float_weight, check_shape, find_scales
+from ..weights.quantize import find_scales
+from ..weights.weight import LowBitWeight
 
 # subclasses of torch.nn.Linear that compute what it computes
 _PLAIN = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import torch
 
 from ..ops.linear.lowbit_linear import FLOATS
-from ..weights.weight import CHUNK, LowBitWeight, dequantize_rows, nest_scales, quantize
+from ..weights.quantize import quantize
+from ..weights.scales import nest_scales
+from ..weights.weight import CHUNK, LowBitWeight, dequantize_rows
 from .linear import Linear, is_conv1d
 
 # what of a module calls hooks: they move from a layer to the one around it

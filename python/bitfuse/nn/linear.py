@@ -12,7 +12,9 @@ import torch
 from ..core.explain import Explanation, explain
 from ..ops.linear.lowbit_linear import apply_lowbit, lowbit_linear
 from ..weights.formats import FIXED_SCALE_DTYPES, Format, get_format
-from ..weights.weight import LowBitWeight, WeightTensors, as_bytes, as_floats, column_order, quantize, whole
+from ..weights.quantize import quantize
+from ..weights.scales import as_bytes, as_floats
+from ..weights.weight import LowBitWeight, WeightTensors, column_order, whole
 
 _TENSORS = ("qweight", "scales", "zeros", "g_idx", "scale_scales", "scale_offset")
 _FLOAT_TENSORS = ("scales", "scale_scales", "scale_offset")

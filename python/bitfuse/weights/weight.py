@@ -1,20 +1,17 @@
-"""A few-bit matrix: how it is made from a float one, what it holds, and how it is read back."""
+"""A few-bit matrix: what it holds, and how it is read back."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from ..core.tensors import check_read
+from ..core.tensors import check_finite, check_tensor
+from .checks import check_g_idx, check_perm, check_shape
 from .formats import (
-    E2M1_MAX,
-    E4M3,
-    E4M3_MAX,
     FIXED_SCALE_DTYPES,
     FORMATS,
     NESTED_BLOCK,
@@ -22,10 +19,10 @@ from .formats import (
     Format,
     check_scale_dtype,
     get_format,
-    nested_code,
     same_codes,
 )
-from .packing import pack, packed_width, unpack
+from .packing import packed_width, unpack
+from .scales import as_bytes, as_floats, resolve_scales
 from .stand_in import StandIn
 
 # weights that are quantised or read back at once: bounds the float32 temporaries to some 64 MiB
@@ -305,120 +302,10 @@ def column_order(g_idx: torch.Tensor) -> torch.Tensor:
         return torch.argsort(g_idx, stable=True)
 
 
-def check_shape(shape: tuple[int, int], format: Format) -> tuple[int, int]:
-    n, k = shape
-    if n < 0 or k <= 0 or k % 8:
-        raise ValueError(
-            f"shape is {(n, k)}, expected (out_features, in_features), in_features a multiple of 8"
-        )
-    if format.group_size != -1 and k % format.group_size:
-        raise ValueError(
-            f"group_size {format.group_size} does not divide in_features {k}: choose one that does, "
-            "or -1 for the whole row"
-        )
-    return n, k
-
-
-def check_frozen(name: str, t: torch.Tensor) -> None:
-    """Raise ValueError for a tensor that asks for a gradient which the op does not give."""
-    if t.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient, which the op does not give: pass {name}.detach()")
-
-
-def check_tensor(
-    name: str,
-    t: object,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-    device: torch.device,
-    beside: str = "",
-    read: bool = True,
-) -> None:
-    """Raise TypeError or ValueError for what is no tensor of one of the dtypes, of the shape and on the
-    device, where `beside` names another argument that is; `Unread` unless it is not for native code yet."""
-    if not isinstance(t, torch.Tensor):
-        found = "missing" if t is None else f"a {type(t).__name__}"
-        raise TypeError(f"{name} is {found}, expected a tensor {list(shape)}")
-    if t.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {t.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if t.shape != shape:
-        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
-    if t.device != device:
-        where = f", where {beside} is" if beside else ""
-        raise ValueError(f"{name} is on {t.device}, expected {device}{where}")
-    if read:
-        check_read(name, t)
-
-
-def check_finite(name: str, t: torch.Tensor) -> None:
-    finite = torch.isfinite(t)
-    if not bool(finite.all()):
-        at = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"{name}{at} is {t[tuple(at)].item()}, expected finite numbers")
-
-
-def check_g_idx(g_idx: torch.Tensor, group_size: int) -> None:
-    groups = g_idx.numel() // group_size
-    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-        raise ValueError(
-            f"g_idx holds {int(g_idx.min())} to {int(g_idx.max())}, expected groups 0 to {groups - 1}"
-        )
-    counts = torch.bincount(g_idx, minlength=groups)
-    if bool((counts != group_size).any()):
-        at = int((counts != group_size).nonzero()[0])
-        raise ValueError(
-            f"g_idx puts {int(counts[at])} columns in group {at}, expected group_size = {group_size}"
-        )
-
-
-def check_perm(perm: object, g_idx: torch.Tensor | None, columns: int) -> None:
-    """Raise ValueError for a perm that does not sort g_idx's columns."""
-    if g_idx is None:
-        raise ValueError("perm is given without g_idx, whose order it is")
-    fits = isinstance(perm, torch.Tensor) and perm.dtype == torch.int64 and perm.shape == g_idx.shape
-    if fits and not g_idx.is_meta:
-        assert isinstance(perm, torch.Tensor)
-        fits = perm.device == g_idx.device and torch.equal(perm, torch.argsort(g_idx, stable=True))
-    if not fits:
-        found = list(perm.shape) if isinstance(perm, torch.Tensor) else type(perm).__name__
-        raise ValueError(f"perm is {found}, expected torch.argsort(g_idx, stable=True), int64 [{columns}]")
-
-
-def as_bytes(t: torch.Tensor) -> torch.Tensor:
-    """Eight-bit floats as uint8, the same memory; other tensors as they are. torch's pickle, gloo and many
-    an op take no eight-bit floats, so layers hold them so."""
-    return t.view(torch.uint8) if t.dtype in FIXED_SCALE_DTYPES else t
-
-
-def as_floats(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `as_bytes`, for scales of a format with this scale_dtype; not for nested ones."""
-    if scales.dtype == torch.uint8 and dtype in FIXED_SCALE_DTYPES:
-        return scales.view(dtype)
-    return scales
-
-
 def _remade(parts: dict[str, Any], scale_dtype: torch.dtype) -> LowBitWeight:
     if scale_dtype in FIXED_SCALE_DTYPES:
         parts = parts | {"scales": parts["scales"].view(scale_dtype)}
     return LowBitWeight(**parts)
-
-
-def resolve_scales(
-    scales: torch.Tensor,
-    scale_scales: torch.Tensor | None,
-    scale_offset: torch.Tensor | None,
-    scale_dtype: torch.dtype,
-) -> torch.Tensor:
-    """Scales as float32; nested ones are ``nested_code[scales] * scale_scales[block of 256] +
-    scale_offset``."""
-    if scale_offset is None:
-        scales = as_floats(scales, scale_dtype).float()
-        return scales if scale_scales is None else scales * scale_scales
-    assert scale_scales is not None
-    first = nested_code(scales.device)[scales.flatten().int()]
-    return (first * scale_scales.repeat_interleave(NESTED_BLOCK)[: first.numel()] + scale_offset).view(
-        scales.shape
-    )
 
 
 def dequantize_rows(
@@ -429,236 +316,3 @@ def dequantize_rows(
     grouped = values.view(*scales.shape, values.shape[1] // scales.shape[1])
     zero = format.zero_point if zeros is None else zeros.float().unsqueeze(-1)
     return ((grouped - zero) * scales.unsqueeze(-1)).view(values.shape)
-
-
-def quantize(
-    weight: torch.Tensor,
-    format: str | Format = "int4",
-    *,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    nested: bool | None = None,
-    scale_dtype: torch.dtype | None = None,
-    g_idx: torch.Tensor | None = None,
-) -> LowBitWeight:
-    """Quantise a matrix to the nearest codes.
-
-    Integers round to nearest. Symmetric ones put the group's extreme value on the lowest code, so that a
-    scale may be negative (the rule of llama.cpp's Q4_0; 12% less error at 4 bits than largest magnitude / 7);
-    asymmetric ones spread the codes over the group's range, widened to hold 0. NF4 codes are bit-exact with
-    bitsandbytes (Dettmers et al., QLoRA, 2023); double quantisation is its scheme (offset, blocks of 256,
-    dynamic map), each scale at its nearest code. FP8 scales each group's largest magnitude to 448.
-
-    Args:
-        weight: [out_features, in_features], float32, float16 or bfloat16, any strides, in_features a
-            multiple of 8.
-        format: a name ("int8", "int4", "int3", "int2", "ternary", "nf4", "fp4", "fp8", "mxfp4", "mxfp8",
-            "nvfp4", or one of your own that `register_format` knows) or a `Format`.
-        group_size: input columns that share a scale, a multiple of 8 that divides in_features; -1 is the
-            whole row. By default the format's, or where that does not divide in_features the largest power of
-            two below it that does.
-        symmetric: integers: False stores a zero point a group.
-        nested: double quantisation: the scales in 8 bits.
-        scale_dtype: dtype of the scales.
-        g_idx: group of each input column, int [in_features], group_size columns a group (GPTQ's act-order).
-
-    Warns:
-        UserWarning: groups that are so much smaller than the matrix's largest that their scales are rounded
-            to nothing, or far off; where that is all of the matrix it is a ValueError.
-
-    Raises:
-        TypeError: a weight that is not a float tensor.
-        ValueError: a NaN or Inf in it, a size or group size that does not fit, an unknown format, a
-            scale_dtype that the format does not have, scales outside scale_dtype.
-    """
-    format = get_format(
-        format, group_size=group_size, symmetric=symmetric, nested=nested, scale_dtype=scale_dtype
-    )
-    check_float_weight(weight)
-    if group_size is None:
-        format = format.fitted(weight.shape[1])
-    weight = weight.detach()
-    n, k = check_shape((weight.shape[0], weight.shape[1]), format)
-    group = k if format.group_size == -1 else format.group_size
-    perm = None
-    if g_idx is not None:
-        if not isinstance(g_idx, torch.Tensor) or g_idx.is_floating_point() or g_idx.shape != (k,):
-            raise ValueError(
-                f"g_idx is {getattr(g_idx, 'shape', g_idx)}, expected an int tensor of shape [{k}]"
-            )
-        g_idx = g_idx.to(weight.device, torch.int32)
-        check_g_idx(g_idx, group)
-        perm = torch.argsort(g_idx, stable=True)
-    scales, zeros, tensor_scale, lost = find_scales(weight, format, perm)
-    if lost:
-        warnings.warn(f"weight: {lost}", stacklevel=2)
-    qweight = torch.empty(n, packed_width(k, format.bits), dtype=torch.uint8, device=weight.device)
-    for rows, w in _grouped(weight, group, perm):
-        s = scales[rows].reshape(-1, 1).float() * tensor_scale
-        z = torch.full_like(s, format.zero_point) if zeros is None else zeros[rows].reshape(-1, 1).float()
-        qweight[rows] = pack(_codes(w, s, z, format).view(-1, k), format.bits)
-    scale_scales = scale_offset = None
-    if format.nested:
-        scales, scale_scales, scale_offset = nest_scales(scales)
-    elif format.tensor_scale:
-        scale_scales = torch.full((1,), tensor_scale, dtype=torch.float32, device=weight.device)
-    return LowBitWeight(
-        qweight, scales, format, (n, k), zeros, g_idx, scale_scales, scale_offset, dtype=weight.dtype
-    )
-
-
-def check_float_weight(weight: object, or_meta: bool = False) -> None:
-    """Raise TypeError or ValueError for what can't be quantised, whatever the format."""
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"weight is a {type(weight).__name__}, expected a tensor")
-    if weight.dtype not in SCALE_DTYPES:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {' or '.join(map(str, SCALE_DTYPES))}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [out_features, in_features]")
-    if weight.is_meta and not or_meta:
-        raise ValueError("weight is on the meta device: load the model before quantising it")
-
-
-def _grouped(
-    weight: torch.Tensor, group: int, perm: torch.Tensor | None
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of rows with their float32 groups [groups, group_size], a bounded number at a time."""
-    step = max(1, CHUNK // weight.shape[1])
-    for at in range(0, weight.shape[0], step):
-        rows = slice(at, at + step)
-        w = weight[rows].float().contiguous()
-        yield rows, (w if perm is None else w[:, perm]).reshape(-1, group)
-
-
-def find_scales(
-    weight: torch.Tensor, format: Format, perm: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None, float, str]:
-    """What `quantize` rounds against, in one pass over a weight that fits the format.
-
-    Returns:
-        scales as they are stored (before nesting), [out_features, groups]; zero points of that shape, uint8,
-        or None; the scale of the tensor; what of the weight is lost in its scales, "" when nothing is.
-
-    Raises:
-        ValueError: a NaN or Inf, scales that scale_dtype can't hold.
-    """
-    n, k = weight.shape
-    group = k if format.group_size == -1 else format.group_size
-    dtype, device = format.scale_dtype, weight.device
-    tensor_scale = 1.0
-    if format.tensor_scale and n:
-        low, high = torch.aminmax(weight)
-        absmax = max(-float(low), float(high))
-        tensor_scale = absmax / (E2M1_MAX * E4M3_MAX) if math.isfinite(absmax) and absmax else 1.0
-    scales = torch.empty(n, k // group, dtype=dtype, device=device)
-    exact = torch.empty(n, k // group, dtype=torch.float32, device=device)
-    zeros = None if format.symmetric else torch.empty_like(scales, dtype=torch.uint8)
-    for rows, w in _grouped(weight, group, perm):
-        check_finite(f"weight (rows from {rows.start})", weight[rows])
-        found = _group_scales(w, format, tensor_scale)
-        exact[rows] = found.view(-1, k // group)
-        scales[rows] = exact[rows].to(dtype)
-        if zeros is not None:
-            # against the scale that is stored; a group of zeros has scale 0
-            stored = scales[rows].float().view(-1, 1)
-            zero = -w.amin(1, keepdim=True).clamp(max=0) / _divisor(stored)
-            zeros[rows] = zero.round().clamp(0, 2**format.bits - 1).view(-1, k // group)
-    return scales, zeros, tensor_scale, _lost_in(scales, exact, weight, format) if n else ""
-
-
-def _lost_in(scales: torch.Tensor, exact: torch.Tensor, weight: torch.Tensor, format: Format) -> str:
-    """What groups of a weight are lost because their scales, as they are stored, are far from the exact ones;
-    ValueError when the largest are."""
-    dtype = format.scale_dtype
-    remedy = "" if dtype in (*FIXED_SCALE_DTYPES, torch.float32) else ": pass scale_dtype=torch.float32"
-    stored, size = scales.float(), exact.abs()
-    # rounding a scale may move its largest value by a quarter of a step
-    error, allowed = (stored - exact).abs(), max(2.0 ** -(format.bits + 1), torch.finfo(dtype).eps)
-    off = error > allowed * size
-    if format.nested:
-        off |= ((resolve_scales(*nest_scales(scales), dtype) - exact).abs() > 0.5 * size) & (size > 0)
-    if bool((size < torch.finfo(torch.float32).tiny).any()):  # zeros, or numbers too small for any scale
-        levels = (format.values() - format.zero_point).abs().nan_to_num(0)
-        least = float(levels[levels > 0].min()) / 2
-        for rows, w in _grouped(weight, weight.shape[1] // exact.shape[1], None):
-            largest = w.abs().amax(1).view(-1, exact.shape[1])
-            off[rows] |= (largest > 0) & (largest < least * size[rows]) | (largest > 0) & (size[rows] == 0)
-    if not bool(torch.isfinite(stored).all()) or bool(off.flatten()[size.argmax()]):
-        raise ValueError(
-            f"scale_dtype {dtype} can't hold the scales of this weight (largest magnitude "
-            f"{float(weight.abs().max()):.3g}){remedy}"
-        )
-    count = int(off.sum())
-    if not count:
-        return ""
-    row = int(off.any(1).nonzero()[0])
-    return (
-        f"{count} of {off.numel()} groups, the first in row {row} (largest magnitude there "
-        f"{float(weight[row].abs().max()):.3g}, of all {float(weight.abs().max()):.3g}), are too small for "
-        f"their scales in {'8 bits' if format.nested else dtype}, and are lost or far off{remedy}"
-    )
-
-
-def _group_scales(w: torch.Tensor, format: Format, tensor_scale: float) -> torch.Tensor:
-    """The scales, float32 [groups, 1], of float32 groups [groups, group_size]."""
-    if not format.symmetric:
-        top = 2**format.bits - 1
-        low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
-        scale = (high - low) / top
-        return torch.where(torch.isfinite(scale), scale, high / top - low / top)
-    if format.is_integer:
-        # the extreme value, sign and all, becomes the lowest code: there is one more of them on that side
-        return w.gather(1, w.abs().argmax(1, keepdim=True)) / -format.zero_point
-    if format.scale_rule == "absmean":
-        mean = w.abs().mean(1, keepdim=True)
-        if bool(torch.isfinite(mean).all()):
-            return mean
-        return w.double().abs().mean(1, keepdim=True).float()  # the sum does not fit
-    absmax = w.abs().amax(1, keepdim=True) / tensor_scale
-    largest = format.values(w.device).nan_to_num(0).abs().max()
-    if format.scale_dtype == torch.float8_e8m0fnu:  # the OCP MX rule: powers of two, the top saturates
-        exponent = absmax.clamp(min=2.0**-126).log2().floor() - largest.log2().floor()
-        return exponent.clamp(-127, 127).exp2()
-    return absmax / largest
-
-
-def _codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, format: Format) -> torch.Tensor:
-    """The nearest codes, uint8, of float32 groups under float32 scales; ties go to even, or down."""
-    if format.is_integer:
-        return ((w / _divisor(scale)).round() + zero).clamp(0, 2**format.bits - 1).to(torch.uint8)
-    if format.codebook == E4M3:
-        return (w / _divisor(scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    values = format.values(w.device)
-    order = values.argsort(stable=True)[
-        : int(torch.isfinite(values).sum())
-    ]  # NaN, a code not in use, sorts last
-    ascending = values[order]
-    inverse = 1.0 / scale
-    ratio = w * torch.where(scale == 0, 0.0, inverse)
-    if bool(torch.isinf(inverse).any()):  # of no scale, or of one too small to have an inverse
-        ratio = torch.where(torch.isinf(inverse) & (scale != 0), w / _divisor(scale), ratio)
-    return order[torch.bucketize(ratio, (ascending[1:] + ascending[:-1]) / 2)].to(torch.uint8)
-
-
-def _divisor(scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale == 0, 1.0, scale)
-
-
-def nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scales in 8 bits, as bitsandbytes nests them: less their mean, blocks of 256, the dynamic map's nearest
-    value."""
-    flat = scales.flatten()
-    offset = flat.mean().view(1)
-    if not bool(torch.isfinite(offset)):  # the sum does not fit
-        offset = flat.double().mean().float().view(1)
-    centred = flat - offset
-    blocks = -(-flat.numel() // NESTED_BLOCK)
-    padded = torch.nn.functional.pad(centred, (0, blocks * NESTED_BLOCK - flat.numel())).view(
-        blocks, NESTED_BLOCK
-    )
-    block_scale = padded.abs().amax(1)
-    code = nested_code(scales.device)
-    ratio = padded / torch.where(block_scale == 0, 1.0, block_scale).unsqueeze(1)
-    codes = torch.bucketize(ratio, (code[1:] + code[:-1]) / 2).to(torch.uint8)
-    # of its own memory: a view of what is padded is refused by safetensors
-    return codes.flatten()[: flat.numel()].view(scales.shape).clone(), block_scale, offset

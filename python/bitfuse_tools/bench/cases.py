@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from bitfuse.core.backends import BackendError, use_backend
 from bitfuse.core.op import Op
-from bitfuse.weights.weight import LowBitWeight, quantize
+from bitfuse.weights.quantize import quantize
+from bitfuse.weights.weight import LowBitWeight
 
 from .shapes import DEFAULT, Shape
 from .timing import DTYPES

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitfuse.weights.weight import quantize
+from bitfuse.weights.quantize import quantize
 
 from .cases import Unavailable
 from .results import ROOT

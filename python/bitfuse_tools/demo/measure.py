@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import bitfuse
 import torch
 from bitfuse.models.quantization import model_bytes
+from bitfuse.weights.checks import check_shape
 from bitfuse.weights.formats import Format, get_format
-from bitfuse.weights.weight import check_shape
 
 from .embedder import DemoError, Embedder
 from .sentences import LANGUAGES, TRIPLES

@@ -14,8 +14,8 @@ from ...core.backends import Backend
 from ...core.cost import Cost, moved
 from ...core.explain import Explanation, explains
 from ...core.op import Op
+from ...core.tensors import check_tensor
 from ...kernels.attention import append_kv as triton
-from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS
 from . import append_kv_cpu as cpp
 from .kv_cache import (

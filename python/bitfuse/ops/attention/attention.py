@@ -21,10 +21,9 @@ from ...core.dropout import keep, new_seed
 from ...core.explain import Explanation, explains
 from ...core.op import Op
 from ...core.policy import bucket
-from ...core.tensors import check_read
+from ...core.tensors import check_frozen, check_read, check_tensor
 from ...kernels.attention import attention as triton
 from ...kernels.attention import attention_backward as triton_backward
-from ...weights.weight import check_frozen, check_tensor
 from ..linear.lowbit_linear import FLOATS
 from . import attention_cpu as cpp
 from . import attention_cuda as cuda

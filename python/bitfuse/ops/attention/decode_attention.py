@@ -15,9 +15,8 @@ from ...core.cost import Cost, moved
 from ...core.explain import Explanation, explains
 from ...core.op import Op
 from ...core.policy import bucket
-from ...core.tensors import PLAIN, check_read
+from ...core.tensors import PLAIN, check_read, check_tensor
 from ...kernels.attention import decode_attention as triton
-from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS
 from . import decode_attention_cpu as cpp
 from . import decode_attention_cuda as cuda

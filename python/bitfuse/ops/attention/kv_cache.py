@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from ...core.tensors import as_rows
+from ...core.tensors import as_rows, check_tensor
 from ...weights.packing import pack, packed_width, unpack
-from ...weights.weight import check_tensor
 
 CACHE_FORMATS = ("none", "fp8", "int8", "int4")
 BITS = {"int8": 8, "int4": 4}

@@ -12,8 +12,8 @@ from ...core.autograd import Function, recorded
 from ...core.backends import Backend
 from ...core.explain import Explanation, explains
 from ...core.op import Op
+from ...core.tensors import check_tensor
 from ...kernels.attention import merge_attention as triton
-from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS
 from . import merge_attention_cpu as cpp
 

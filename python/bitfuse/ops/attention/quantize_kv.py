@@ -10,8 +10,8 @@ from ...core import autocast
 from ...core.backends import Backend
 from ...core.explain import Explanation, explains
 from ...core.op import Op
+from ...core.tensors import check_tensor
 from ...kernels.attention import quantize_kv as triton
-from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS
 from . import quantize_kv_cpu as cpp
 from .kv_cache import (

@@ -13,8 +13,8 @@ from ...core.autograd import Function, elsewhere, no_forward_mode, recorded
 from ...core.backends import Backend
 from ...core.explain import Explanation, explains
 from ...core.op import Op
+from ...core.tensors import check_frozen, check_tensor
 from ...kernels.attention import rope as triton
-from ...weights.weight import check_frozen, check_tensor
 from ..linear.lowbit_linear import FLOATS
 from . import rope_cpu as cpp
 from .kv_cache import Rotary, check_rotary, rotate

@@ -13,9 +13,8 @@ from ...core.backends import Backend
 from ...core.cost import Cost, moved
 from ...core.explain import Explanation, explains
 from ...core.op import Op
-from ...core.tensors import as_rows
+from ...core.tensors import as_rows, check_tensor
 from ...kernels.linear import bottleneck_adapter as triton
-from ...weights.weight import check_tensor
 from . import bottleneck_adapter_cpu as cpp
 from .lowbit_linear import FLOATS, check_float
 

@@ -12,8 +12,8 @@ from ...core.autograd import Function, once, recorded
 from ...core.backends import Backend
 from ...core.explain import Explanation, explains
 from ...core.op import Op
+from ...core.tensors import check_tensor
 from ...kernels.linear import gated_activation as triton
-from ...weights.weight import check_tensor
 from . import gated_activation_cpu as cpp
 from .lowbit_linear import FLOATS
 

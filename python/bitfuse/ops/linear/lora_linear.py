@@ -20,9 +20,9 @@ from ...core.dropout import keep, new_seed
 from ...core.explain import Explanation, explains
 from ...core.op import Op
 from ...core.policy import bucket
-from ...core.tensors import PLAIN, as_rows
+from ...core.tensors import PLAIN, as_rows, check_tensor
 from ...kernels.linear import lora_linear as triton
-from ...weights.weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
+from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
 from . import lora_linear_cpu as cpp
 from . import lora_linear_cuda as cuda
 from .lora_args import LoraArgs

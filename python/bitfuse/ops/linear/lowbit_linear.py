@@ -14,11 +14,11 @@ from ...core.cost import Cost, moved
 from ...core.explain import Explanation, explains
 from ...core.op import Op
 from ...core.policy import bucket
-from ...core.tensors import PLAIN, as_rows, check_read
+from ...core.tensors import PLAIN, as_rows, check_read, check_tensor
 from ...kernels.linear import lowbit_linear as triton
 from ...weights.formats import get_format
 from ...weights.stand_in import fused
-from ...weights.weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
+from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
 from . import lowbit_linear_cpu as cpp
 from . import lowbit_linear_cuda as cuda
 

@@ -23,9 +23,9 @@ from ...core.cost import Cost, moved
 from ...core.explain import Explanation, explains, together
 from ...core.op import Op
 from ...core.policy import bucket
-from ...core.tensors import PLAIN, as_rows, aside
+from ...core.tensors import PLAIN, as_rows, aside, check_tensor
 from ...kernels.linear import multi_lora_linear as triton
-from ...weights.weight import LowBitWeight, WeightTensors, check_tensor, weight_tensors
+from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
 from . import multi_lora_linear_cpu as cpp
 from . import multi_lora_linear_cuda as cuda
 from .lora_linear import MAX_RANK

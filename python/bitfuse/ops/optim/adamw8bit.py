@@ -8,9 +8,9 @@ from ...core.backends import Backend
 from ...core.cost import Cost, moved
 from ...core.explain import Explanation, explains
 from ...core.op import Op
+from ...core.tensors import check_tensor
 from ...kernels.optim import adamw8bit as triton
 from ...weights.blockwise import blocks_of, dequantize_blocks, quantize_blocks
-from ...weights.weight import check_tensor
 from . import adamw8bit_cpu as cpp
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -9,8 +9,8 @@ import torch
 from ...core.backends import Backend
 from ...core.explain import Explanation, explains
 from ...core.op import Op
+from ...core.tensors import check_tensor
 from ...kernels.sampling import sample as triton
-from ...weights.weight import check_tensor
 from ..linear.lowbit_linear import FLOATS
 from . import sample_cpu as cpp
 from .speculative_sample import MAX_VOCABULARY, _inverse_cdf

@@ -12,7 +12,8 @@ from bitfuse.core.op import Op
 from bitfuse.ops.linear.lora_linear import lora_linear, lora_linear_backward, lora_linear_op
 from bitfuse.ops.linear.lowbit_linear import lowbit_linear
 from bitfuse.weights.formats import FORMATS as ALL
-from bitfuse.weights.weight import LowBitWeight, quantize
+from bitfuse.weights.quantize import quantize
+from bitfuse.weights.weight import LowBitWeight
 
 from .. import peers
 from ..cases import Base, Contender, Layer, Problem, Setting, Weights, named, randn, served, weights

@@ -11,7 +11,7 @@ import torch
 from bitfuse.ops.linear import lowbit_linear_cpu as cpp
 from bitfuse.ops.linear.lowbit_linear import forward_op, lowbit_linear, lowbit_linear_grad_x
 from bitfuse.weights.formats import FORMATS as ALL
-from bitfuse.weights.weight import quantize
+from bitfuse.weights.quantize import quantize
 
 from .. import peers
 from ..cases import Contender, Layer, Problem, Setting, Weights, named, randn, served, weights

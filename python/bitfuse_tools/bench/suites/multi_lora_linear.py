@@ -17,7 +17,8 @@ import torch
 from bitfuse.ops.linear.lowbit_linear import lowbit_linear
 from bitfuse.ops.linear.multi_lora_linear import multi_lora_add_, multi_lora_linear
 from bitfuse.weights.formats import FORMATS as ALL
-from bitfuse.weights.weight import LowBitWeight, quantize
+from bitfuse.weights.quantize import quantize
+from bitfuse.weights.weight import LowBitWeight
 
 from ..cases import Base, Contender, Layer, Problem, Setting, generator, named, randn, served, weights
 from ..timing import DTYPES
