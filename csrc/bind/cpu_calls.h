@@ -13,8 +13,6 @@ inline Dtype make_dtype(const char* name, int dtype) {
   return static_cast<Dtype>(dtype);
 }
 
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // A dense or strided [rows, columns] of a dtype.
 template <class T>
 T* matrix(const char* name, uintptr_t value, Dtype dtype, int64_t rows, int64_t columns, int64_t stride) {
@@ -30,10 +28,10 @@ inline Activation make_activation(int activation) {
   return static_cast<Activation>(activation);
 }
 
-LinearCall make_linear_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, uintptr_t codes,
-                            uintptr_t scales, int scale_kind, uintptr_t zeros, uintptr_t scale_table,
-                            uintptr_t scale_scales, uintptr_t scale_offset, uintptr_t values, int code_kind,
-                            int zero_point, int64_t n, int64_t k, int64_t group_size, uintptr_t bias,
-                            uintptr_t out, bool gradient);
+LowbitLinearArgs make_linear_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, uintptr_t codes,
+                                  uintptr_t scales, int scale_kind, uintptr_t zeros, uintptr_t scale_table,
+                                  uintptr_t scale_scales, uintptr_t scale_offset, uintptr_t values,
+                                  int code_kind, int zero_point, int64_t n, int64_t k, int64_t group_size,
+                                  uintptr_t bias, uintptr_t out, bool gradient);
 
 }  // namespace bitfuse

@@ -6,7 +6,7 @@ namespace {
 void gated_activation(int activation, int dtype, int64_t rows, int64_t columns, uintptr_t gate,
                       int64_t gate_stride, uintptr_t up, int64_t up_stride, uintptr_t grad,
                       int64_t grad_stride, uintptr_t out, uintptr_t d_gate, uintptr_t d_up) {
-  GatedCall call{};
+  GatedActivationArgs call{};
   call.activation = make_activation(activation);
   call.dtype = make_dtype("dtype", dtype);
   call.rows = rows;

@@ -21,9 +21,9 @@ void lora_linear(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, uintp
                  int64_t k, int64_t group_size, uintptr_t bias, uintptr_t out, uintptr_t a, int a_dtype,
                  uintptr_t b, int b_dtype, int64_t rank, double scale, uintptr_t h, double dropout_p,
                  int64_t seed, uintptr_t out_scale) {
-  LinearCall call = make_linear_call(x, dtype, rows, row_stride, codes, scales, scale_kind, zeros,
-                                     scale_table, scale_scales, scale_offset, values, code_kind, zero_point,
-                                     n, k, group_size, bias, out, false);
+  LowbitLinearArgs call = make_linear_call(x, dtype, rows, row_stride, codes, scales, scale_kind, zeros,
+                                           scale_table, scale_scales, scale_offset, values, code_kind,
+                                           zero_point, n, k, group_size, bias, out, false);
   call.out_scale = address<const float>("out_scale", out_scale, 4, false);
   Adapter adapter{};
   if (rank != 0) {
@@ -49,9 +49,9 @@ void lora_linear_grad_x(uintptr_t grad, int dtype, int64_t rows, int64_t row_str
                         int zero_point, int64_t n, int64_t k, int64_t group_size, uintptr_t out, uintptr_t a,
                         int a_dtype, int64_t rank, uintptr_t gb, double dropout_p, int64_t seed,
                         bool accumulate) {
-  LinearCall call = make_linear_call(grad, dtype, rows, row_stride, codes, scales, scale_kind, zeros,
-                                     scale_table, scale_scales, scale_offset, values, code_kind, zero_point,
-                                     n, k, group_size, 0, out, true);
+  LowbitLinearArgs call = make_linear_call(grad, dtype, rows, row_stride, codes, scales, scale_kind, zeros,
+                                           scale_table, scale_scales, scale_offset, values, code_kind,
+                                           zero_point, n, k, group_size, 0, out, true);
   call.accumulate = accumulate;
   Adapter adapter{};
   if (rank != 0) {
@@ -68,11 +68,11 @@ void lora_linear_grad_x(uintptr_t grad, int dtype, int64_t rows, int64_t row_str
   BITFUSE_OF_LEVEL(lowbit_linear_grad_x)(call);
 }
 
-ShrinkCall make_shrink_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth,
-                            uintptr_t a, int a_dtype, int64_t rank, uintptr_t h, double dropout_p,
-                            int64_t seed) {
+LoraShrinkArgs make_shrink_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth,
+                                uintptr_t a, int a_dtype, int64_t rank, uintptr_t h, double dropout_p,
+                                int64_t seed) {
   check_rank(rank);
-  ShrinkCall call{};
+  LoraShrinkArgs call{};
   call.dtype = make_dtype("dtype", dtype);
   call.x = matrix<const void>("x", x, call.dtype, rows, depth, row_stride);
   call.rows = rows;
@@ -86,11 +86,11 @@ ShrinkCall make_shrink_call(uintptr_t x, int dtype, int64_t rows, int64_t row_st
   return call;
 }
 
-ExpandCall make_expand_call(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t t, int64_t rank,
-                            uintptr_t p, int p_dtype, bool turned, double scale, double dropout_p,
-                            int64_t seed, uintptr_t out_scale, uintptr_t bias) {
+LoraExpandArgs make_expand_call(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t t,
+                                int64_t rank, uintptr_t p, int p_dtype, bool turned, double scale,
+                                double dropout_p, int64_t seed, uintptr_t out_scale, uintptr_t bias) {
   check_rank(rank);
-  ExpandCall call{};
+  LoraExpandArgs call{};
   call.dtype = make_dtype("dtype", dtype);
   call.out = matrix<void>("out", out, call.dtype, rows, outs, outs);
   call.base = call.out;
@@ -101,7 +101,7 @@ ExpandCall make_expand_call(uintptr_t out, int dtype, int64_t rows, int64_t outs
   call.t = matrix<const float>("t", t, Dtype::kFloat32, rows, rank, rank);
   call.p_dtype = make_dtype("p_dtype", p_dtype);
   call.p = matrix<const void>("p", p, call.p_dtype, rank, outs, outs);
-  call.turned = turned;
+  call.transposed = turned;
   call.scale = static_cast<float>(scale);
   call.dropout = make_dropout(dropout_p, seed);
   call.out_scale = address<const float>("out_scale", out_scale, 4, false);
@@ -112,7 +112,7 @@ ExpandCall make_expand_call(uintptr_t out, int dtype, int64_t rows, int64_t outs
 
 void lora_shrink(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth, uintptr_t a,
                  int a_dtype, int64_t rank, uintptr_t h, double dropout_p, int64_t seed) {
-  const ShrinkCall call =
+  const LoraShrinkArgs call =
       make_shrink_call(x, dtype, rows, row_stride, depth, a, a_dtype, rank, h, dropout_p, seed);
   if (rows == 0) return;
   py::gil_scoped_release release;
@@ -122,8 +122,8 @@ void lora_shrink(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64
 void lora_expand(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t t, int64_t rank, uintptr_t p,
                  int p_dtype, bool turned, double scale, double dropout_p, int64_t seed, uintptr_t out_scale,
                  uintptr_t bias) {
-  const ExpandCall call = make_expand_call(out, dtype, rows, outs, t, rank, p, p_dtype, turned, scale,
-                                           dropout_p, seed, out_scale, bias);
+  const LoraExpandArgs call = make_expand_call(out, dtype, rows, outs, t, rank, p, p_dtype, turned, scale,
+                                               dropout_p, seed, out_scale, bias);
   if (rows == 0 || outs == 0) return;
   py::gil_scoped_release release;
   BITFUSE_OF_LEVEL(lora_expand)(call);
@@ -133,7 +133,7 @@ void bottleneck_adapter(uintptr_t x, int dtype, int64_t rows, int64_t row_stride
                         uintptr_t down, int down_dtype, uintptr_t down_bias, int down_bias_dtype,
                         int activation, int64_t rank, uintptr_t h, uintptr_t t, uintptr_t up, int up_dtype,
                         uintptr_t up_bias, int up_bias_dtype, bool residual, int64_t outs, uintptr_t out) {
-  BottleneckCall call{};
+  BottleneckArgs call{};
   call.down = make_shrink_call(x, dtype, rows, row_stride, depth, down, down_dtype, rank, h, 0, 0);
   call.bias_dtype = make_dtype("down_bias_dtype", down_bias_dtype);
   call.bias = address<const void>("down_bias", down_bias, uintptr_t(size_of(call.bias_dtype)), false);
@@ -153,7 +153,7 @@ void bottleneck_adapter(uintptr_t x, int dtype, int64_t rows, int64_t row_stride
 void lora_times(uintptr_t y, int dtype, int64_t rows, int64_t row_stride, int64_t depth, uintptr_t b,
                 int b_dtype, int64_t rank, double scale, uintptr_t out) {
   check_rank(rank);
-  TimesCall call{};
+  LoraTimesArgs call{};
   call.dtype = make_dtype("dtype", dtype);
   call.y = matrix<const void>("y", y, call.dtype, rows, depth, row_stride);
   call.rows = rows;
@@ -174,7 +174,7 @@ void lora_outer(uintptr_t t, int64_t rank, uintptr_t x, int dtype, int64_t rows,
                 int64_t columns, double dropout_p, int64_t seed, double scale, uintptr_t out, int out_dtype,
                 bool turned) {
   check_rank(rank);
-  OuterCall call{};
+  LoraOuterArgs call{};
   call.dtype = make_dtype("dtype", dtype);
   call.x = matrix<const void>("x", x, call.dtype, rows, columns, row_stride);
   call.t = matrix<const float>("t", t, Dtype::kFloat32, rows, rank, rank);
@@ -186,7 +186,7 @@ void lora_outer(uintptr_t t, int64_t rank, uintptr_t x, int dtype, int64_t rows,
   call.scale = static_cast<float>(scale);
   call.out_dtype = make_dtype("out_dtype", out_dtype);
   call.out = matrix<void>("out", out, call.out_dtype, rank, columns, columns);
-  call.turned = turned;
+  call.transposed = turned;
   if (columns == 0) return;
   py::gil_scoped_release release;
   BITFUSE_OF_LEVEL(lora_outer)(call);

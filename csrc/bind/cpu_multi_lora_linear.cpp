@@ -21,7 +21,7 @@ void multi_lora_add(uintptr_t y, uintptr_t x, int dtype, int64_t rows, int64_t r
                     int64_t k, const std::vector<uintptr_t>& a, const std::vector<uintptr_t>& b,
                     const std::vector<int64_t>& ranks, int64_t count, bool stacked, int a_dtype, int b_dtype,
                     uintptr_t scaling, uintptr_t ids, bool wide_ids) {
-  MultiLoraCall call;
+  MultiLoraSegments call;
   call.dtype = check_dtype("dtype", dtype);
   call.a_dtype = check_dtype("a_dtype", a_dtype);
   call.b_dtype = check_dtype("b_dtype", b_dtype);

@@ -57,7 +57,7 @@ inline LowBitMatrix centred_codes(int middle) {
   static constexpr float kValues[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   LowBitMatrix w{};
   w.values = kValues;
-  w.code_kind = CodeKind::kNibble;
+  w.code_kind = CodeKind::kCodebook4;
   w.zero_point = middle;
   return w;
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/isa/simd.h"
-#include "cpu/linear/gated_activation.h"
+#include "common/types.h"
 
 namespace bitfuse::BITFUSE_ISA {
 

@@ -64,9 +64,10 @@ struct E4m3Code {
 template <class F>
 void with_code(const LowBitMatrix& w, F f) {
   switch (w.code_kind) {
-    case CodeKind::kNibble:
+    case CodeKind::kInt4:
+    case CodeKind::kCodebook4:
       return w.zeros ? f(NibbleCode<true>(w)) : f(NibbleCode<false>(w));
-    case CodeKind::kByte:
+    case CodeKind::kInt8:
       return w.zeros ? f(ByteCode<true>(w)) : f(ByteCode<false>(w));
     case CodeKind::kE4m3:
       return f(E4m3Code(w));
@@ -181,7 +182,7 @@ struct ExactPairs<E4m3Code> {
 };
 
 inline bool values_are_bfloat16(const LowBitMatrix& w) {
-  if (w.code_kind != CodeKind::kNibble) return true;
+  if (bits_of(w.code_kind) != 4) return true;
   for (int i = 0; i < 16; ++i) {
     float v = w.values[i] - float(w.zero_point);
     uint32_t bits;

@@ -45,7 +45,7 @@ struct LaneGroups {
 
 // One row of x as [block][kSteps][kLanes] elements, zeros past k. `natural` is room for one row in float32.
 template <class Steps>
-void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural, float* to) {
+void arrange(const LowbitLinearArgs& call, int64_t row, int64_t blocks, float* natural, float* to) {
   constexpr int64_t kBlock = Steps::Code::kPerDword * kLanes;
   to_float(element(call.x, call.dtype, row * call.row_stride), call.dtype, natural, call.w.k);
   for (int64_t i = call.w.k; i < blocks * kBlock; ++i) natural[i] = 0;
@@ -56,7 +56,7 @@ void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural
 
 // The same for pairs; x is bfloat16.
 template <class Steps>
-void arrange(const LinearCall& call, int64_t row, int64_t blocks, float* natural, uint32_t* to) {
+void arrange(const LowbitLinearArgs& call, int64_t row, int64_t blocks, float* natural, uint32_t* to) {
   constexpr int64_t kBlock = Steps::Code::kPerDword * kLanes;
   auto* words = reinterpret_cast<uint16_t*>(natural);
   std::memset(words, 0, size_t(blocks * kBlock) * 2);
@@ -159,7 +159,7 @@ void quad(const Steps& steps, const LowBitMatrix& w, const uint8_t* codes, int64
 }
 
 template <class Steps, int Rows, bool Uniform>
-void quads(const Steps& steps, const LinearCall& call, Range range, const typename Steps::Element* x,
+void quads(const Steps& steps, const LowbitLinearArgs& call, Range range, const typename Steps::Element* x,
            int64_t x_stride, const LaneGroups& lanes, const RowAddend& addend, float* scales, float* zeros,
            uint8_t* last) {
   const LowBitMatrix& w = call.w;
@@ -190,7 +190,7 @@ void quads(const Steps& steps, const LinearCall& call, Range range, const typena
 // of codes where n is no multiple of kQuad; with an adapter also what Shrink says, and 16 bytes for each
 // rank.
 template <class Steps>
-void few_rows(const LinearCall& call) {
+void few_rows(const LowbitLinearArgs& call) {
   using Code = typename Steps::Code;
   using Element = typename Steps::Element;
   constexpr int64_t kBlock = Code::kPerDword * kLanes;

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kTask = 8192;
 
 template <class Elements, class Act>
-void pass(const GatedCall& call, Act act, int64_t row, int64_t from, int64_t to) {
+void pass(const GatedActivationArgs& call, Act act, int64_t row, int64_t from, int64_t to) {
   using Type = typename Elements::Type;
   const auto* gate = static_cast<const Type*>(call.gate) + row * call.gate_stride;
   const auto* up = static_cast<const Type*>(call.up) + row * call.up_stride;
@@ -43,7 +43,7 @@ void pass(const GatedCall& call, Act act, int64_t row, int64_t from, int64_t to)
 
 }  // namespace
 
-void gated_activation(const GatedCall& call) {
+void gated_activation(const GatedActivationArgs& call) {
   const int64_t parts = (call.columns + kTask - 1) / kTask;
   const int threads = int(least(threads_for(call.rows * call.columns * 16), most(call.rows * parts, 1)));
   with_elements(call.dtype, [&](auto elements) {

@@ -36,7 +36,7 @@ struct Tiles<Vecs, Turned, std::integer_sequence<int, Rows...>> {
 
 // out columns [column, column + Vecs * kLanes) of rows [row, row + rows).
 template <int Vecs>
-void times_block(const TimesCall& call, int64_t row, int64_t rows, int64_t column, float* panel,
+void times_block(const LoraTimesArgs& call, int64_t row, int64_t rows, int64_t column, float* panel,
                  float* packed, float* sums) {
   constexpr int kPitch = Vecs * kLanes, kTile = kTileRows<Vecs>;
   const int64_t valid = least(kPitch, call.rank - column), tiles = (rows + kTile - 1) / kTile;
@@ -70,7 +70,7 @@ void times_block(const TimesCall& call, int64_t row, int64_t rows, int64_t colum
 
 }  // namespace
 
-void lora_shrink(const ShrinkCall& call) {
+void lora_shrink(const LoraShrinkArgs& call) {
   const Shrink shrink(call.adapter, call.x, call.dtype, call.row_stride, call.depth);
   const int threads = threads_for(call.rows * call.depth * call.adapter.rank);
   Carver need;
@@ -82,7 +82,7 @@ void lora_shrink(const ShrinkCall& call) {
   });
 }
 
-void lora_expand(const ExpandCall& call) {
+void lora_expand(const LoraExpandArgs& call) {
   const int threads = threads_for(call.rows * call.outs * call.rank);
   const Expand expand(call, threads);
   Carver need;
@@ -94,7 +94,7 @@ void lora_expand(const ExpandCall& call) {
   });
 }
 
-void bottleneck_adapter(const BottleneckCall& call) {
+void bottleneck_adapter(const BottleneckArgs& call) {
   const Adapter& adapter = call.down.adapter;
   const int64_t rows = call.down.rows, rank = adapter.rank;
   const int threads = threads_for(rows * rank * most(call.down.depth, call.up.outs));
@@ -143,7 +143,7 @@ void bottleneck_adapter(const BottleneckCall& call) {
   });
 }
 
-void lora_times(const TimesCall& call) {
+void lora_times(const LoraTimesArgs& call) {
   constexpr int64_t kRows = 120;  // to a panel of B
   const int threads = threads_for(call.rows * call.depth * call.rank);
   struct Worker {
@@ -182,7 +182,7 @@ void lora_times(const TimesCall& call) {
   });
 }
 
-void lora_outer(const OuterCall& call) {
+void lora_outer(const LoraOuterArgs& call) {
   const int64_t tiles = round_up(call.columns, kWidth) / kWidth,
                 rank_tiles = (call.rank + kMaxRows - 1) / kMaxRows;
   const int64_t padded = round_up(call.rank, kLanes);
@@ -196,7 +196,7 @@ void lora_outer(const OuterCall& call) {
     Worker worker;
     worker.panel = carver.take<float>(kDepth * kWidth);
     worker.sums = carver.take<float>(padded * kWidth);
-    worker.rows = carver.take<float>(call.turned ? kLanes * padded : 0);
+    worker.rows = carver.take<float>(call.transposed ? kLanes * padded : 0);
     return worker;
   };
   Carver need;
@@ -221,7 +221,7 @@ void lora_outer(const OuterCall& call) {
                 int(least(kSegment, count - s)), my.sums + tile.begin * kWidth, false);
         }
       }
-      if (!call.turned) {
+      if (!call.transposed) {
         for (int64_t j = 0; j < call.rank; ++j)
           from_float(my.sums + j * kWidth, element(call.out, call.out_dtype, j * call.columns + column),
                      call.out_dtype, valid);

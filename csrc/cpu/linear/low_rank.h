@@ -270,8 +270,8 @@ void natural_panel(const void* p, Dtype dtype, int64_t stride, int64_t first, in
 
 // panel[count][kWidth] = scale * P[out, out + valid)[first, first + count)^T; P is row-major. Columns past
 // `valid` hold what meets no output.
-inline void turned_panel(const void* p, Dtype dtype, int64_t stride, int64_t first, int64_t count,
-                         int64_t out, int64_t valid, float scale, float* panel) {
+inline void transposed_panel(const void* p, Dtype dtype, int64_t stride, int64_t first, int64_t count,
+                             int64_t out, int64_t valid, float scale, float* panel) {
   with_elements(dtype, [&](auto elements) {
     using Elements = decltype(elements);
     const auto* from = static_cast<const typename Elements::Type*>(p) + out * stride + first;
@@ -334,13 +334,13 @@ inline void finish_rows(float* sums, int64_t rows, int64_t valid, const float* s
 
 // the expansion
 
-// An ExpandCall, shared by a team in tiles of kWidth outputs. Scratch, on each thread: 32 KiB and the sums of
-// kExpandRows rows, 126 KiB.
+// An LoraExpandArgs, shared by a team in tiles of kWidth outputs. Scratch, on each thread: 32 KiB and the
+// sums of kExpandRows rows, 126 KiB.
 class Expand {
  public:
   static constexpr int64_t kExpandRows = 504;
 
-  Expand(const ExpandCall& call, int threads)
+  Expand(const LoraExpandArgs& call, int threads)
       : call_(call), mask_(call.dropout), masked_(call.dropout.p > 0) {
     tiles_ = round_up(call.outs, kWidth) / kWidth;
     parts_ = most((call.rows + kExpandRows - 1) / kExpandRows,
@@ -369,8 +369,9 @@ class Expand {
   void tile(int64_t out, Range rows, const Worker& my) const {
     const int64_t valid = least(kWidth, call_.outs - out), count = rows.end - rows.begin;
     auto fill = [&](int64_t first, int64_t ranks, float* panel) {
-      if (call_.turned)
-        return turned_panel(call_.p, call_.p_dtype, call_.rank, first, ranks, out, valid, call_.scale, panel);
+      if (call_.transposed)
+        return transposed_panel(call_.p, call_.p_dtype, call_.rank, first, ranks, out, valid, call_.scale,
+                                panel);
       natural_panel<kWidth>(call_.p, call_.p_dtype, call_.outs, first, ranks, out, valid, nullptr,
                             call_.scale, panel);
     };
@@ -391,7 +392,7 @@ class Expand {
                 element(call_.out, call_.dtype, rows.begin * call_.outs + out), call_.outs);
   }
 
-  const ExpandCall& call_;
+  const LoraExpandArgs& call_;
   Mask mask_;
   bool masked_;
   int64_t tiles_, parts_;

@@ -16,7 +16,7 @@ constexpr int64_t kCodeRows = 96;    // x rows up to which tiles decode codes th
 constexpr int64_t kShortGroup = 32;  // below it a group's sum is too short to pay for its scaling
 
 template <class Code>
-void forward(const LinearCall& call) {
+void forward(const LowbitLinearArgs& call) {
   const bool long_groups = call.w.group_size >= kShortGroup;
   const bool few = call.rows <= kFewRows;
 #if defined(__AVX512BF16__)
@@ -41,7 +41,7 @@ void forward(const LinearCall& call) {
 }
 
 template <class Code>
-void gradient(const LinearCall& call) {
+void gradient(const LowbitLinearArgs& call) {
 #if defined(__AVX512BF16__)
   if (call.dtype == Dtype::kBfloat16) return multiply<Gradient<Code, Panel::kRoundedPairs>>(call);
 #endif
@@ -50,11 +50,11 @@ void gradient(const LinearCall& call) {
 
 }  // namespace
 
-void lowbit_linear(const LinearCall& call) {
+void lowbit_linear(const LowbitLinearArgs& call) {
   with_code(call.w, [&](auto code) { forward<decltype(code)>(call); });
 }
 
-void lowbit_linear_grad_x(const LinearCall& call) {
+void lowbit_linear_grad_x(const LowbitLinearArgs& call) {
   with_code(call.w, [&](auto code) { gradient<decltype(code)>(call); });
 }
 

@@ -218,7 +218,6 @@ inline void from_float(const float* from, void* to, Dtype dtype, int64_t count) 
   }
 }
 
-BITFUSE_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 BITFUSE_INLINE const void* element(const void* p, Dtype dtype, int64_t index) {
   return static_cast<const char*>(p) + index * size_of(dtype);
 }

@@ -126,7 +126,7 @@ BITFUSE_INLINE int64_t tasks_of(const LoraSegment& s) {
 // Tasks [mine.begin, mine.end) of the shrink, counted through all segments, ranks before rows. `natural` is
 // room for kBlockRows rows of x, x_stride apart.
 template <class Dots>
-void shrink(const MultiLoraCall& call, Range mine, typename Dots::Element* natural, int64_t x_stride,
+void shrink(const MultiLoraSegments& call, Range mine, typename Dots::Element* natural, int64_t x_stride,
             float* h) {
   int64_t first = 0;  // of the segment's tasks
   for (int64_t i = 0; i < call.segment_count && first < mine.end; first += tasks_of(call.segments[i++])) {
@@ -183,7 +183,7 @@ void make_panel(const void* b, int64_t rank, int64_t valid, float* panel) {
 
 // y's columns of the tiles [mine.begin, mine.end), kWidth columns each, of every segment.
 template <Dtype D>
-void expand(const MultiLoraCall& call, Range mine, const float* h, float* panel) {
+void expand(const MultiLoraSegments& call, Range mine, const float* h, float* panel) {
   float c[kMaxRows * kWidth], y[kWidth];
   for (int64_t i = 0; i < call.segment_count; ++i) {
     const LoraSegment& s = call.segments[i];
@@ -210,7 +210,7 @@ void expand(const MultiLoraCall& call, Range mine, const float* h, float* panel)
 
 // Scratch: rank floats for each row with an adapter; on each thread kBlockRows rows of x and a panel.
 template <class Dots>
-void add_adapters(const MultiLoraCall& call) {
+void add_adapters(const MultiLoraSegments& call) {
   using Element = typename Dots::Element;
   int64_t tasks = 0, ranks = 0, rows = 0;
   for (int64_t i = 0; i < call.segment_count; ++i) {
@@ -255,7 +255,7 @@ void add_adapters(const MultiLoraCall& call) {
 
 }  // namespace
 
-void multi_lora_add(const MultiLoraCall& call) {
+void multi_lora_add(const MultiLoraSegments& call) {
 #if defined(__AVX512BF16__)
   if (call.dtype == Dtype::kBfloat16 && call.a_dtype == Dtype::kBfloat16) return add_adapters<PairDots>(call);
 #endif

@@ -1,13 +1,11 @@
 // What the binding hands to multi_lora_linear: rows of x put in segments of one adapter each.
 #pragma once
 
-#include <cstdint>
-
-#include "cpu/linear/lowbit_linear.h"
+#include "common/types.h"
 
 namespace bitfuse {
 
-// One adapter, and the rows that ask for it: those that `MultiLoraCall::order` has at [begin, end).
+// One adapter, and the rows that ask for it: those that `MultiLoraSegments::order` has at [begin, end).
 struct LoraSegment {
   const void *a, *b;  // [rank, k] and [n, rank], dense
   int64_t rank, begin, end;
@@ -15,7 +13,7 @@ struct LoraSegment {
 };
 
 // y[m] += scale (x[m] a^T) b^T for the rows of each segment.
-struct MultiLoraCall {
+struct MultiLoraSegments {
   const LoraSegment* segments;
   int64_t segment_count, most_rank;
   const int64_t* order;           // rows by segment; each at most once
@@ -25,9 +23,9 @@ struct MultiLoraCall {
   void* y;
 };
 
-#define BITFUSE_DECLARE_LEVEL(level)              \
-  namespace level {                               \
-  void multi_lora_add(const MultiLoraCall& call); \
+#define BITFUSE_DECLARE_LEVEL(level)                  \
+  namespace level {                                   \
+  void multi_lora_add(const MultiLoraSegments& call); \
   }
 BITFUSE_DECLARE_LEVEL(portable)
 BITFUSE_DECLARE_LEVEL(avx2)

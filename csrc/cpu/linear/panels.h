@@ -461,7 +461,8 @@ class Gradient {
 // x rows [row, row + count) in the panel's terms: floats, or bfloat16 in which the pairs of each `Order`
 // codes are neighbours, and the last of an odd depth has a zero for one.
 template <bool Pairs, int Order>
-void pack_rows(const LinearCall& call, int64_t row, int64_t count, int64_t depth, void* to, int64_t stride) {
+void pack_rows(const LowbitLinearArgs& call, int64_t row, int64_t count, int64_t depth, void* to,
+               int64_t stride) {
   for (int64_t r = 0; r < count; ++r) {
     const void* from = element(call.x, call.dtype, (row + r) * call.row_stride);
     if constexpr (!Pairs) {
@@ -501,7 +502,7 @@ void add_adapter(const Adapter& adapter, int64_t outs, int64_t row, int64_t rows
   const float* t = adapter.h + row * rank;
   if constexpr (!Gradient) {
     auto fill = [&](int64_t first, int64_t count, float* to) {
-      turned_panel(adapter.b, adapter.b_dtype, rank, first, count, out, valid, adapter.scale, to);
+      transposed_panel(adapter.b, adapter.b_dtype, rank, first, count, out, valid, adapter.scale, to);
     };
     add_low_rank(t, rank, rows, fill, panel, sums, false);
   } else {
@@ -524,7 +525,7 @@ void add_adapter(const Adapter& adapter, int64_t outs, int64_t row, int64_t rows
 // Scratch: at most kPackedBytes of x (or kMaxRows rows); on each thread 158 KiB, and 4 to 12 bytes x kWidth
 // for each group of a row; with an adapter what Shrink says, or 126 KiB for a gradient with dropout.
 template <class Panels>
-void multiply(const LinearCall& call) {
+void multiply(const LowbitLinearArgs& call) {
   constexpr bool kPairs = in_pairs(Panels::kKind);
   constexpr int64_t kSize = kPairs ? 2 : 4;
   Panels panels(call.w);

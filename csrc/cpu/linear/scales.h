@@ -18,8 +18,9 @@ BITFUSE_INLINE float scale_at(const LowBitMatrix& w, int64_t index) {
     return bfloat_to_float(static_cast<const uint16_t*>(w.scales)[index]);
   } else {
     const float first = w.scale_table[static_cast<const uint8_t*>(w.scales)[index]];
-    if constexpr (Kind == ScaleKind::kTable) return first * w.scale_factor;
-    return first * w.scale_scales[index / kNestedBlock] + w.scale_offset;
+    if constexpr (Kind == ScaleKind::kNested)
+      return first * w.scale_scales[index / kNestedBlock] + w.scale_offset;
+    return first * w.scale_factor;
   }
 }
 
@@ -39,8 +40,9 @@ BITFUSE_INLINE void with_scale_kind(ScaleKind kind, F f) {
       return f(ScaleConstant<ScaleKind::kBfloat16>{});
     case ScaleKind::kNested:
       return f(ScaleConstant<ScaleKind::kNested>{});
-    case ScaleKind::kTable:
-      return f(ScaleConstant<ScaleKind::kTable>{});
+    case ScaleKind::kE8m0:
+    case ScaleKind::kE4m3:
+      return f(ScaleConstant<ScaleKind::kE4m3>{});  // both by a table
   }
 }
 
@@ -63,7 +65,7 @@ inline void read_scales(const LowBitMatrix& w, int64_t first, int64_t count, flo
 // Ask for the memory of scales (and zeros) that are read soon: they are short runs far apart, which no
 // hardware prefetcher follows.
 inline void prefetch_scales(const LowBitMatrix& w, int64_t first, int64_t count) {
-  const int64_t size = w.scale_kind == ScaleKind::kFloat32 ? 4 : w.scale_kind >= ScaleKind::kNested ? 1 : 2;
+  const int64_t size = size_of(w.scale_kind);
   const char* scales = static_cast<const char*>(w.scales) + first * size;
   for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(scales + b);
   for (int64_t b = 0; w.zeros && b < count; b += 64) __builtin_prefetch(w.zeros + first + b);

@@ -269,6 +269,8 @@ void update(const AdamW8bitCall& call) {
       return update<P, Dtype::kFloat16>(call);
     case Dtype::kBfloat16:
       return update<P, Dtype::kBfloat16>(call);
+    default:  // the binding lets none in
+      return;
   }
 }
 
@@ -282,6 +284,8 @@ void adamw8bit(const AdamW8bitCall& call) {
       return update<Dtype::kFloat16>(call);
     case Dtype::kBfloat16:
       return update<Dtype::kBfloat16>(call);
+    default:  // the binding lets none in
+      return;
   }
 }
 

@@ -15,7 +15,7 @@ from ...weights.weight import WeightTensors
 
 # ScaleKind: scales in 8 bits are looked up in a table of 256
 _SCALES = {**DTYPES, torch.uint8: 3, torch.float8_e8m0fnu: 4, torch.float8_e4m3fn: 4}
-_NIBBLE, _BYTE, _E4M3 = range(3)  # CodeKind of csrc/cpu/linear/lowbit_linear.h
+_NIBBLE, _BYTE, _E4M3 = 0, 2, 3  # CodeKind of csrc/common/types.h
 
 
 @functools.cache

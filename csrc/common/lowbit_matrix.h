@@ -1,0 +1,36 @@
+// A matrix in few bits, as LowBitWeight of python/bitfuse/weights/weight.py holds one.
+#pragma once
+
+#include <cstdint>
+
+#include "common/limits.h"
+#include "common/types.h"
+
+namespace bitfuse {
+
+// w[n, k] = (value(code[n, k]) - zero[n, g]) * scale[n, g] with g = k / group_size; all arrays row-major.
+struct LowBitMatrix {
+  int64_t n, k;        // out_features, in_features
+  int64_t group_size;  // columns that share a scale
+  CodeKind code_kind;
+  ScaleKind scale_kind;
+  int zero_point;                // of every group, where `zeros` is null
+  const uint8_t* codes;          // [n, k * bits / 8], low bits first
+  const void* scales;            // [n, k / group_size]
+  const uint8_t* zeros;          // the same shape, or null
+  int64_t codes_stride;          // bytes from row to row; the CPU's kernels take dense arrays only
+  int64_t scales_stride;         // elements, of scales
+  int64_t zeros_stride;          // elements, of zeros
+  const float* values;           // 4 bits: of each of the 16 codes; the CPU's kernels
+  const float* scale_table;      // scales in bytes: of each of the 256; of kE8m0 and kE4m3 the CPU's kernels
+  const float* scale_scales;     // kNested: [ceil(n * groups / kNestedBlock)]
+  const float* scale_offset_at;  // kNested: one number; a GPU's kernels
+  float scale_offset;            // kNested: the same; the CPU's kernels
+  float scale_factor = 1;        // kE8m0, kE4m3: of the whole matrix
+  // What the kernels have no use for yet; a binding refuses other values.
+  int64_t experts = 1;             // matrices that lie one after the other: [experts, n, k]
+  int scale_rows = 1;              // rows that share a scale
+  const float* offsets = nullptr;  // [n, k / group_size], w = value * scale - offset, in the place of zeros
+};
+
+}  // namespace bitfuse

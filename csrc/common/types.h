@@ -1,0 +1,65 @@
+// What C++, CUDA and Python call the kinds of things by. Python takes the enums from the extensions and has
+// no numbers of its own.
+#pragma once
+
+#include <cstdint>
+
+// Of a function that kernels use: the CPU's are compiled for several instruction sets, and of what is not
+// inlined the linker keeps one copy for all.
+#define BITFUSE_CONSTEXPR constexpr __attribute__((always_inline))
+
+namespace bitfuse {
+
+// Of a tensor's elements. Kernels compute in the first three; kOther is one that no kernel reads.
+enum class Dtype : int {
+  kFloat32,
+  kFloat16,
+  kBfloat16,
+  kUint8,
+  kInt8,
+  kInt32,
+  kInt64,
+  kBool,
+  kE4m3,  // torch.float8_e4m3fn
+  kE8m0,  // torch.float8_e8m0fnu
+  kOther,
+};
+
+BITFUSE_CONSTEXPR bool is_float(Dtype dtype) { return dtype <= Dtype::kBfloat16; }
+
+// Bytes of an element; 0 of kOther.
+BITFUSE_CONSTEXPR int64_t size_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+    case Dtype::kInt32:
+      return 4;
+    case Dtype::kFloat16:
+    case Dtype::kBfloat16:
+      return 2;
+    case Dtype::kInt64:
+      return 8;
+    case Dtype::kOther:
+      return 0;
+    default:
+      return 1;
+  }
+}
+
+// How a code of a few-bit matrix is read. kInt4, kInt8: the code itself, less its zero point; kCodebook4: it
+// names one of 16 values; kE4m3: FP8 without infinities.
+enum class CodeKind : int { kInt4, kCodebook4, kInt8, kE4m3 };
+
+BITFUSE_CONSTEXPR int bits_of(CodeKind kind) { return kind <= CodeKind::kCodebook4 ? 4 : 8; }
+
+// How a scale is read. kNested: levels[byte] * scale_scales[index / kNestedBlock] + scale_offset; kE8m0,
+// kE4m3: floats of a byte, times one scale of the whole matrix where there is one.
+enum class ScaleKind : int { kFloat32, kFloat16, kBfloat16, kNested, kE8m0, kE4m3 };
+
+BITFUSE_CONSTEXPR int64_t size_of(ScaleKind kind) {
+  return kind == ScaleKind::kFloat32 ? 4 : kind <= ScaleKind::kBfloat16 ? 2 : 1;
+}
+
+// In the order of ACTIVATIONS of python/bitfuse/core/activations.py; kGelu is by erf.
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu };
+
+}  // namespace bitfuse
