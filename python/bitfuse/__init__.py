@@ -1,5 +1,7 @@
 """bitfuse: few-bit weights, LoRA and attention as torch ops, each with several kernels and one plain PyTorch
-reference."""
+reference.
+
+What is exported of ops are those that are declared; a type checker reads it in the imports."""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from ._version import __version__
 from .checkpoints import load_peft_, save_peft
 from .core.backends import BackendError, use_backend
 from .core.bundle import load_kernels
+from .core.declaration import declarations as _declarations
 from .core.explain import Explanation, explain
 from .integrations import FuseReport, fuse_peft_, unfuse_peft_, with_bitfuse_layers
 from .models.lora import (
@@ -30,22 +33,29 @@ from .models.lora import (
     unmerge_adapters_,
 )
 from .models.quantization import QuantizationReport, quantize_
-from .ops.attention.append_kv import KVCache, append_kv
-from .ops.attention.attention import attention, varlen_attention
-from .ops.attention.decode_attention import decode_attention
-from .ops.attention.merge_attention import merge_attention
-from .ops.attention.quantize_kv import QuantizedKV, quantize_kv
-from .ops.attention.rope import rope
-from .ops.attention.scaled_dot_product_attention import scaled_dot_product_attention
-from .ops.linear.bottleneck_adapter import bottleneck_adapter
-from .ops.linear.gated_activation import gated_activation
-from .ops.linear.lora_linear import lora_linear
-from .ops.linear.lora_mlp import Projection, lora_mlp, lora_qkv
-from .ops.linear.lowbit_linear import lowbit_linear
-from .ops.linear.multi_lora_linear import multi_lora_linear
-from .ops.sampling.sample import sample
-from .ops.sampling.speculative_sample import speculative_sample
-from .ops.sampling.speculative_sample_tree import speculative_sample_tree
+from .ops.attention.append_kv import KVCache as KVCache
+from .ops.attention.append_kv import append_kv as append_kv
+from .ops.attention.attention import attention as attention
+from .ops.attention.attention import varlen_attention as varlen_attention
+from .ops.attention.decode_attention import decode_attention as decode_attention
+from .ops.attention.merge_attention import merge_attention as merge_attention
+from .ops.attention.quantize_kv import QuantizedKV as QuantizedKV
+from .ops.attention.quantize_kv import quantize_kv as quantize_kv
+from .ops.attention.rope import rope as rope
+from .ops.attention.scaled_dot_product_attention import (
+    scaled_dot_product_attention as scaled_dot_product_attention,
+)
+from .ops.linear.bottleneck_adapter import bottleneck_adapter as bottleneck_adapter
+from .ops.linear.gated_activation import gated_activation as gated_activation
+from .ops.linear.lora_linear import lora_linear as lora_linear
+from .ops.linear.lora_mlp import Projection as Projection
+from .ops.linear.lora_mlp import lora_mlp as lora_mlp
+from .ops.linear.lora_mlp import lora_qkv as lora_qkv
+from .ops.linear.lowbit_linear import lowbit_linear as lowbit_linear
+from .ops.linear.multi_lora_linear import multi_lora_linear as multi_lora_linear
+from .ops.sampling.sample import sample as sample
+from .ops.sampling.speculative_sample import speculative_sample as speculative_sample
+from .ops.sampling.speculative_sample_tree import speculative_sample_tree as speculative_sample_tree
 from .weights.formats import Format, register_format
 from .weights.quantize import quantize
 from .weights.weight import LowBitWeight
@@ -56,52 +66,33 @@ __all__ = [
     "Explanation",
     "Format",
     "FuseReport",
-    "KVCache",
     "LowBitWeight",
     "MergeReport",
-    "Projection",
     "QuantizationReport",
-    "QuantizedKV",
     "__version__",
     "add_ia3_",
     "add_lora_",
-    "append_kv",
-    "attention",
-    "bottleneck_adapter",
     "compat",
-    "decode_attention",
     "disable_adapters",
     "explain",
     "fuse_peft_",
-    "gated_activation",
     "load_kernels",
     "load_peft_",
-    "lora_linear",
-    "lora_mlp",
     "lora_parameters",
-    "lora_qkv",
-    "lowbit_linear",
     "merge_adapters_",
-    "merge_attention",
-    "multi_lora_linear",
     "nn",
     "ops",
     "optim",
     "quantize",
     "quantize_",
-    "quantize_kv",
     "register_format",
     "remove_adapters_",
-    "rope",
-    "sample",
     "save_peft",
-    "scaled_dot_product_attention",
     "set_adapter_",
-    "speculative_sample",
-    "speculative_sample_tree",
     "unfuse_peft_",
     "unmerge_adapters_",
     "use_backend",
-    "varlen_attention",
     "with_bitfuse_layers",
 ]
+__all__ += [name for each in _declarations() for name in each.exports]
+__all__.sort()

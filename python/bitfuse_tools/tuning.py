@@ -3,10 +3,11 @@ Triton should take for it, and writes that into the policy's cache (policy.py)."
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +26,9 @@ from bitfuse.weights.weight import LowBitWeight
 
 from .bench.shapes import DEFAULT, Shape
 from .bench.timing import Effort, captured, sample
-from .hypothetical import CALLS, Sizes
+from .hypothetical import EVERY, Sizes
 
-OPS = ("lowbit_linear", "lora_linear", "multi_lora_linear", "attention", "decode_attention")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
-LENGTHS = (1024, 4096, 16384)
+OPS = tuple(name for name, declaration in EVERY.items() if declaration.tuned is not None)
 GAIN = 0.98  # of the rule's time: for less a measured choice is not worth another compilation
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -42,38 +41,45 @@ class Case:
     sizes: Sizes
 
     def __str__(self) -> str:
-        s = self.sizes
-        if self.op == "attention":
-            return (
-                f"attention, batch {s.batch}, {s.heads}/{s.kv_heads} heads of {s.head_dim}, {s.seqlen} tokens"
-            )
-        if self.op == "decode_attention":
-            return f"decode_attention, batch {s.batch}, {s.kv_len} keys, cache {s.cache}"
+        s, uses = self.sizes, EVERY[self.op].uses
+        if "cache" in uses:
+            return f"{self.op}, batch {s.batch}, {s.kv_len} keys, cache {s.cache}"
+        if "heads" in uses:
+            heads = f"{s.heads}/{s.kv_heads} heads of {s.head_dim}"
+            return f"{self.op}, batch {s.batch}, {heads}, {s.seqlen} tokens"
         return f"{self.op}, M={s.m} N={s.n} K={s.k} {s.format}"
+
+    @property
+    def tokens(self) -> int:
+        """That a call is about: 1 in a decoding step."""
+        uses = EVERY[self.op].uses
+        return self.sizes.m if "m" in uses else self.sizes.seqlen if "seqlen" in uses else self.sizes.batch
 
 
 def cases(
     ops: tuple[str, ...], shape: Shape = DEFAULT, formats: tuple[str, ...] = ("int4",),
-    rows: tuple[int, ...] = ROWS, dtype: torch.dtype = torch.bfloat16,
+    rows: tuple[int, ...] | None = None, dtype: torch.dtype = torch.bfloat16,
 ) -> list[Case]:  # fmt: skip
-    """What a model of this shape calls; those of a decoding step first."""
-    heads = Sizes(heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=dtype)
+    """What a model of this shape calls, in these formats; those of a decoding step first. `rows` are of x,
+    None for all that an op is tuned for."""
+    heads = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
     found: list[Case] = []
-    for m in rows:
-        for format in formats:
-            for n, k in dict.fromkeys(shape.linears.values()):
-                sizes = Sizes(m=m, n=n, k=k, format=format, dtype=dtype)
-                found += [Case(op, sizes) for op in ops if op in OPS[:3] and (m <= 64 or op != OPS[2])]
-    if "decode_attention" in ops:
-        for batch in (1, 8):
-            for length in LENGTHS:
-                found += [
-                    Case("decode_attention", replace(heads, batch=batch, kv_len=length, cache=cache))
-                    for cache in ("none", "int8")
-                ]
-    if "attention" in ops:
-        found += [Case("attention", replace(heads, seqlen=length)) for length in LENGTHS]
-    return found
+    for op in ops:
+        declaration = EVERY[op]
+        assert declaration.tuned is not None
+        axes = dict(declaration.tuned.values)
+        if rows is not None and "m" in axes:
+            axes["m"] = tuple(m for m in axes["m"] if m in rows)
+        if "format" in declaration.uses:
+            axes["format"] = formats
+        linear = {"n", "k"} <= set(declaration.uses)
+        matrices = dict.fromkeys(shape.matrices(declaration.matrices)) if linear else [None]
+        for values in itertools.product(*axes.values()):
+            for matrix in matrices:
+                given = dict(zip(axes, values, strict=True))
+                given |= heads if matrix is None else {"n": matrix[0], "k": matrix[1]}
+                found.append(Case(op, Sizes(**given, dtype=dtype)))
+    return sorted(found, key=lambda case: case.tokens)
 
 
 def arguments(case: Case, device: str) -> tuple[Any, ...]:
@@ -87,7 +93,7 @@ def arguments(case: Case, device: str) -> tuple[Any, ...]:
             return torch.empty(shape, device=device, dtype=dtype)
         return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
 
-    made = list(CALLS[case.op].arguments(s, make))
+    made = list(EVERY[case.op].arguments(s, make))
     for i, argument in enumerate(made):
         if isinstance(argument, LowBitWeight):
             made[i] = quantize(make(s.n, s.k), s.format, group_size=s.group_size)
@@ -130,8 +136,8 @@ class Found:
 
 def measure(case: Case, device: str, timer: Timer, until: float) -> Found | None:
     """None where only one backend serves the case and it has nothing to choose."""
-    call = CALLS[case.op]
-    args, options = arguments(case, device), call.keywords(case.sizes)
+    call = EVERY[case.op]
+    args, options = arguments(case, device), call.options(case.sizes)
 
     def run() -> Any:
         return call.function(*args, **options)
@@ -145,7 +151,7 @@ def measure(case: Case, device: str, timer: Timer, until: float) -> Found | None
                 found.seconds[name] = timer(run)
         except BackendError:
             continue
-    if case.op == "lowbit_linear" and "triton" in found.seconds:
+    if call.tuned is not None and call.tuned.tiles and "triton" in found.seconds:
         _tiles(case, device, run, timer, until, found)
     return found if len(found.seconds) > 1 or found.config is not None else None
 

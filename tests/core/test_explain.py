@@ -15,7 +15,7 @@ from bitfuse.core.gpus import GPUS, find
 from bitfuse_tools.bench.shapes import SHAPES
 from bitfuse_tools.cli import app
 from bitfuse_tools.compile import triton_kernels
-from bitfuse_tools.hypothetical import CALLS, EVERY, Sizes, explain_sizes
+from bitfuse_tools.hypothetical import EVERY, Sizes, explain_sizes
 from typer.testing import CliRunner
 
 
@@ -67,7 +67,7 @@ def test_the_bound() -> None:
     assert moved(torch.zeros(3), [None, (torch.zeros(2, dtype=torch.int8), 7)]) == 14
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", EVERY)
 @pytest.mark.parametrize("device", [None, "h100", "a100", "t4"])
 def test_every_op_on_any_device(op: str, device: str | None) -> None:
     gpu = None if device is None else find(device)
@@ -77,7 +77,8 @@ def test_every_op_on_any_device(op: str, device: str | None) -> None:
         assert explanation.chosen == "cpp" and explanation.device == "cpu"
     else:
         assert explanation.rates is not None and explanation.rates.name == device
-        expected = ("reference",) if device == "t4" else ("cuda", "triton")
+        old = device == "t4" and op != "adamw8bit"  # its kernel runs on any GPU that Triton knows
+        expected = ("reference",) if old else ("cuda", "triton")
         assert explanation.chosen in expected, str(explanation)
 
 
@@ -91,7 +92,7 @@ def public_ops() -> list[str]:
 @pytest.mark.parametrize("op", public_ops())
 def test_every_public_op_is_explained_and_compiled(op: str) -> None:
     """By the name that it is called by, on any device; and `bitfuse compile` knows its Triton kernels."""
-    assert op in EVERY, f"{op} is public: give hypothetical.py a call of it"
+    assert op in EVERY, f"{op} is public: declare it"
     for gpu in (None, find("h100"), find("a100")):
         explanation = explain_sizes(op, Sizes(), gpu)
         assert explanation.op == op and explanation.cost.nbytes > 0

@@ -22,7 +22,7 @@ from bitfuse_tools.bench.shapes import SHAPES
 from bitfuse_tools.cli import app
 from bitfuse_tools.compile import build, cubin, table, toolchain, triton_kernels
 from bitfuse_tools.compile.toolchain import Target
-from bitfuse_tools.hypothetical import CALLS
+from bitfuse_tools.hypothetical import EVERY
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -691,7 +691,7 @@ def test_what_ends_a_build_leaves_the_folder(
 
 def test_sizes_of_every_op() -> None:
     """Each op's calls are distinct, and an op with kernels has some."""
-    for op in CALLS:
+    for op in EVERY:
         calls = list(triton_kernels.sizes(op, SHAPES.values(), ("int4",), (torch.float16,)))
         assert calls and len({triton_kernels.in_short(op, s) + str(s.causal) for s in calls}) == len(calls)
     assert triton_kernels.has_kernels("lowbit_linear") and find("h100").arch is ARCHS[90]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from . import declaration
 from .cost import Cost, Rates, as_time
 from .device import pretended
 from .gpus import find
@@ -57,21 +58,6 @@ def rates_of(device: torch.device) -> Rates | None:
     return None if gpu is None else Rates.of(gpu)
 
 
-_explainers: dict[Any, Callable[..., Explanation]] = {}
-
-
-def explains(
-    function: Callable[..., Any],
-) -> Callable[[Callable[..., Explanation]], Callable[..., Explanation]]:
-    """Register what `explain` answers for a public function; it takes that function's arguments."""
-
-    def register(explainer: Callable[..., Explanation]) -> Callable[..., Explanation]:
-        _explainers[function] = explainer
-        return explainer
-
-    return register
-
-
 def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Who would serve ``op(*args)``, and why the backends before it would not. Runs nothing.
 
@@ -81,7 +67,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         TypeError: op is neither.
     """
-    explainer = getattr(op, "explain", None) or _explainers.get(op)
+    explainer = getattr(op, "explain", None) or declaration.explainer(op)
     if explainer is None:
         raise TypeError(f"op is {op!r}, expected a bitfuse op or layer, such as bitfuse.lowbit_linear")
     return explainer(*args, **kwargs)

@@ -171,7 +171,6 @@ class Problem(abc.ABC):
     """
 
     op: ClassVar[str]
-    doc: ClassVar[str]
     formats: ClassVar[tuple[str, ...] | None] = None  # to choose among; None: it has none
     model: str | None = dataclasses.field(default=None, kw_only=True)
     layer: str | None = dataclasses.field(default=None, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from bitfuse.core.backends import BACKENDS
+from bitfuse.core.declaration import declared
 from bitfuse.ops.attention.kv_cache import CACHE_FORMATS
 from bitfuse.weights.formats import FORMATS
 
@@ -261,5 +262,5 @@ def listed() -> list[str]:
     """Every op, what it computes, and the models by name."""
     from .shapes import SHAPES
 
-    lines = table.columns([[op, suite.doc] for op, suite in SUITES.items()], left=2)
+    lines = table.columns([[op, declared(op).summary] for op in SUITES], left=2)
     return [*lines, "", f"shapes: {', '.join(SHAPES)}, or a .json file", f"peers: {', '.join(PEERS)}"]

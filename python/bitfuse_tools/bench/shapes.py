@@ -44,6 +44,12 @@ class Shape:
             "down": (self.hidden, self.intermediate),
         }
 
+    def matrices(self, which: str) -> list[tuple[int, int]]:
+        """The n and k of an op, by the `matrices` of its declaration."""
+        if which == "linears":
+            return list(self.linears.values())
+        return [({"mlp": self.intermediate, "hidden": self.hidden}[which], self.hidden)]
+
 
 SHAPES = {
     shape.name: shape

@@ -155,8 +155,7 @@ def notes(gpus: Iterable[Gpu], ops: Iterable[str]) -> list[str]:
     told = []
     for gpu in gpus:
         for op in ops:
-            s = Sizes(m=256) if op != "decode_attention" else Sizes()
-            answer = explain_sizes(op, s, gpu)
+            answer = explain_sizes(op, Sizes(m=256), gpu)
             if answer.chosen == "reference":
                 why = "; ".join(f"{k}: {v}" for k, v in answer.refused.items() if k in BACKENDS)
                 told.append(
@@ -253,7 +252,7 @@ def _cuda(
     csrc = source_folder("csrc")
     if not csrc.is_dir():
         raise BuildError("the C++ sources are not beside this installation: compile with --backend triton")
-    if not any(_op_of(source.stem) in options.ops for source in (csrc / "cuda").glob("*.cu")):
+    if not any(_op_of(source.stem) in options.ops for source in (csrc / "cuda").rglob("*.cu")):
         return None
     nvcc = toolchain.find_nvcc()
     targets = list(dict.fromkeys(_target(gpu) for gpu in gpus))

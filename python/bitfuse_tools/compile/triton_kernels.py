@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from bitfuse.core import device
 from bitfuse.core.gpus import GPUS, Gpu
-from bitfuse.core.op import Op
 
 from ..bench.shapes import Shape
 from ..hypothetical import DENSE, EVERY, Sizes
@@ -36,12 +35,6 @@ LENGTHS = (1, 17, 128, 1024, 4096)
 RANKS = (8, 16, 64)
 CACHES = ("none", "fp8", "int8", "int4")
 PAGES = (None, 16)
-# no gradient flows
-_INFERENCE = (
-    "append_kv", "quantize_kv", "sample", "speculative_sample", "speculative_sample_tree", "decode_attention",
-    "adamw8bit",
-)  # fmt: skip
-_BIASED = ("lowbit_linear", "lora_linear", "multi_lora_linear")
 
 
 @dataclass(frozen=True)
@@ -85,30 +78,19 @@ class Plan:
 
 def has_kernels(op: str) -> bool:
     """Whether there are Triton kernels of an op of `EVERY`."""
-    return any(b.name == "triton" for o in _ops_of(EVERY[op].function.__module__) for b in o.backends)
-
-
-def _ops_of(module: str) -> list[Op]:
-    return [v for v in vars(importlib.import_module(module)).values() if isinstance(v, Op)]
+    return any(backend.name == "triton" for part in EVERY[op].kernels for backend in part.op.backends)
 
 
 def sizes(
     op: str, shapes: Iterable[Shape], formats: Iterable[str], dtypes: Iterable[torch.dtype]
 ) -> list[Sizes]:
     """The calls of an op that models of these shapes make."""
-    uses = EVERY[op].uses
+    declaration = EVERY[op]
+    uses = declaration.uses
     models = list(shapes)
-    linears = [nk for model in models for nk in model.linears.values()]
-    if op == "gated_activation":
-        linears = [(model.intermediate, model.hidden) for model in models]
-    if op == "lora_mlp":
-        linears = [(model.intermediate, model.hidden) for model in models]
-    if op == "lora_qkv":  # its widths are those of the heads
-        linears = [(model.hidden, model.hidden) for model in models]
-    if op == "bottleneck_adapter":
-        linears = [(model.hidden, model.hidden) for model in models]
+    linears = [nk for model in models for nk in model.matrices(declaration.matrices)]
     heads = list(dict.fromkeys((m.heads, m.kv_heads, m.head_dim) for m in models))
-    kept = [f for f in formats if not (op == "lowbit_linear" and f == DENSE)]
+    kept = [f for f in formats if declaration.dense or f != DENSE]
     axes: dict[str, Iterable[Any]] = {
         "m": ROWS if "m" in uses else (),
         "linear": dict.fromkeys(linears) if "k" in uses or "n" in uses else (),
@@ -132,10 +114,13 @@ def sizes(
             given["n"], given["k"] = given.pop("linear")
         if "attention" in given:
             given["heads"], given["kv_heads"], given["head_dim"] = given.pop("attention")
-        if op == "lora_qkv" and (given["heads"], given["kv_heads"], given["head_dim"], given["k"]) not in own:
+        if {"k", "kv_heads"} <= given.keys() and tuple(given[name] for name in _OF_A_MODEL) not in own:
             continue  # the heads of one model over the columns of another
         made.add(Sizes(**{name: value for name, value in given.items() if name in uses}))
     return sorted(made, key=repr)
+
+
+_OF_A_MODEL = ("heads", "kv_heads", "head_dim", "k")
 
 
 def in_short(op: str, s: Sizes) -> str:
@@ -240,8 +225,8 @@ def plan(
 
     knobs.runtime.jit_cache_hook = take
     # a bias is added by the forward, and its gradient is torch's
-    kinds = [(False, False), (False, True)] if op in _BIASED else [(False, False)]
-    if backward and op not in _INFERENCE:
+    kinds = [(False, False), (False, True)] if EVERY[op].bias else [(False, False)]
+    if backward and EVERY[op].gradient:
         kinds.append((True, False))
     for each in sizes(op, shapes, formats, dtypes):
         now = in_short(op, each)
@@ -260,7 +245,7 @@ def _call(op: str, s: Sizes, gradient: bool, biased: bool) -> None:
         return tensor.requires_grad_(gradient and dtype == s.dtype and dtype.is_floating_point)
 
     call = EVERY[op]
-    keywords = call.keywords(s) | ({"bias": make(s.n)} if biased else {})
+    keywords = call.options(s) | ({"bias": make(s.n)} if biased else {})
     out = call.function(*call.arguments(s, make), **keywords)
     if gradient:
         outs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..bench.limits import Limits
+from ..hypothetical import EVERY
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # peers whose name in the files says little without the file around it
@@ -26,7 +27,6 @@ PEERS = {
     "matmul": "torch matmul",
     "sdpa": "torch sdpa",
 }
-ORDER = ("lowbit_linear", "lora_linear", "multi_lora_linear", "attention", "decode_attention")  # then by name
 # what a latency is drawn against: the first of these that takes several values within one case
 AXES = ("m", "tokens", "rows", "length", "seqlen", "seq", "keys", "batch", "parameters")
 AXIS_WORDS = {
@@ -207,8 +207,9 @@ def peer(name: str) -> str:
 
 
 def in_order(op: str) -> tuple[int, str]:
-    """What sorts ops: those that most of the package is about first."""
-    return (ORDER.index(op), "") if op in ORDER else (len(ORDER), op)
+    """What sorts ops: as they are declared, then those of other versions by name."""
+    order = list(EVERY)
+    return (order.index(op), "") if op in order else (len(order), op)
 
 
 def three(value: float) -> str:

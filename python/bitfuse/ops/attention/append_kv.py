@@ -12,12 +12,14 @@ from torch.compiler import is_compiling
 from ...core import autocast
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.explain import Explanation, explains
+from ...core.declaration import CACHE, Declaration, Make, Part, Sizes, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_tensor
 from ...kernels.attention import append_kv as triton
 from ..linear.lowbit_linear import FLOATS
 from . import append_kv_cpu as cpp
+from .example import example_qkv
 from .kv_cache import (
     BITS,
     CACHE_FORMATS,
@@ -710,7 +712,6 @@ def append_kv(
         own.after_new(k.shape[1])
 
 
-@explains(append_kv)
 def _explain(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -726,3 +727,26 @@ def _explain(
         options.get("rotary_interleaved", False),
     )  # fmt: skip
     return append_kv_op.explain(*of_cache(cache, k, v), cache, seqlens, rotary)
+
+
+def example_cache(s: Sizes, make: Make) -> KVCache:
+    """A cache from sizes alone, for calls that nobody makes."""
+    return KVCache(
+        s.batch, s.kv_len, s.kv_heads, s.head_dim,
+        dtype=s.dtype, format=s.cache, page_size=s.page_size, device=make(0).device,
+    )  # fmt: skip
+
+
+declare(
+    Declaration(
+        append_kv,
+        "new keys, rotated, and values into a KV cache",
+        place=5,
+        explain=_explain,
+        uses=(*CACHE, "seqlen"),
+        arguments=lambda s, make: (*example_qkv(s, make, s.seqlen)[1:], example_cache(s, make)),
+        parts=(Part(append_kv_op),),
+        classes=(KVCache,),
+        gradient=False,
+    )
+)

@@ -17,8 +17,9 @@ from ...core import autocast
 from ...core.autograd import Function, once, recorded
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
+from ...core.declaration import HEADS, LENGTHS, Declaration, Make, Part, Sizes, Tuned, declare
 from ...core.dropout import keep, new_seed
-from ...core.explain import Explanation, explains
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import check_frozen, check_read, check_tensor
@@ -28,6 +29,7 @@ from ..linear.lowbit_linear import FLOATS
 from . import attention_cpu as cpp
 from . import attention_cuda as cuda
 from .attention_args import NO_WINDOW, AttentionArgs, window_of
+from .example import example_qkv
 
 MAX_HEAD_DIM = 512
 _PREFIXES = ("prefix_k", "prefix_v")
@@ -752,7 +754,6 @@ def varlen_attention(
     return (out, lse) if return_lse else out
 
 
-@explains(attention)
 def _explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Explanation:
     _check_tensors(q, k, v)
     defaults = inspect.signature(attention).parameters
@@ -761,7 +762,6 @@ def _explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) 
     return attention_op.explain(*autocast.of_attention(q, k, v, _args(q, **given)))
 
 
-@explains(varlen_attention)
 def _explain_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -788,3 +788,43 @@ def _explain_varlen(
         max_seqlen_k=max_seqlen_k,
     )
     return replace(attention_op.explain(*autocast.of_attention(q, k, v, a)), op="varlen_attention")
+
+
+def _example_varlen(s: Sizes, make: Make) -> tuple[Any, ...]:
+    q, k, v = (t.flatten(0, 1) for t in example_qkv(s, make, s.seqlen))
+    cu = make(s.batch + 1, dtype=torch.int32)
+    return q, k, v, cu, cu, s.seqlen, s.seqlen
+
+
+declare(
+    Declaration(
+        attention,
+        "softmax(q k^T) v, and its gradients",
+        place=1,
+        explain=_explain,
+        uses=(*HEADS, "kv_heads", "causal"),
+        arguments=lambda s, make: example_qkv(s, make, s.seqlen),
+        options=lambda s: {"causal": s.causal},
+        parts=(
+            Part(
+                attention_op,
+                "forward",
+                {"cuda": "sm_90: wgmma and TMA; fp16, bf16; head dims 64, 128, 256"},
+            ),
+            Part(attention_backward, "gradients to q, k, v, bias, sinks, prefix"),
+        ),
+        tuned=Tuned({"seqlen": LENGTHS}),
+    )
+)
+declare(
+    Declaration(
+        varlen_attention,
+        "attention over packed sequences",
+        place=2,
+        explain=_explain_varlen,
+        uses=(*HEADS, "kv_heads", "causal"),
+        arguments=_example_varlen,
+        options=lambda s: {"causal": s.causal},
+        like="attention",
+    )
+)

@@ -12,7 +12,8 @@ from ...core import autocast
 from ...core.autograd import recorded, recording, without_gradient
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.explain import Explanation, explains
+from ...core.declaration import CACHE, LENGTHS, Declaration, Part, Tuned, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, check_read, check_tensor
@@ -27,6 +28,7 @@ from .append_kv import (
     KVCache,
     as_cache,
     check_new,
+    example_cache,
     of_cache,
     turned,
     unflatten_cache,
@@ -387,7 +389,6 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-@explains(decode_attention)
 def _explain(
     q: torch.Tensor,
     k_cache: torch.Tensor | KVCache,
@@ -405,3 +406,24 @@ def _explain(
     args = _args(q, *(given[n] for n in inspect.signature(_args).parameters if n != "q"))
     q, k, v = of_cache(cache, q, given["k"], given["v"])
     return decode_attention_op.explain(q, k, v, cache, seqlens, rotary, args)
+
+
+declare(
+    Declaration(
+        decode_attention,
+        "one query a sequence against a KV cache, full, paged or in few bits",
+        place=4,
+        explain=_explain,
+        uses=(*CACHE, "heads"),
+        arguments=lambda s, make: (make(s.batch, 1, s.heads, s.head_dim), example_cache(s, make)),
+        parts=(
+            Part(
+                decode_attention_op,
+                "over a `KVCache` (full precision, fp8, int8, int4; paged or not)",
+                {"cuda": "fp16, bf16"},
+            ),
+        ),
+        gradient=False,
+        tuned=Tuned({"batch": (1, 8), "kv_len": LENGTHS, "cache": ("none", "int8")}),
+    )
+)

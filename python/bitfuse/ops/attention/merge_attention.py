@@ -10,7 +10,8 @@ import torch
 from ...core import autocast
 from ...core.autograd import Function, recorded
 from ...core.backends import Backend
-from ...core.explain import Explanation, explains
+from ...core.declaration import HEADS, Declaration, Make, Part, Sizes, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_tensor
 from ...kernels.attention import merge_attention as triton
@@ -135,6 +136,24 @@ def merge_attention(
     return merge_attention_op(*tensors)
 
 
-@explains(merge_attention)
 def _explain(o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor) -> Explanation:
     return merge_attention_op.explain(o1, lse1, o2, lse2)
+
+
+def _example(s: Sizes, make: Make) -> tuple[Any, ...]:
+    o = make(s.batch, s.seqlen, s.heads, s.head_dim)
+    lse = make(s.batch, s.heads, s.seqlen, dtype=torch.float32)
+    return o, lse, o, lse
+
+
+declare(
+    Declaration(
+        merge_attention,
+        "attention over two sets of keys, from that over each",
+        place=8,
+        explain=_explain,
+        uses=HEADS,
+        arguments=_example,
+        parts=(Part(merge_attention_op),),
+    )
+)

@@ -8,12 +8,14 @@ import torch
 
 from ...core import autocast
 from ...core.backends import Backend
-from ...core.explain import Explanation, explains
+from ...core.declaration import Declaration, Part, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_tensor
 from ...kernels.attention import quantize_kv as triton
 from ..linear.lowbit_linear import FLOATS
 from . import quantize_kv_cpu as cpp
+from .example import example_qkv
 from .kv_cache import (
     BITS,
     CHANNEL_STEP,
@@ -146,7 +148,6 @@ def quantize_kv(
     return QuantizedKV(*quantize_kv_op(k.detach(), v.detach(), format, *sizes))
 
 
-@explains(quantize_kv)
 def _explain(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -157,3 +158,19 @@ def _explain(
     return quantize_kv_op.explain(
         *autocast.of_elements(k, v), format, *_sizes(v, format, group_size, channel_group)
     )
+
+
+declare(
+    Declaration(
+        quantize_kv,
+        "keys and values as the codes of a KV cache",
+        place=6,
+        explain=_explain,
+        uses=("batch", "kv_len", "kv_heads", "head_dim", "dtype", "cache"),
+        arguments=lambda s, make: example_qkv(s, make, s.kv_len)[1:],
+        options=lambda s: {"format": "int8" if s.cache == "none" else s.cache},
+        parts=(Part(quantize_kv_op),),
+        classes=(QuantizedKV,),
+        gradient=False,
+    )
+)

@@ -11,7 +11,8 @@ from torch.compiler import is_compiling
 from ...core import autocast
 from ...core.autograd import Function, elsewhere, no_forward_mode, recorded
 from ...core.backends import Backend
-from ...core.explain import Explanation, explains
+from ...core.declaration import HEADS, Declaration, Part, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_frozen, check_tensor
 from ...kernels.attention import rope as triton
@@ -197,7 +198,6 @@ def rope(
     return apply_rope(x, rotary)
 
 
-@explains(rope)
 def _explain(
     x: torch.Tensor,
     cos: torch.Tensor,
@@ -206,3 +206,20 @@ def _explain(
     interleaved: bool = False,
 ) -> Explanation:
     return rope_op.explain(x, as_rotary(cos, sin, positions, interleaved), False)
+
+
+declare(
+    Declaration(
+        rope,
+        "rotary position embedding",
+        place=7,
+        explain=_explain,
+        uses=HEADS,
+        arguments=lambda s, make: (
+            make(s.batch, s.seqlen, s.heads, s.head_dim),
+            make(s.seqlen, s.head_dim // 2),
+            make(s.seqlen, s.head_dim // 2),
+        ),
+        parts=(Part(rope_op),),
+    )
+)

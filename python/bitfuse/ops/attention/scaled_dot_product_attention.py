@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 
 from ...core import autocast
+from ...core.declaration import HEADS, Declaration, declare
 from ...core.dropout import new_seed
-from ...core.explain import Explanation, explains
+from ...core.explain import Explanation
 from .attention import apply_attention, attention_op
 from .attention_args import AttentionArgs
+from .example import example_qkv
 
 
 class _Call(NamedTuple):
@@ -168,7 +170,6 @@ def scaled_dot_product_attention(
     return out.unflatten(0, call.batch) if dims > 4 else out if dims == 4 else out[(0,) * (4 - dims)]
 
 
-@explains(scaled_dot_product_attention)
 def _explain(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -182,3 +183,17 @@ def _explain(
     call = _arranged(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     found = attention_op.explain(call.q, call.k, call.v, call.args)
     return replace(found, op="scaled_dot_product_attention")
+
+
+declare(
+    Declaration(
+        scaled_dot_product_attention,
+        "attention by torch's signature",
+        place=3,
+        explain=_explain,
+        uses=(*HEADS, "kv_heads", "causal"),
+        arguments=lambda s, make: tuple(t.transpose(1, 2) for t in example_qkv(s, make, s.seqlen)),
+        options=lambda s: {"is_causal": s.causal, "enable_gqa": s.heads != s.kv_heads},
+        like="attention",
+    )
+)

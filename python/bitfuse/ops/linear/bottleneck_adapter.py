@@ -11,7 +11,8 @@ from ...core.activations import activate, check_activation, derivative
 from ...core.autograd import Function, once, recorded, refuse_intermediate
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.explain import Explanation, explains
+from ...core.declaration import Declaration, Part, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import as_rows, check_tensor
 from ...kernels.linear import bottleneck_adapter as triton
@@ -198,7 +199,6 @@ def bottleneck_adapter(
     return bottleneck_adapter_op(*tensors, activation, residual)[0]
 
 
-@explains(bottleneck_adapter)
 def _explain(
     x: torch.Tensor,
     down: torch.Tensor,
@@ -209,3 +209,17 @@ def _explain(
     residual: bool = True,
 ) -> Explanation:
     return bottleneck_adapter_op.explain(x, down, down_bias, up, up_bias, activation, residual)
+
+
+declare(
+    Declaration(
+        bottleneck_adapter,
+        "x + act(x D^T + c) U^T + b",
+        place=7,
+        explain=_explain,
+        uses=("m", "k", "rank", "dtype"),
+        arguments=lambda s, make: (make(s.m, s.k), make(s.rank, s.k), make(s.k, s.rank)),
+        parts=(Part(bottleneck_adapter_op),),
+        matrices="hidden",
+    )
+)

@@ -10,7 +10,8 @@ from ...core import autocast
 from ...core.activations import activate, check_activation, derivative
 from ...core.autograd import Function, once, recorded
 from ...core.backends import Backend
-from ...core.explain import Explanation, explains
+from ...core.declaration import Declaration, Part, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_tensor
 from ...kernels.linear import gated_activation as triton
@@ -116,6 +117,19 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "si
     return gated_activation_op(gate, up, activation)
 
 
-@explains(gated_activation)
 def _explain(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> Explanation:
     return gated_activation_op.explain(*autocast.of_elements(gate, up), activation)
+
+
+declare(
+    Declaration(
+        gated_activation,
+        "act(gate) * up, the middle of a gated MLP, and its gradients",
+        place=6,
+        explain=_explain,
+        uses=("m", "n", "dtype"),
+        arguments=lambda s, make: (make(s.m, s.n), make(s.m, s.n)),
+        parts=(Part(gated_activation_op, "forward"), Part(gated_activation_backward, "gradients")),
+        matrices="mlp",
+    )
+)

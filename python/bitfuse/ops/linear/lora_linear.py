@@ -16,12 +16,14 @@ import torch
 from ...core.autograd import Function, materialized, once, recorded, recording, refuse_intermediate
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
+from ...core.declaration import LINEAR, ROWS, Declaration, Part, Tuned, declare
 from ...core.dropout import keep, new_seed
-from ...core.explain import Explanation, explains
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, as_rows, check_tensor
 from ...kernels.linear import lora_linear as triton
+from ...weights.example import example_weight
 from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
 from . import lora_linear_cpu as cpp
 from . import lora_linear_cuda as cuda
@@ -582,7 +584,6 @@ def lora_linear(
     return apply_lora(x, (args,), dropout_p)[0]
 
 
-@explains(lora_linear)
 def _explain(
     x: torch.Tensor,
     w: torch.Tensor | LowBitWeight,
@@ -599,3 +600,35 @@ def _explain(
         seed = 0
     args, _ = lora_args(x, w, lora_A, lora_B, scaling, bias, seed if dropout_p else None, out_scale)
     return lora_linear_op.explain(x, (args,), dropout_p)
+
+
+declare(
+    Declaration(
+        lora_linear,
+        "x W^T with a LoRA adapter, W in few bits, and its gradients",
+        place=2,
+        explain=_explain,
+        uses=(*LINEAR, "rank"),
+        arguments=lambda s, make: (
+            make(s.m, s.k),
+            example_weight(s, make),
+            make(s.rank, s.k),
+            make(s.n, s.rank),
+            1.0,
+        ),
+        parts=(
+            Part(
+                lora_linear_op,
+                "forward",
+                {
+                    "cpp": "few-bit or dense W",
+                    "triton": "few-bit or dense W",
+                    "cuda": "few-bit W, fp16, bf16, M ≤ 64, no dropout",
+                },
+            ),
+            Part(lora_linear_backward, "gradients to x, lora_A, lora_B, bias"),
+        ),
+        bias=True,
+        tuned=Tuned({"m": ROWS}),
+    )
+)

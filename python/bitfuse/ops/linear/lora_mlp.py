@@ -10,8 +10,10 @@ import torch
 
 from ...core.activations import check_activation
 from ...core.autograd import Function, once, recorded, refuse_intermediate
+from ...core.declaration import LINEAR, Declaration, Make, Sizes, declare
 from ...core.dropout import new_seed
-from ...core.explain import Explanation, explains, together
+from ...core.explain import Explanation, together
+from ...weights.example import example_weight
 from ...weights.weight import LowBitWeight
 from .gated_activation import gated_activation, gated_activation_backward, gated_activation_op
 from .lora_args import LoraArgs
@@ -203,7 +205,6 @@ def lora_mlp(
     return lora_linear_op(gated_activation_op(g, u, activation), (last,), dropout_p)[0]
 
 
-@explains(lora_qkv)
 def _explain_qkv(x: torch.Tensor, projections: Sequence[Projection], dropout_p: float = 0.0) -> Explanation:
     made = [_args(x, f"projections[{i}]", p, dropout_p)[0] for i, p in enumerate(projections)]
     if not made:
@@ -211,7 +212,6 @@ def _explain_qkv(x: torch.Tensor, projections: Sequence[Projection], dropout_p: 
     return replace(lora_linear_op.explain(x, tuple(made), dropout_p), op="lora_qkv")
 
 
-@explains(lora_mlp)
 def _explain_mlp(
     x: torch.Tensor,
     gate: Projection,
@@ -230,3 +230,44 @@ def _explain_mlp(
             ("down", lora_linear_op.explain(g, (made[2],), dropout_p)),
         ),
     )
+
+
+def _example(s: Sizes, make: Make, n: int, k: int) -> Projection:
+    return Projection(example_weight(replace(s, n=n, k=k), make), make(s.rank, k), make(n, s.rank))
+
+
+def _example_qkv(s: Sizes, make: Make) -> tuple[Any, ...]:
+    widths = (s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim)
+    return make(s.m, s.k), [_example(s, make, n, s.k) for n in widths]
+
+
+def _example_mlp(s: Sizes, make: Make) -> tuple[Any, ...]:
+    wide = [_example(s, make, s.n, s.k) for _ in range(2)]
+    return make(s.m, s.k), *wide, _example(s, make, s.k, s.n)
+
+
+declare(
+    Declaration(
+        lora_qkv,
+        "several projections of one x, each with its LoRA adapter",
+        place=4,
+        explain=_explain_qkv,
+        uses=("m", "k", "heads", "kv_heads", "head_dim", "format", "group_size", "dtype", "rank"),
+        arguments=_example_qkv,
+        like="lora_linear",
+        classes=(Projection,),
+        matrices="hidden",
+    )
+)
+declare(
+    Declaration(
+        lora_mlp,
+        "a gated MLP whose projections have LoRA adapters",
+        place=5,
+        explain=_explain_mlp,
+        uses=(*LINEAR, "rank"),
+        arguments=_example_mlp,
+        like="lora_linear",
+        matrices="mlp",
+    )
+)

@@ -11,11 +11,13 @@ import torch
 from ...core.autograd import Function, elsewhere, no_forward_mode, recorded
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.explain import Explanation, explains
+from ...core.declaration import DENSE, LINEAR, ROWS, Declaration, Make, Part, Sizes, Tuned, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, as_rows, check_read, check_tensor
 from ...kernels.linear import lowbit_linear as triton
+from ...weights.example import example_weight
 from ...weights.formats import get_format
 from ...weights.stand_in import fused
 from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
@@ -315,7 +317,32 @@ def _check_types(x: object, w: object, bias: object) -> None:
         raise TypeError(f"bias is a {type(bias).__name__}, expected a tensor or None")
 
 
-@explains(lowbit_linear)
 def _explain(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = None) -> Explanation:
     _check_types(x, w, bias)
     return forward_op.explain(x, w.op_args, bias)
+
+
+def _example(s: Sizes, make: Make) -> tuple[Any, ...]:
+    if s.format == DENSE:
+        raise ValueError("format is 'dense', which lowbit_linear does not take: that is torch's linear")
+    return make(s.m, s.k), example_weight(s, make)
+
+
+declare(
+    Declaration(
+        lowbit_linear,
+        "x W^T, W in few bits",
+        place=1,
+        explain=_explain,
+        uses=LINEAR,
+        arguments=_example,
+        parts=(
+            Part(forward_op, "forward", {"cuda": "fp16, bf16; M ≤ 64"}),
+            Part(lowbit_linear_grad_x, "gradient to x"),
+        ),
+        ops={"lowbit_linear_grad_x": lowbit_linear_grad_x},
+        dense=False,
+        bias=True,
+        tuned=Tuned({"m": ROWS}, tiles=True),
+    )
+)

@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch
 from ...core.autograd import Function, once, recorded
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.explain import Explanation, explains, together
+from ...core.declaration import LINEAR, ROWS, Declaration, Make, Part, Sizes, Tuned, declare
+from ...core.explain import Explanation, together
 from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, as_rows, aside, check_tensor
 from ...kernels.linear import multi_lora_linear as triton
+from ...weights.example import example_weight
 from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
 from . import multi_lora_linear_cpu as cpp
 from . import multi_lora_linear_cuda as cuda
@@ -532,7 +534,6 @@ def _new_scales(numbers: float | tuple[float, ...], count: int, device: torch.de
     return torch.full((count,), float(numbers), dtype=torch.float32, device=device)
 
 
-@explains(multi_lora_linear)
 def _explain(
     x: torch.Tensor,
     w: torch.Tensor | LowBitWeight,
@@ -558,3 +559,27 @@ def _explain(
     return replace(
         adapters, op="multi_lora_linear", note="behind torch's own product", cost=cost, policy_key=None
     )
+
+
+def _example(s: Sizes, make: Make) -> tuple[Any, ...]:
+    e = s.adapters
+    adapters = make(e, s.rank, s.k), make(e, s.n, s.rank), make(e, dtype=torch.float32)
+    return make(s.m, s.k), example_weight(s, make), *adapters, make(s.m, dtype=torch.int32)
+
+
+declare(
+    Declaration(
+        multi_lora_linear,
+        "x W^T with an adapter for each row",
+        place=3,
+        explain=_explain,
+        uses=(*LINEAR, "rank", "adapters"),
+        arguments=_example,
+        parts=(
+            Part(multi_lora_add_, "forward", {"cuda": "M ≤ 64"}),
+            Part(multi_lora_grads, "gradients to x, lora_A, lora_B"),
+        ),
+        bias=True,
+        tuned=Tuned({"m": tuple(m for m in ROWS if m <= 64)}),
+    )
+)

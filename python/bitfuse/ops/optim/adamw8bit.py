@@ -6,7 +6,8 @@ import torch
 
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.explain import Explanation, explains
+from ...core.declaration import Declaration, Make, Part, Sizes, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_tensor
 from ...kernels.optim import adamw8bit as triton
@@ -169,7 +170,6 @@ def adamw8bit(
     )  # fmt: skip
 
 
-@explains(adamw8bit)
 def _explain(
     p: torch.Tensor,
     grad: torch.Tensor,
@@ -191,3 +191,26 @@ def _explain(
         p, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, lr, beta1, beta2, eps, weight_decay,
         step, maximize, block_size,
     )  # fmt: skip
+
+
+def _example(s: Sizes, make: Make) -> tuple[torch.Tensor, ...]:
+    blocks = -(-s.n * s.k // 256)
+    moments = [(make(s.n, s.k, dtype=torch.uint8), make(blocks, dtype=torch.float32)) for _ in range(2)]
+    return make(s.n, s.k), make(s.n, s.k), *moments[0], *moments[1]
+
+
+declare(
+    Declaration(
+        adamw8bit,
+        "a step of AdamW, its moments in 8 bits",
+        place=1,
+        explain=_explain,
+        uses=("n", "k", "dtype"),
+        arguments=_example,
+        options=lambda s: {"lr": 1e-3, "step": 1.0},
+        parts=(Part(op),),
+        public=False,
+        called="AdamW8bit",
+        gradient=False,
+    )
+)

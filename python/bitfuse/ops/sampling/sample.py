@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ...core.backends import Backend
-from ...core.explain import Explanation, explains
+from ...core.declaration import Declaration, Part, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_tensor
 from ...kernels.sampling import sample as triton
@@ -186,7 +187,6 @@ def sample(
         return ids, (weights / weights.sum(-1, keepdim=True, dtype=torch.float64)).float()
 
 
-@explains(sample)
 def _explain(
     logits: torch.Tensor,
     uniforms: torch.Tensor,
@@ -198,3 +198,17 @@ def _explain(
     return_probs: bool = False,
 ) -> Explanation:
     return sample_op.explain(*_arguments(logits, uniforms, temperature, top_k, top_p, min_p))
+
+
+declare(
+    Declaration(
+        sample,
+        "a token a row, after temperature, top-k and top-p",
+        place=1,
+        explain=_explain,
+        uses=("batch", "vocab", "dtype"),
+        arguments=lambda s, make: (make(s.batch, s.vocab), make(s.batch, dtype=torch.float32)),
+        parts=(Part(sample_op),),
+        gradient=False,
+    )
+)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...core.backends import Backend
-from ...core.explain import Explanation, explains
+from ...core.declaration import Declaration, Make, Part, Sizes, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_tensor
 from ...kernels.sampling import speculative_sample as triton
@@ -140,8 +141,28 @@ def speculative_sample(
         return speculative_sample_op(draft_probs, draft_ids, target_probs, uniforms)
 
 
-@explains(speculative_sample)
 def _explain(
     draft_probs: torch.Tensor, draft_ids: torch.Tensor, target_probs: torch.Tensor, uniforms: torch.Tensor
 ) -> Explanation:
     return speculative_sample_op.explain(draft_probs, draft_ids, target_probs, uniforms)
+
+
+def example_drafts(s: Sizes, make: Make) -> tuple[torch.Tensor, ...]:
+    """Probabilities and ids of a draft; the target's, and uniforms."""
+    ids = make(s.batch, s.drafted, dtype=torch.int64)
+    target = make(s.batch, s.drafted + 1, s.vocab)
+    return make(s.batch, s.drafted, s.vocab), ids, target, make(s.batch, s.drafted + 1, dtype=torch.float32)
+
+
+declare(
+    Declaration(
+        speculative_sample,
+        "which tokens of a draft a target model keeps",
+        place=2,
+        explain=_explain,
+        uses=("batch", "drafted", "vocab", "dtype"),
+        arguments=example_drafts,
+        parts=(Part(speculative_sample_op),),
+        gradient=False,
+    )
+)

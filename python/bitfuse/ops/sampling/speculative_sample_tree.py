@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from ...core.backends import Backend
-from ...core.explain import Explanation, explains
+from ...core.declaration import Declaration, Make, Part, Sizes, declare
+from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.tensors import check_tensor
 from ...kernels.sampling import speculative_sample as triton
 from ..linear.lowbit_linear import FLOATS
 from . import speculative_sample_cpu as cpp
-from .speculative_sample import MAX_VOCABULARY, _clamped, _fixed, _inverse_cdf
+from .speculative_sample import MAX_VOCABULARY, _clamped, _fixed, _inverse_cdf, example_drafts
 
 IDS = (torch.int32, torch.int64)
 
@@ -212,7 +213,6 @@ def speculative_sample_tree(
         return speculative_sample_tree_op(*arguments)
 
 
-@explains(speculative_sample_tree)
 def _explain(
     draft_probs: torch.Tensor,
     draft_ids: torch.Tensor,
@@ -224,3 +224,22 @@ def _explain(
 ) -> Explanation:
     arguments = _arguments(draft_probs, draft_ids, parents, target_probs, uniforms, draft_rows, replacement)
     return speculative_sample_tree_op.explain(*arguments)
+
+
+def _example(s: Sizes, make: Make) -> tuple[torch.Tensor, ...]:
+    probs, ids, target, uniforms = example_drafts(s, make)
+    return probs, ids, make(s.batch, s.drafted, dtype=torch.int64), target, uniforms
+
+
+declare(
+    Declaration(
+        speculative_sample_tree,
+        "which path of a tree of drafts a target model keeps",
+        place=3,
+        explain=_explain,
+        uses=("batch", "drafted", "vocab", "dtype"),
+        arguments=_example,
+        parts=(Part(speculative_sample_tree_op),),
+        gradient=False,
+    )
+)

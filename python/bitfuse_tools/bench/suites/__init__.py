@@ -1,43 +1,31 @@
-"""What is measured, an op a file: its problems and who computes them."""
+"""What is measured, an op a file of its name: its problems and who computes them."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
+import bitfuse  # noqa: F401  the ops declare themselves
+from bitfuse.core.declaration import declarations
+
 from ..cases import Problem
-from .adamw8bit import AdamW
-from .append_kv import AppendKV
-from .attention import Attention
-from .bottleneck_adapter import BottleneckAdapter
-from .decode_attention import DecodeAttention
-from .gated_activation import GatedActivation
-from .lora_linear import LoraLinear
-from .lowbit_linear import LowBitLinear
-from .merge_attention import MergeAttention
-from .multi_lora_linear import MultiLoraLinear
-from .quantize_kv import QuantizeKV
-from .rope import Rope
-from .sample import Sample
-from .speculative_sample import SpeculativeSample
-from .speculative_sample_tree import SpeculativeSampleTree
 
 __all__ = ["SUITES"]
 
-SUITES: dict[str, type[Problem]] = {
-    suite.op: suite
-    for suite in (
-        LowBitLinear,
-        LoraLinear,
-        MultiLoraLinear,
-        Attention,
-        DecodeAttention,
-        GatedActivation,
-        BottleneckAdapter,
-        AdamW,
-        Rope,
-        AppendKV,
-        QuantizeKV,
-        MergeAttention,
-        Sample,
-        SpeculativeSample,
-        SpeculativeSampleTree,
+
+def _suite(op: str) -> type[Problem]:
+    """The problem that an op's file defines."""
+    module = importlib.import_module(f"{__name__}.{op}")
+    (found,) = (
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Problem) and getattr(kind, "op", None) == op
     )
+    return found
+
+
+_files = {module.name for module in pkgutil.iter_modules(__path__)}
+# by op, in the order of the declarations
+SUITES: dict[str, type[Problem]] = {
+    each.name: _suite(each.name) for each in declarations() if each.name in _files
 }

@@ -28,7 +28,6 @@ class AdamW(Problem):
     """`parameters` are those of one tensor; small ones are many."""
 
     op = "adamw8bit"
-    doc = "a step of AdamW, its moments in 8 bits"
     parameters: int
 
     @classmethod

@@ -20,7 +20,6 @@ LENGTH = 128  # tokens that are there: the new one closes a group of codes
 @dataclass(frozen=True)
 class AppendKV(Problem):
     op = "append_kv"
-    doc = "new keys, rotated, and values into a KV cache"
     formats = CACHE_FORMATS
     batch: int
     kv_heads: int

@@ -24,7 +24,6 @@ class Attention(Problem):
     """`window` counts the keys that a query sees, 0 for all."""
 
     op = "attention"
-    doc = "softmax(q k^T) v, and its gradients"
     batch: int
     heads: int
     kv_heads: int

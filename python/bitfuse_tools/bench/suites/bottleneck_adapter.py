@@ -19,7 +19,6 @@ ROWS = (1, 16, 128, 2048)
 @dataclass(frozen=True)
 class BottleneckAdapter(Problem):
     op = "bottleneck_adapter"
-    doc = "x + act(x D^T + c) U^T + b"
     m: int
     k: int
     r: int = 64

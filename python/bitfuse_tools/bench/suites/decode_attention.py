@@ -25,7 +25,6 @@ PAGES = (None, 16)
 @dataclass(frozen=True)
 class DecodeAttention(Problem):
     op = "decode_attention"
-    doc = "one query a sequence against a KV cache, full, paged or in few bits"
     formats = CACHE_FORMATS
     batch: int
     length: int

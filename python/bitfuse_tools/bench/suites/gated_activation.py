@@ -24,7 +24,6 @@ ROWS = (1, 128, 2048)
 @dataclass(frozen=True)
 class GatedActivation(Problem):
     op = "gated_activation"
-    doc = "act(gate) * up, the middle of a gated MLP, and its gradients"
     m: int
     n: int
     activation: str = "silu"

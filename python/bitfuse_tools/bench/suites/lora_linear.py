@@ -30,7 +30,6 @@ Pair = tuple[torch.nn.Parameter, torch.nn.Parameter]  # lora_A and lora_B
 @dataclass(frozen=True)
 class LoraLinear(Problem):
     op = "lora_linear"
-    doc = "x W^T with a LoRA adapter, W in few bits, and its gradients"
     formats = tuple(ALL)
     m: int
     n: int

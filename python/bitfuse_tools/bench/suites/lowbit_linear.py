@@ -24,7 +24,6 @@ ROWS = (1, 16, 128)
 @dataclass(frozen=True)
 class LowBitLinear(Problem):
     op = "lowbit_linear"
-    doc = "x W^T, W in few bits"
     formats = tuple(ALL)
     m: int
     n: int

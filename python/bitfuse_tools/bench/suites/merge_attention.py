@@ -18,7 +18,6 @@ LOG2_E = 1.4426950408889634
 @dataclass(frozen=True)
 class MergeAttention(Problem):
     op = "merge_attention"
-    doc = "attention over two sets of keys, from that over each"
     batch: int
     seq: int
     heads: int

@@ -89,7 +89,6 @@ class Parts:
 @dataclass(frozen=True)
 class MultiLoraLinear(Problem):
     op = "multi_lora_linear"
-    doc = "x W^T with an adapter for each row"
     formats = (*ALL, "dense")
     m: int
     n: int

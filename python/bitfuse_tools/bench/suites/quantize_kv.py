@@ -18,7 +18,6 @@ FORMATS = ("fp8", "int8", "int4")
 @dataclass(frozen=True)
 class QuantizeKV(Problem):
     op = "quantize_kv"
-    doc = "keys and values as the codes of a KV cache"
     formats = FORMATS
     batch: int
     seq: int

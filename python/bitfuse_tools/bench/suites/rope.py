@@ -19,7 +19,6 @@ FIRST = 1000  # position: at 0 nothing turns
 @dataclass(frozen=True)
 class Rope(Problem):
     op = "rope"
-    doc = "rotary position embedding"
     batch: int
     seq: int
     heads: int

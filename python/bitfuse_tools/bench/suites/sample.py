@@ -18,7 +18,6 @@ TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 @dataclass(frozen=True)
 class Sample(Problem):
     op = "sample"
-    doc = "a token a row, after temperature, top-k and top-p"
     m: int
     vocab: int
 

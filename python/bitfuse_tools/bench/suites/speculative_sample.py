@@ -16,7 +16,6 @@ from ..timing import DTYPES
 @dataclass(frozen=True)
 class SpeculativeSample(Problem):
     op = "speculative_sample"
-    doc = "which tokens of a draft a target model keeps"
     batch: int
     drafted: int
     vocab: int

@@ -20,7 +20,6 @@ DEPTH = 3
 @dataclass(frozen=True)
 class SpeculativeSampleTree(Problem):
     op = "speculative_sample_tree"
-    doc = "which path of a tree of drafts a target model keeps"
     batch: int
     nodes: int
     vocab: int
