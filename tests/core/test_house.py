@@ -1,146 +1,155 @@
-"""The import rules: cli, integrations, checkpoints -> nn -> ops -> cpu, cuda, kernels -> op, formats,
-packing, weight."""
+"""The rules of the house: imports and includes go down only, in every rank; `import bitfuse` is light."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "python" / "bitfuse"
-FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
-FILES |= {path.relative_to(ROOT): path for path in (ROOT / "kernels").rglob("*.py")}  # bitfuse.kernels
-RANK = {
-    **dict.fromkeys(
-        (
-            "_sources",
-            "_version",
-            "_interrupt",
-            "_cpu",
-            "_cuda",
-            "autograd",
-            "op",
-            "formats",
-            "packing",
-            "stand_in",
-            "weight",
-            "codebook",
-            "cost",
-            "pages",
-            "arch",
-            "policy",
-            "tensors",
-            "json_files",
-        ),
-        0,
-    ),
-    **dict.fromkeys(
-        (
-            "activations",
-            "attention_args",
-            "autocast",
-            "blockwise",
-            "dropout",
-            "kv_cache",
-            "lora_args",
-            "multi_lora_args",
-        ),
-        0,
-    ),
-    **dict.fromkeys(("cpu", "cuda", "kernels"), 1),
-    "ops": 2,
-    **dict.fromkeys(("nn", "optim", "compat"), 3),
-    **dict.fromkeys(("quantization", "lora"), 4),
-    **dict.fromkeys(
-        (
-            "checkpoints",
-            "integrations",
-            "hypothetical",
-            "info",
-            "tuning",
-            "demo",
-            "finetune",
-            "bench",
-            "ahead",
-            "report",
-            "cli",
-            "__main__",
-            "__init__",
-        ),
-        5,
-    ),
+# by dotted name; the sources of Triton's kernels are bitfuse.kernels
+FOLDERS = {
+    "bitfuse": ROOT / "python/bitfuse",
+    "bitfuse_tools": ROOT / "python/bitfuse_tools",
+    "bitfuse.kernels": ROOT / "kernels",
 }
-# the order inside the lowest room
-PEERS = {
-    "tensors": -1,
-    "json_files": -1,
-    "autograd": 0,
-    "formats": 0,
-    "blockwise": 1,
-    "packing": 0,
-    "stand_in": 0,
-    "dropout": 0,
-    "arch": 0,
-    "_sources": 0,
-    "_version": 0,
-    "_interrupt": 0,
-    "policy": 1,
-    "cost": 1,
-    "op": 2,
-    "weight": 3,
-    "lora_args": 4,
-    "multi_lora_args": 4,
-    "kv_cache": 4,
-    "attention_args": 0,
-    "autocast": 1,
-    "pages": 0,
-}
+# rooms, the highest first; one knows those below it, and of its own rank itself alone
+RANKS: tuple[tuple[str, ...], ...] = (
+    ("bitfuse.__main__",),
+    ("bitfuse_tools.cli",),
+    ("bitfuse_tools",),
+    ("bitfuse",),
+    ("bitfuse.checkpoints", "bitfuse.integrations", "bitfuse.distributed"),
+    ("bitfuse.models",),
+    ("bitfuse.nn", "bitfuse.optim", "bitfuse.compat"),
+    ("bitfuse.ops",),
+    ("backends", "bitfuse.kernels"),
+    ("problems",),
+    ("bitfuse.weights",),
+    ("bitfuse.core",),
+    ("bitfuse._version", "bitfuse._sources", "bitfuse._interrupt", "bitfuse._cpu", "bitfuse._cuda"),
+)
+RANK = {room: -number for number, rooms in enumerate(RANKS) for room in rooms}
+BACKEND = re.compile(r"bitfuse\.ops\.\w+\.\w+_(cpu|cuda)")
+# what an op and its backends hand over
+PROBLEM = re.compile(r"bitfuse\.ops\.\w+\.(\w+_args|kv_cache|pages|example)")
 
 
-def room(parts: tuple[str, ...]) -> str:
-    return parts[0] if parts else "__init__"
-
-
-def imports(place: Path) -> list[tuple[str, ...]]:
-    """The bitfuse modules that a file imports, as paths below the package."""
-    here = place.with_suffix("").parts
-    found: list[tuple[str, ...]] = []
-    for node in ast.walk(ast.parse(FILES[place].read_text())):
-        if isinstance(node, ast.ImportFrom):
-            if node.level:
-                base = here[: len(here) - node.level]
-                target = (*base, *(node.module.split(".") if node.module else ()))
-                found += [(*target, a.name) for a in node.names] if not node.module else [target]
-            elif node.module and node.module.split(".")[0] == "bitfuse":
-                target = tuple(node.module.split(".")[1:])
-                found += [target] if target else [(a.name,) for a in node.names if a.name in RANK]
-        elif isinstance(node, ast.Import):
-            found += [tuple(a.name.split(".")[1:]) for a in node.names if a.name.split(".")[0] == "bitfuse"]
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(p for p in parts if p != "__init__")))] = path
     return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    """The longest of the names in `RANK` that it begins with."""
+    if BACKEND.fullmatch(module):
+        return "backends"
+    if PROBLEM.fullmatch(module):
+        return "problems"
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:length])) in RANK and (name != "bitfuse" or length == len(parts)):
+            return name
+    raise AssertionError(f"{module} has no place in the import rules: give it one")
+
+
+def imports(module: str, later: bool) -> Iterator[str]:
+    """The modules of ours that one imports; `later`: also inside of functions, and for type checkers."""
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if later else iter(tree.body)
+    for node in nodes:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            # a name is a module, or of what is in one
+            inner = [f"{start}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES or name in RANK else start for name in inner]
+        yield from (name for name in names if name.split(".")[0] in ("bitfuse", "bitfuse_tools"))
 
 
 def test_imports_go_down_only() -> None:
     wrong = []
-    for path in sorted(FILES):
-        own = room(path.with_suffix("").parts)
-        assert own in RANK, f"{own} has no place in the import rules: give it one"
-        for target in imports(path):
+    for module in MODULES:
+        own = room(module)
+        for target in imports(module, later=True):
             other = room(target)
-            assert other in RANK, f"{path.name} imports {other}, which has no place in the import rules"
-            down = RANK[other] < RANK[own] or other == own or RANK[own] == 5
-            if RANK[own] == RANK[other] == 0 and own in PEERS and other in PEERS:
-                down = PEERS[other] <= PEERS[own]
-            if not down:
-                wrong.append(f"{path} imports {'.'.join(target)}")
+            if other != own and RANK[other] >= RANK[own]:
+                wrong.append(f"{module} ({own}) imports {target} ({other})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_have_no_circles() -> None:
+    graph = {module: set(imports(module, later=False)) & MODULES.keys() - {module} for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+# of csrc: families are one rank, a file of a family includes those of its own and the ranks below
+CSRC = ("bind", "family", "core", "isa", "common")
+INTRINSIC = re.compile(r"\b_mm\d*_\w+|\bv(ld|st)1q?_\w+|\b__m(128|256|512)\w*\b|immintrin\.h|arm_neon\.h")
+
+
+def csrc_files() -> list[Path]:
+    return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+def csrc_room(path: Path) -> str:
+    """common, bind, or of a device: ptx is CUDA's isa."""
+    parts = path.relative_to(ROOT / "csrc").parts
+    if parts[0] in ("common", "bind"):
+        return parts[0]
+    return {"isa": "isa", "ptx": "isa", "core": "core"}.get(parts[1], "family")
+
+
+def test_includes_go_down_only() -> None:
+    by_name: dict[str, list[Path]] = {}
+    for path in csrc_files():
+        by_name.setdefault(path.name, []).append(path)
+    wrong = []
+    for path in csrc_files():
+        own = CSRC.index(csrc_room(path))
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
+            targets = [path.parent / name, ROOT / "csrc" / name, *(by_name.get(Path(name).name, ())[:1])]
+            target = next((t.resolve() for t in targets if t.is_file()), None)
+            if target is None or not target.is_relative_to(ROOT / "csrc"):
+                continue
+            other = CSRC.index(csrc_room(target))
+            families = csrc_room(path) == csrc_room(target) == "family"
+            if other < own or (families and target.parent.parent != path.parent.parent):
+                wrong.append(f"{path.relative_to(ROOT)} includes {target.relative_to(ROOT)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_instructions_are_named_in_isa_alone() -> None:
+    """What an instruction set calls them, nobody else knows."""
+    wrong = []
+    for path in csrc_files():
+        if csrc_room(path) != "isa" and (found := INTRINSIC.search(path.read_text())):
+            wrong.append(f"{path.relative_to(ROOT)}: {found[0]}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_native_code_knows_no_torch() -> None:
-    for path in (ROOT / "csrc").rglob("*"):
-        if path.is_file():
-            assert "torch/" not in path.read_text() and "ATen" not in path.read_text(), path
+    for path in csrc_files():
+        assert "torch/" not in path.read_text() and "ATen" not in path.read_text(), path
 
 
 def test_import_is_light() -> None:

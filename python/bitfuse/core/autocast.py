@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from ..ops.attention.attention_args import AttentionArgs
-
 # any device's: a fifth of what asking for one costs, and what every call outside of autocast pays
 is_any_enabled = torch._C._is_any_autocast_enabled
 _WIDE = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,16 +41,3 @@ def of_elements(*tensors: Any) -> tuple[Any, ...]:
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     return tuple(t.to(dtype) for t in tensors)
-
-
-def of_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionArgs]:
-    """`of_matmul` for attention: float masks and prefixes too."""
-    dtype = dtype_of(q) if is_any_enabled() else None
-    if dtype is None:
-        return q, k, v, a
-    a = a._replace(
-        bias=cast(a.bias, dtype), prefix_k=cast(a.prefix_k, dtype), prefix_v=cast(a.prefix_v, dtype)
-    )
-    return cast(q, dtype), cast(k, dtype), cast(v, dtype), a

@@ -4,6 +4,7 @@ build, and what every launch needs."""
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
@@ -34,11 +35,9 @@ class Extension:
         self.module: Any = None
         self.missing: str | None = None
         try:
-            from .. import _cuda  # type: ignore[attr-defined]
+            self.module = importlib.import_module("bitfuse._cuda")
         except ImportError as error:
             self.missing = f"the CUDA extension bitfuse._cuda is not there ({error})"
-        else:
-            self.module = _cuda
 
     def cached(self, function: _F) -> _F:
         """`functools.lru_cache` for what the extension answers: forgotten when another takes its place."""

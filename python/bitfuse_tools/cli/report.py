@@ -31,7 +31,7 @@ def report(
         typer.Option(
             metavar="FILE",
             help="A README whose tables to make anew: what stands between <!-- bitfuse:figures NAME --> and "
-            "<!-- /bitfuse:figures -->.",
+            "<!-- /bitfuse:figures -->, and between <!-- bitfuse:ops --> and <!-- /bitfuse:ops -->.",
         ),
     ] = None,
     device: Annotated[

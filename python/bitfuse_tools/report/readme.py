@@ -6,6 +6,8 @@
 
 The name is one of `TABLES`, which tell a story, or `OP:SIZE`, a plain table of an op's milliseconds over a
 size ("lowbit_linear:m"). `on DEVICE` may be left out where there are results of one device.
+
+What stands between <!-- bitfuse:ops --> and <!-- /bitfuse:ops --> says which backend serves which op.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..bench.results import ResultsError
+from . import ops
 from .figures import Device, OpFigures, Row, number, percent, said, short, three, times
 
 BLOCK = re.compile(
@@ -23,7 +26,9 @@ BLOCK = re.compile(
     r"(?P<close><!-- /bitfuse:figures -->)",
     re.DOTALL,
 )
+OPS = re.compile(r"(<!-- bitfuse:ops -->\r?\n).*?(<!-- /bitfuse:ops -->)", re.DOTALL)
 MARK = re.compile(r"<!-- /?bitfuse:figures")
+OPS_MARK = re.compile(r"<!-- /?bitfuse:ops")
 
 
 def rewrite(text: str, devices: Sequence[Device]) -> str:
@@ -37,8 +42,13 @@ def rewrite(text: str, devices: Sequence[Device]) -> str:
         ResultsError: no marks, marks that do not pair, a name that no table has, a device or a case that the
             files lack.
     """
+    text, served = OPS.subn(lambda block: block[1] + ops_table() + block[2], text)
+    if len(OPS_MARK.findall(text)) != 2 * served:
+        raise ResultsError(
+            "a mark in the README stands alone; each <!-- bitfuse:ops --> needs its <!-- /bitfuse:ops -->"
+        )
     blocks = list(BLOCK.finditer(text))
-    if not blocks:
+    if not blocks and not served:
         raise ResultsError(
             "the README has no tables to rewrite; put <!-- bitfuse:figures NAME --> and "
             "<!-- /bitfuse:figures --> where one should stand, on lines of their own, NAME one of "
@@ -138,6 +148,11 @@ def _prose(*parts: str) -> str:
 
 def _bold(words: str, strong: bool) -> str:
     return f"**{words}**" if strong else words
+
+
+def ops_table() -> str:
+    """Which backend serves which op."""
+    return _table(ops.head(), ops.lines()) + _prose(ops.USUAL)
 
 
 SIZES = (1, 16, 128)

@@ -516,12 +516,26 @@ class _Attention(Function):
         return *(g if want else None for g, want in zip(made, wanted, strict=True)), None, None
 
 
+def _autocast(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionArgs]:
+    """As `autocast.of_matmul`: float masks and prefixes too."""
+    dtype = autocast.dtype_of(q) if autocast.is_any_enabled() else None
+    if dtype is None:
+        return q, k, v, a
+    cast = autocast.cast
+    a = a._replace(
+        bias=cast(a.bias, dtype), prefix_k=cast(a.prefix_k, dtype), prefix_v=cast(a.prefix_v, dtype)
+    )
+    return cast(q, dtype), cast(k, dtype), cast(v, dtype), a
+
+
 def apply_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs, deterministic: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and lse, with gradients: what the public functions call. Follows autocast."""
     if autocast.is_any_enabled():
-        q, k, v, a = autocast.of_attention(q, k, v, a)
+        q, k, v, a = _autocast(q, k, v, a)
     learnt = (a.bias, a.sinks, a.prefix_k, a.prefix_v)
     if recorded(q, k, v, *learnt):
         return _Attention.call(q, k, v, *learnt, a, deterministic)
@@ -759,7 +773,7 @@ def _explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) 
     defaults = inspect.signature(attention).parameters
     names = inspect.signature(_args).parameters
     given = {n: options.get(n, defaults[n].default) for n in names if n != "q"}
-    return attention_op.explain(*autocast.of_attention(q, k, v, _args(q, **given)))
+    return attention_op.explain(*_autocast(q, k, v, _args(q, **given)))
 
 
 def _explain_varlen(
@@ -787,7 +801,7 @@ def _explain_varlen(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
-    return replace(attention_op.explain(*autocast.of_attention(q, k, v, a)), op="varlen_attention")
+    return replace(attention_op.explain(*_autocast(q, k, v, a)), op="varlen_attention")
 
 
 def _example_varlen(s: Sizes, make: Make) -> tuple[Any, ...]:
