@@ -15,9 +15,9 @@ from torch.utils._device import _device_constructors
 ROOT = Path(__file__).parents[2]
 FILES = [
     path
-    for folder in ("python/bitfuse", "kernels", "tests/cusim")
+    for folder in ("python/bitfuse", "python/bitfuse_tools", "kernels", "tests/cusim")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if not any(parent.is_symlink() for parent in path.parents)
+    if not path.name.startswith("test_")
 ]
 # what each factory must be told; others that torch gives a default device are told both
 NEEDS = {

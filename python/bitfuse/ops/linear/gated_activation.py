@@ -100,7 +100,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "si
     `torch.autocast` two dtypes become the wider one, as where torch multiplies.
 
     Args:
-        gate, up: one shape, float32, float16 or bfloat16, any strides.
+        gate, up: [..., features], of one shape, float32, float16 or bfloat16, any strides.
         activation: "silu", "gelu", "gelu_tanh" or "relu".
 
     Raises:
