@@ -27,14 +27,14 @@ pytestmark = pytest.mark.skipif(cpp._cpu is None, reason="bitfuse._cpu is not bu
 DRAWS = """
 from accuracy import Errors
 from backends import Target
-from bitfuse.core.cpu import attention as cpp
+from bitfuse import _cpu
 from test_attention import KINDS, check, kind
 for of_kind in range(KINDS):
     errors = Errors()
     for number in range(of_kind, 10 * KINDS, KINDS):
         check(Target("cpp", "cpu"), number, True, errors)
     errors.check(str(kind(of_kind)))
-print(cpp._cpu.isa())
+print(_cpu.isa())
 """
 
 

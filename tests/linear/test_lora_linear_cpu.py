@@ -30,7 +30,7 @@ import itertools, math, torch, bitfuse
 from accuracy import assert_accurate
 from backends import Target
 from bitfuse.core.activations import ACTIVATIONS, activate, derivative
-from bitfuse.core.cpu import lowbit_linear as cpp
+from bitfuse import _cpu
 from bitfuse.ops.linear.lora_args import LoraArgs
 from bitfuse.ops.linear.bottleneck_adapter import bottleneck_adapter_op
 from bitfuse.ops.linear.gated_activation import gated_activation_backward, gated_activation_op
@@ -61,7 +61,7 @@ for m, n, k, rank in itertools.product((1, 3, 5, 14, 70), (27, 136), (64, 200), 
         torch.randint(0, 2**62, (1,)))
     args = LoraArgs(w, a, b, 1.5, None, bias, scale if scaled else None, seed.view(()) if p else None)
     doubles = LoraArgs(dense, a.double(), b.double(), 1.5, None, bias.double(), args.out_scale, args.seed)
-    what = f"{cpp._cpu.isa()} {m}x{n}x{k} rank {rank} {dtype} {adapter} {format} p={p} scaled={scaled}"
+    what = f"{_cpu.isa()} {m}x{n}x{k} rank {rank} {dtype} {adapter} {format} p={p} scaled={scaled}"
     got = target.run(lora_linear_op, x, (args,), p)
     plain = lora_linear_op.reference(x, (args,), p)
     wanted = lora_linear_op.reference(x.double(), (doubles,), p)
@@ -94,7 +94,7 @@ for dtype in floats:
             plain_grad, = torch.autograd.grad(activate(leaf, activation), leaf, grad * up)
             wanted = (grad.double() * up.double() * derivative(gate.double(), activation))
             assert_accurate(d_gate, wanted, plain_grad, f"gate {dtype} {activation}")
-print(cpp._cpu.isa())
+print(_cpu.isa())
 """
 
 

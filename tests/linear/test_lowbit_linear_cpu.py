@@ -36,7 +36,7 @@ RULE = """
 import torch, bitfuse
 from accuracy import assert_accurate
 from bitfuse.ops.linear.lowbit_linear import lowbit_linear_grad_x
-from bitfuse.core.cpu import lowbit_linear as cpp
+from bitfuse import _cpu
 torch.manual_seed(0)
 for format in {formats}:
     for n, k, group in ((41, 24, 8), (27, 72, 24), (72, 136, -1), (201, 384, 64)):
@@ -46,7 +46,7 @@ for format in {formats}:
                 for dtype in (torch.float32, torch.float16, torch.bfloat16):
                     x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
                     exact, plain = w.dequantize().double(), w.dequantize().to(dtype)
-                    what = f"{{cpp._cpu.isa()}} {{format}} {{n}}x{{k}} group {{group}} m={{m}} {{dtype}}"
+                    what = f"{{_cpu.isa()}} {{format}} {{n}}x{{k}} group {{group}} m={{m}} {{dtype}}"
                     assert_accurate(bitfuse.lowbit_linear(x, w), x.double() @ exact.T, x @ plain.T, what)
                     gx = lowbit_linear_grad_x(grad, w.op_args)
                     assert_accurate(gx, grad.double() @ exact, grad @ plain, "gradient, " + what)
@@ -58,7 +58,7 @@ for m in (1, 5, 100):
         assert nan[:, 5].all() and int(nan.sum()) == m
         nan = lowbit_linear_grad_x(torch.ones(m, 23, dtype=dtype), w.op_args).isnan()
         assert nan[:, 70].all() and int(nan.sum()) == m
-print(cpp._cpu.isa())
+print(_cpu.isa())
 """
 
 

@@ -493,7 +493,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 LEVEL = """
 from test_multi_lora_linear import *
-from bitfuse.core.cpu import lowbit_linear as native
+from bitfuse import _cpu
 torch.manual_seed(0)
 cases = [*CASES, Case(13, 200, 1100, 3, (6,), "uniform"), Case(3, 65, 63, 2, (130,), "uniform")]
 for case in cases:
@@ -505,7 +505,7 @@ for case in cases:
         cpp.run(y, x, a, b, scaling, ids)
         exact = add_plain(before.double(), x.double(), a, b, scaling, ids)
         assert_accurate(y, exact, add_plain(before, x, a, b, scaling, ids), f"{case} {kind}")
-print(native._cpu.isa())
+print(_cpu.isa())
 """
 
 
