@@ -339,7 +339,7 @@ def test_old_code_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_two_extensions_can_be_loaded() -> None:
     """pybind11 registers a class for the whole process unless it is told that it is the module's own."""
-    for file in (ROOT / "csrc").glob("bind_cuda*.cpp"):
+    for file in (ROOT / "csrc/bind").glob("cuda*.cpp"):
         text = file.read_text()
         assert text.count("py::class_<") == text.count("py::module_local()"), file.name
 
@@ -570,7 +570,8 @@ def test_the_extension_is_built(
     """Of sources that take seconds: a file for both architectures, one for Hopper alone."""
     package = tmp_path / "bitfuse"
     (package / "csrc" / "cuda").mkdir(parents=True)
-    (package / "csrc" / "bind_cuda.cpp").write_text(BINDING)
+    (package / "csrc" / "bind").mkdir()
+    (package / "csrc" / "bind" / "cuda.cpp").write_text(BINDING)
     (package / "csrc" / "cuda" / "rope.cu").write_text(SOURCE.replace("NAME", "small"))
     (package / "csrc" / "cuda" / "rope_sm90.cu").write_text(SOURCE.replace("NAME", "large"))
     monkeypatch.setattr(_sources, "PACKAGE", package)
