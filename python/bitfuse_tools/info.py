@@ -245,7 +245,7 @@ def _run_format(backend: Backend, format: str, device: torch.device) -> str:
 def _native(module: str, says: str) -> dict[str, Any]:
     """Whether a native module is built and loads, and what it says of itself."""
     try:
-        loaded = importlib.import_module(f"{__package__}.{module}")
+        loaded = importlib.import_module(f"bitfuse.{module}")
     except ModuleNotFoundError:
         return {"built": False, "reason": "not built"}
     except ImportError as error:

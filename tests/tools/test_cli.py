@@ -48,6 +48,7 @@ def test_info() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(done.stdout)
     assert facts["bitfuse"] == bitfuse.__version__ and facts["packages"]["torch"] == torch.__version__
+    assert facts["native"]["_cpu"]["built"]
     assert facts["devices"][0]["device"] == "cpu" and facts["devices"][0]["threads"] >= 1
     by_name = {backend["name"]: backend for backend in facts["backends"]}
     assert list(by_name) == [backend.name for backend in forward_op.backends]

@@ -5,7 +5,7 @@ One JSON file, `policy.json` in BITFUSE_CACHE, else in bitfuse's folder of the u
     {"schema": 1, "devices": {"NVIDIA H100 80GB HBM3": {
         "versions": {"bitfuse": ..., "torch": ..., "triton": ...},
         "backends": {"lowbit_linear(16,4096,4096,int4,128,bfloat16)": {"triton": 1.1e-05, "cuda": 9.3e-06}},
-        "configs": {"lowbit_linear(16,4096,4096,4,128,2,False)": [16, 128, 128, ...]}}}}
+        "configs": {"lowbit_linear(16,4096,4096,int4,128,bfloat16)": [16, 128, 128, ...]}}}}
 
 A device's entries are used by the versions that measured them only.
 """
