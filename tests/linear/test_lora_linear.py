@@ -417,12 +417,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
             x, projections = x.clone(), tuple(on_cpu(q) for q in projections)
             torch.library.opcheck(
                 torch.ops.bitfuse.lora_linear.default,
-                lora_linear_op._flatten(x, projections, p),  # type: ignore[misc]
+                lora_linear_op._flatten(x, projections, p),
             )
             grads = tuple(torch.randn(case.m, q.shape[0], dtype=dtype) for q in projections)
             hs = tuple(torch.randn(case.m, q.shape[2]) for q in projections)
             every = (True,) * len(projections)
-            flat = lora_linear_backward._flatten(grads, x, projections, hs, p, Wanted(True, every, every))  # type: ignore[misc]
+            flat = lora_linear_backward._flatten(grads, x, projections, hs, p, Wanted(True, every, every))
             torch.library.opcheck(torch.ops.bitfuse.lora_linear_backward.default, flat)
 
 
