@@ -1,8 +1,9 @@
 """What a few-bit code means.
 
 Every format reads the same way: ``w[n, k] = (values[code[n, k]] - zero[n, g]) * scale[n, g]`` with g the
-group of input column k. `values` is a table of 2**bits numbers, so an integer, a codebook (NF4) and a
-minifloat (FP8) differ in that table and in how a scale is chosen, and in nothing else.
+group of input column k, or with an offset a group ``values[code[n, k]] * scale[n, g] - offset[n, g]``.
+`values` is a table of 2**bits numbers, so an integer, a codebook (NF4) and a minifloat (FP8) differ in that
+table and in how a scale is chosen, and in nothing else.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class Format:
         tensor_scale: one float32 scale for the whole tensor, on top of the groups' (NVFP4).
         scale_rule: codebooks: "absmax" puts the group's largest magnitude on the largest value; "absmean" is
             its mean magnitude (BitNet b1.58).
+        offset: integers only, with symmetric=False. True: `offsets` holds a float a group, in the place of an
+            integer zero point (HQQ, GGUF's Q4_1 and K-quants).
+        scale_rows: rows that share scales, zero points and offsets: 128 with a group_size of 128 are FP8's
+            blocks (DeepSeek-V3). The last rows may be fewer.
     """
 
     name: str
@@ -82,6 +87,8 @@ class Format:
     nested: bool = False
     tensor_scale: bool = False
     scale_rule: str = "absmax"
+    offset: bool = False
+    scale_rows: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -96,6 +103,13 @@ class Format:
             raise ValueError(
                 f"symmetric is False, but {self.name} is a codebook: only integer formats have zero points"
             )
+        if self.offset and (self.codebook is not None or self.symmetric):
+            found = "a codebook" if self.codebook is not None else "symmetric"
+            raise ValueError(
+                f"offset is True, but {self.name} is {found}: expected an integer format, symmetric=False"
+            )
+        if not isinstance(self.scale_rows, int) or self.scale_rows < 1:
+            raise ValueError(f"scale_rows is {self.scale_rows!r}, expected a positive number of rows")
         if self.scale_dtype not in (*SCALE_DTYPES, *FIXED_SCALE_DTYPES):
             raise ValueError(f"scale_dtype is {self.scale_dtype}, expected one of {SCALE_DTYPES}")
         if self.scale_rule not in ("absmax", "absmean"):
@@ -121,8 +135,8 @@ class Format:
 
     @property
     def zero_point(self) -> int:
-        """The zero point of a symmetric integer format; 0 for a codebook."""
-        return 2 ** (self.bits - 1) if self.is_integer else 0
+        """The zero point of a symmetric integer format; 0 for a codebook and beside offsets."""
+        return 2 ** (self.bits - 1) if self.is_integer and not self.offset else 0
 
     def fitted(self, in_features: int) -> Format:
         """The format with groups that divide in_features: where the name's own size does not, the largest
@@ -147,7 +161,9 @@ class Format:
 
     def __str__(self) -> str:
         parts = [self.name, "per channel" if self.group_size == -1 else f"g{self.group_size}"]
-        return ", ".join(parts + ["asymmetric"] * (not self.symmetric) + ["double quantised"] * self.nested)
+        parts[1] += f" x {self.scale_rows} rows" * (self.scale_rows > 1)
+        asymmetric = ["with offsets" if self.offset else "asymmetric"] * (not self.symmetric)
+        return ", ".join(parts + asymmetric + ["double quantised"] * self.nested)
 
 
 @table
@@ -188,6 +204,8 @@ def get_format(format: str | Format, **changes: object) -> Format:
     elif not isinstance(format, Format):
         raise TypeError(f"format is a {type(format).__name__}, expected a name or a bitfuse.Format")
     changed = {k: v for k, v in changes.items() if v is not None}
+    if changed.get("offset") and format.is_integer:
+        changed.setdefault("symmetric", False)
     check_scale_dtype(format, changed.get("scale_dtype", format.scale_dtype))
     return replace(format, **changed) if changed else format  # type: ignore[arg-type]
 

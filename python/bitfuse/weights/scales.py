@@ -27,15 +27,19 @@ def resolve_scales(
     scale_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Scales as float32; nested ones are ``nested_code[scales] * scale_scales[block of 256] +
-    scale_offset``."""
+    scale_offset``, block by block of each matrix."""
     if scale_offset is None:
         scales = as_floats(scales, scale_dtype).float()
-        return scales if scale_scales is None else scales * scale_scales
+        return scales if scale_scales is None else scales * scale_scales.unsqueeze(-1)
     assert scale_scales is not None
-    first = nested_code(scales.device)[scales.flatten().int()]
-    return (first * scale_scales.repeat_interleave(NESTED_BLOCK)[: first.numel()] + scale_offset).view(
-        scales.shape
-    )
+    first = nested_code(scales.device)[scales.flatten(-2).int()]
+    factor = scale_scales.repeat_interleave(NESTED_BLOCK, -1)[..., : first.shape[-1]]
+    return (first * factor + scale_offset).view(scales.shape)
+
+
+def spread_rows(t: torch.Tensor, scale_rows: int, rows: int) -> torch.Tensor:
+    """What `scale_rows` rows share, [..., ceil(rows / scale_rows), groups], as [..., rows, groups]."""
+    return t if scale_rows == 1 else t.repeat_interleave(scale_rows, -2)[..., :rows, :]
 
 
 def nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,7 +95,7 @@ class StandIn:
         return self.dtype.itemsize
 
     def stride(self, dim: int | None = None) -> Any:
-        strides = (self.shape[1], 1)
+        strides = tuple(math.prod(self.shape[at + 1 :]) for at in range(len(self.shape)))
         return strides if dim is None else strides[dim]
 
     def is_floating_point(self) -> bool:
