@@ -526,11 +526,13 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
 
 def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     """None when `run_grad_x` can serve the call, else the reason."""
-    qweight, scales, zeros, _, _, format, group_size = weight
+    qweight, scales, zeros, _, _, format, group_size, _, _ = weight
     if (reason := refuse(qweight.device)) is not None:
         return reason
     if format not in CODES:
         return f"format {format!r} is none of {', '.join(CODES)}"
+    if (reason := weight.beyond()) is not None:
+        return reason
     if group_size % 8:
         return f"group_size {group_size} is not a multiple of 8"
     if scales.dtype not in _SCALES:
@@ -677,7 +679,7 @@ def _run(
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return _run(x, weight, grad_x, bias, out_scale, low_rank, previous)
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, _, _ = weight
     n, k = weight.shape
     width, depth = (k, n) if grad_x else (n, k)
     out = previous

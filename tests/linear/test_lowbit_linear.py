@@ -150,7 +150,7 @@ def test_no_bias_builds_up(target: Target, dtype: torch.dtype, options: dict[str
 def test_a_format_that_a_backend_lacks_is_refused_and_never_served_wrong(
     target: Target, options: dict[str, Any]
 ) -> None:
-    w = bitfuse.quantize(torch.randn(32, 128), **options, group_size=64)
+    w = bitfuse.quantize(torch.randn(32, 128), **(options | dict(group_size=64)))
     dtype = torch.float16 if target.backend == "cuda" else torch.float32
     x, grad = target.place(torch.randn(2, 128, dtype=dtype), torch.randn(2, 32, dtype=dtype))
     args = target.place_weight(w).op_args

@@ -13,7 +13,7 @@ import torch
 from ..ops.linear.lowbit_linear import FLOATS
 from ..weights.quantize import quantize
 from ..weights.scales import nest_scales
-from ..weights.weight import CHUNK, LowBitWeight, dequantize_rows
+from ..weights.weight import CHUNK, LowBitWeight
 from .linear import Linear, is_conv1d
 
 # what of a module calls hooks: they move from a layer to the one around it
@@ -385,18 +385,13 @@ def options_from_bytes(state: object, name: str) -> dict[str, Any]:
 def float_rows(base: torch.nn.Linear | Linear) -> Iterator[tuple[slice, torch.Tensor]]:
     """Slices of rows of a layer's weight as float32, in the original column order, a bounded number of
     weights at a time. A slice begins at a multiple of 8."""
+    if isinstance(base, Linear):
+        yield from base.weight.float_rows(8)
+        return
     step = max(8, CHUNK // base.in_features // 8 * 8)
-    few_bit = base.weight if isinstance(base, Linear) else None
-    scales = None if few_bit is None else few_bit.float_scales()
     for at in range(0, base.out_features, step):
         rows = slice(at, at + step)
-        if few_bit is None or scales is None:
-            assert isinstance(base.weight, torch.Tensor)
-            yield rows, base.weight.detach()[rows].float()
-            continue
-        zeros = None if few_bit.zeros is None else few_bit.zeros[rows]
-        w = dequantize_rows(few_bit.qweight[rows], scales[rows], zeros, few_bit.format)
-        yield rows, w if few_bit.perm is None else torch.empty_like(w).index_copy_(1, few_bit.perm, w)
+        yield rows, base.weight.detach()[rows].float()
 
 
 def _requantise(
@@ -413,6 +408,7 @@ def _requantise(
     scales = torch.cat([p.scales for p in parts])
     nested = nest_scales(scales) if w.format.nested else (scales, None, None)
     zeros = None if w.zeros is None else torch.cat([p.zeros for p in parts if p.zeros is not None])
+    offsets = None if w.offsets is None else torch.cat([p.offsets for p in parts if p.offsets is not None])
     qweight = torch.cat([p.qweight for p in parts])
     parts_of = (qweight, nested[0], w.format, w.shape, zeros, w.g_idx, nested[1], nested[2])
-    return LowBitWeight(*parts_of, dtype=w.dtype)
+    return LowBitWeight(*parts_of, dtype=w.dtype, offsets=offsets)

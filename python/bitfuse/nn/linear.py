@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from ..core.explain import Explanation, explain
-from ..ops.linear.lowbit_linear import apply_lowbit, lowbit_linear
+from ..ops.linear.lowbit_linear import apply_lowbit, check_matrix, lowbit_linear
 from ..weights.formats import FIXED_SCALE_DTYPES, Format, get_format
 from ..weights.quantize import quantize
 from ..weights.scales import as_bytes, as_floats
 from ..weights.weight import LowBitWeight, WeightTensors, column_order, whole
 
-_TENSORS = ("qweight", "scales", "zeros", "g_idx", "scale_scales", "scale_offset")
-_FLOAT_TENSORS = ("scales", "scale_scales", "scale_offset")
+_TENSORS = ("qweight", "scales", "zeros", "g_idx", "scale_scales", "scale_offset", "offsets")
+_FLOAT_TENSORS = ("scales", "scale_scales", "scale_offset", "offsets")
 
 
 class _Uncast(torch.Tensor):
@@ -60,19 +60,19 @@ class Linear(torch.nn.Linear):
     `LowBitWeight`.
 
     The state dict is plain tensors: `qweight`, `scales`, what else the format needs (`zeros`, `g_idx`,
-    `scale_scales`, `scale_offset`), `bias`, and `_extra_state`, the format as JSON in bytes. Scales in eight
-    bits are held as uint8, which pickle, gloo and averaging take; a state with them as floats loads too.
-    Loading checks all of them before it writes any. `half()`, `bfloat16()` and `to(dtype)` change the bias,
-    and what `weight.dtype` says, and never the few-bit tensors; FSDP2's MixedPrecisionPolicy likewise. An
-    average of models (EMA, SWA) should be of what requires a gradient: torch averages integers by a cast,
-    which rounds codes down at some decays (0.999 keeps them).
+    `scale_scales`, `scale_offset`, `offsets`), `bias`, and `_extra_state`, the format as JSON in bytes.
+    Scales in eight bits are held as uint8, which pickle, gloo and averaging take; a state with them as floats
+    loads too. Loading checks all of them before it writes any. `half()`, `bfloat16()` and `to(dtype)` change
+    the bias, and what `weight.dtype` says, and never the few-bit tensors; FSDP2's MixedPrecisionPolicy
+    likewise. An average of models (EMA, SWA) should be of what requires a gradient: torch averages integers
+    by a cast, which rounds codes down at some decays (0.999 keeps them).
 
     Args:
         in_features, out_features: sizes, in_features a multiple of 8.
         bias: True adds a bias.
         device, dtype: of the bias, and the device of all.
-        format: a name or a `Format`; `group_size`, `symmetric`, `nested`, `scale_dtype` as in
-            `bitfuse.quantize`.
+        format: a name or a `Format`; `group_size`, `symmetric`, `nested`, `scale_dtype`, `offset`,
+            `scale_rows` as in `bitfuse.quantize`.
         act_order: True makes room for a `g_idx`.
 
     Raises:
@@ -96,10 +96,18 @@ class Linear(torch.nn.Linear):
         nested: bool | None = None,
         scale_dtype: torch.dtype | None = None,
         act_order: bool = False,
+        offset: bool | None = None,
+        scale_rows: int | None = None,
     ) -> None:
         torch.nn.Module.__init__(self)
         fmt = get_format(
-            format, group_size=group_size, symmetric=symmetric, nested=nested, scale_dtype=scale_dtype
+            format,
+            group_size=group_size,
+            symmetric=symmetric,
+            nested=nested,
+            scale_dtype=scale_dtype,
+            offset=offset,
+            scale_rows=scale_rows,
         )
         if group_size is None:
             fmt = fmt.fitted(in_features)
@@ -118,6 +126,7 @@ class Linear(torch.nn.Linear):
         self._hold(LowBitWeight(format=fmt, shape=shape, dtype=dtype, **tensors), made)
 
     def _hold(self, w: LowBitWeight, bias: torch.Tensor | None) -> None:
+        check_matrix(w)
         self.out_features, self.in_features = w.shape
         self.format = w.format
         self.group_size = w.group_size
@@ -168,7 +177,7 @@ class Linear(torch.nn.Linear):
         return w if g_idx is None or self.perm is None else w.ordered(g_idx, self.perm)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: t for name in _TENSORS if (t := getattr(self, name)) is not None}
+        return {name: t for name in _TENSORS if (t := getattr(self, name, None)) is not None}
 
     def _device(self) -> torch.device:
         return self._tensors()["qweight"].device
@@ -180,7 +189,9 @@ class Linear(torch.nn.Linear):
         if "qweight" not in p:  # a replica of nn.DataParallel has its tensors as plain attributes
             p = self.__dict__ | p
         tensors = (p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"])
-        return WeightTensors(*tensors, self.format.name, self.group_size)
+        # layers pickled by 0.1 have no offsets
+        more = (p.get("offsets"), self.format.scale_rows)
+        return WeightTensors(*tensors, self.format.name, self.group_size, *more)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if type(input) is not torch.Tensor and input.is_nested:
@@ -192,7 +203,8 @@ class Linear(torch.nn.Linear):
         if bias is not None and bias.dtype is not input.dtype:
             bias = bias.to(input.dtype)
         tensors = (p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"])
-        weight = WeightTensors(*tensors, self.format.name, self.group_size)
+        format = self.format
+        weight = WeightTensors(*tensors, format.name, self.group_size, p.get("offsets"), format.scale_rows)
         return apply_lowbit(input, weight, self._buffers["perm"], bias)
 
     def explain(self, x: torch.Tensor) -> Explanation:
@@ -242,10 +254,12 @@ class Linear(torch.nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        scales, dtype = destination[prefix + "scales"], self.format.scale_dtype
+        dtype = self.format.scale_dtype
         # widened by a loop over all parameters (PEFT's prepare_model_for_kbit_training): back, which is exact
-        if scales.is_floating_point() and scales.dtype.itemsize > dtype.itemsize:
-            destination[prefix + "scales"] = scales.to(dtype)
+        for name in (prefix + "scales", prefix + "offsets"):
+            t = destination.get(name)
+            if t is not None and t.is_floating_point() and t.dtype.itemsize > dtype.itemsize:
+                destination[name] = t.to(dtype)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         present = [name for name in _TENSORS if prefix + name in state_dict]
@@ -272,7 +286,9 @@ class Linear(torch.nn.Linear):
                 raise ValueError(f"{prefix}_extra_state is not the JSON of a format: {why}") from None
             if found != (own := _describe(self.format)):
                 differ = ", ".join(
-                    f"{k} {found.get(k)!r} (layer: {own.get(k)!r})" for k in own if found.get(k) != own[k]
+                    f"{k} {found.get(k)!r} (layer: {own.get(k)!r})"
+                    for k in {**own, **found}
+                    if found.get(k) != own.get(k)
                 )
                 raise ValueError(f"{prefix}_extra_state is of another format than the layer: {differ}")
         tensors: dict[str, Any] = {name: state_dict.get(prefix + name) for name in self._tensors()}
@@ -281,12 +297,12 @@ class Linear(torch.nn.Linear):
             raise ValueError(
                 f"the state has {prefix}{extra_names[0]}, which this layer ({self.format}) has no place for"
             )
-        scales, own_scales = tensors["scales"], self._tensors()["scales"]
-        own_dtypes = (own_scales.dtype, self.format.scale_dtype)
-        if isinstance(scales, torch.Tensor) and scales.dtype not in own_dtypes:  # copying would round them
-            raise ValueError(
-                f"{prefix}scales has dtype {scales.dtype}, expected the layer's {own_scales.dtype}"
-            )
+        for name in ("scales", "offsets"):
+            t, own_t = tensors.get(name), self._tensors().get(name)
+            if not isinstance(t, torch.Tensor) or own_t is None:
+                continue
+            if t.dtype not in (own_t.dtype, self.format.scale_dtype):  # copying would round them
+                raise ValueError(f"{prefix}{name} has dtype {t.dtype}, expected the layer's {own_t.dtype}")
         try:
             LowBitWeight(
                 format=self.format, shape=(self.out_features, self.in_features), **tensors
@@ -328,7 +344,11 @@ def _keep_uncast(parameter: object) -> None:
 
 
 def _describe(format: Format) -> dict[str, Any]:
-    """The format as JSON can hold it; the codebook goes without saying, by the name."""
+    """The format as JSON can hold it; the codebook goes without saying, by the name, and so does what version
+    0.1 had not, where it is not used."""
     described = asdict(format) | {"scale_dtype": str(format.scale_dtype).removeprefix("torch.")}
     del described["codebook"]
+    for name, unused in (("offset", False), ("scale_rows", 1)):
+        if described[name] == unused:
+            del described[name]
     return described

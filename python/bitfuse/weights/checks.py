@@ -12,7 +12,7 @@ def check_shape(shape: tuple[int, ...], format: Format) -> tuple[int, int]:
     n, k = shape[-2:] if len(shape) > 1 else (0, 0)
     if n < 0 or k <= 0 or k % 8 or min(shape) < 0:
         raise ValueError(
-            f"shape is {tuple(shape)}, expected ([...], out_features, in_features), in_features a multiple of 8"
+            f"shape is {tuple(shape)}, expected (..., out_features, in_features), in_features a multiple of 8"
         )
     if format.group_size != -1 and k % format.group_size:
         raise ValueError(

@@ -199,6 +199,7 @@ def find_scales(
     scales = torch.empty(-(-n // format.scale_rows), k // group, dtype=dtype, device=device)
     exact = torch.empty_like(scales, dtype=torch.float32)
     offsets = torch.empty_like(scales) if format.offset else None
+    least = torch.empty_like(exact)
     zeros = None if format.symmetric or format.offset else torch.empty_like(scales, dtype=torch.uint8)
     for rows, blocks, w in _blocks(weight, group, perm, format.scale_rows):
         check_finite(f"weight (rows from {rows.start})", weight[rows])
@@ -206,29 +207,45 @@ def find_scales(
         exact[blocks] = found.view(-1, k // group)
         scales[blocks] = exact[blocks].to(dtype)
         if offsets is not None:
-            offsets[blocks] = (-w.amin(1)).to(dtype).view(-1, k // group)
+            least[blocks] = w.amin(1).view(-1, k // group)
+            offsets[blocks] = -least[blocks].to(dtype)
         if zeros is not None:
             # against the scale that is stored; a group of zeros has scale 0
             stored = scales[blocks].float().view(-1, 1)
             zero = -w.amin(1, keepdim=True).clamp(max=0) / _divisor(stored)
             zeros[blocks] = zero.round().clamp(0, 2**format.bits - 1).view(-1, k // group)
-    if offsets is not None and not bool(torch.isfinite(offsets).all()):
-        raise ValueError(
-            f"scale_dtype {dtype} can't hold the offsets of this weight (largest magnitude "
-            f"{float(weight.abs().max()):.3g}): pass scale_dtype=torch.float32"
-        )
-    return scales, zeros, offsets, tensor_scale, _lost_in(scales, exact, weight, format) if n else ""
+    if offsets is not None:
+        top = scales.float() * (2**format.bits - 1)
+        if not bool((torch.isfinite(offsets) & torch.isfinite(top)).all()):
+            raise ValueError(
+                f"scale_dtype {dtype} can't hold the scales and offsets of this weight (largest magnitude "
+                f"{float(weight.abs().max()):.3g}){_remedy(dtype)}"
+            )
+    said = _lost_in(scales, exact, weight, format, offsets, least) if n else ""
+    return scales, zeros, offsets, tensor_scale, said
 
 
-def _lost_in(scales: torch.Tensor, exact: torch.Tensor, weight: torch.Tensor, format: Format) -> str:
-    """What groups of a weight are lost because their scales, as they are stored, are far from the exact ones;
-    ValueError when the largest are."""
-    dtype = format.scale_dtype
-    remedy = "" if dtype in (*FIXED_SCALE_DTYPES, torch.float32) else ": pass scale_dtype=torch.float32"
+def _remedy(dtype: torch.dtype) -> str:
+    return "" if dtype in (*FIXED_SCALE_DTYPES, torch.float32) else ": pass scale_dtype=torch.float32"
+
+
+def _lost_in(
+    scales: torch.Tensor,
+    exact: torch.Tensor,
+    weight: torch.Tensor,
+    format: Format,
+    offsets: torch.Tensor | None,
+    lowest: torch.Tensor,
+) -> str:
+    """What groups of a weight are lost because their scales or offsets, as they are stored, are far from the
+    exact ones; ValueError when the largest are. `lowest`: of each group, where there are offsets."""
+    dtype, remedy = format.scale_dtype, _remedy(format.scale_dtype)
     stored, size = scales.float(), exact.abs()
     # rounding a scale may move its largest value by a quarter of a step
     error, allowed = (stored - exact).abs(), max(2.0 ** -(format.bits + 1), torch.finfo(dtype).eps)
     off = error > allowed * size
+    if offsets is not None:
+        off |= (offsets.float() + lowest).abs() > torch.maximum(size, lowest.abs() / 2)
     if format.nested:
         off |= ((resolve_scales(*nest_scales(scales), dtype) - exact).abs() > 0.5 * size) & (size > 0)
     if bool((size < torch.finfo(torch.float32).tiny).any()):  # zeros, or numbers too small for any scale
@@ -247,9 +264,10 @@ def _lost_in(scales: torch.Tensor, exact: torch.Tensor, weight: torch.Tensor, fo
     if not count:
         return ""
     row = int(off.any(1).nonzero()[0]) * format.scale_rows
+    there = weight[row : row + format.scale_rows]
     return (
         f"{count} of {off.numel()} groups, the first in row {row} (largest magnitude there "
-        f"{float(weight[row : row + format.scale_rows].abs().max()):.3g}, of all {float(weight.abs().max()):.3g}), are too small for "
+        f"{float(there.abs().max()):.3g}, of all {float(weight.abs().max()):.3g}), are too small for "
         f"their scales in {'8 bits' if format.nested else dtype}, and are lost or far off{remedy}"
     )
 

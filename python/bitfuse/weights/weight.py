@@ -59,6 +59,20 @@ class WeightTensors(NamedTuple):
         """What says how to read them: format, group_size, scale_rows."""
         return self.format, self.group_size, self.scale_rows
 
+    def unbind(self) -> list[WeightTensors]:
+        """Of a weight with leading dimensions, each of the first one's."""
+        count = self.qweight.shape[0]
+        each = ([None] * count if t is None else t.unbind() for t in self.tensors())
+        return [weight_tensors(tensors, *self.how()) for tensors in zip(*each, strict=True)]
+
+    def beyond(self) -> str | None:
+        """Why a backend refuses that knows zero points, and a scale for each row, alone; None if those will
+        do."""
+        if self.offsets is None and self.scale_rows == 1:
+            return None
+        what = "float offsets" if self.offsets is not None else f"scales that {self.scale_rows} rows share"
+        return f"it has no kernel for {what}"
+
     def dequantize(self) -> torch.Tensor:
         """Float32 [out_features, in_features] in qweight's column order."""
         format = get_format(self.format)
@@ -160,11 +174,8 @@ class LowBitWeight(StandIn):
         apart)."""
         n, k = check_shape(shape, format)
         lead = tuple(shape[:-2])
-        of_groups = (
-            *lead,
-            -(-n // format.scale_rows),
-            k // (k if format.group_size == -1 else format.group_size),
-        )
+        groups = 1 if format.group_size == -1 else k // format.group_size
+        of_groups = (*lead, -(-n // format.scale_rows), groups)
         yield "qweight", (torch.uint8,), (*lead, n, packed_width(k, format.bits))
         fixed = format.scale_dtype in FIXED_SCALE_DTYPES
         dtypes = (format.scale_dtype, torch.uint8) if fixed else SCALE_DTYPES

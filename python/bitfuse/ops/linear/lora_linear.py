@@ -24,11 +24,11 @@ from ...core.policy import bucket
 from ...core.tensors import PLAIN, as_rows, check_tensor
 from ...kernels.linear import lora_linear as triton
 from ...weights.example import example_weight
-from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
+from ...weights.weight import TENSORS, LowBitWeight, WeightTensors, weight_tensors
 from . import lora_linear_cpu as cpp
 from . import lora_linear_cuda as cuda
 from .lora_args import LoraArgs
-from .lowbit_linear import FLOATS, check_float, check_weight
+from .lowbit_linear import FLOATS, check_float, check_matrix, check_weight
 
 MAX_RANK = 512
 
@@ -150,38 +150,43 @@ def _kind(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) 
 
 
 # no lists of what may be missing, of bool or of str: torch.jit.trace knows none
-_PROJECTIONS = "Tensor[] tensors, int[] given, str formats, int[] group_sizes, float[] scaling"
+_PROJECTIONS = (
+    "Tensor[] tensors, int[] given, str formats, int[] group_sizes, int[] scale_rows, float[] scaling"
+)
 _DENSE = "dense"  # the name of no format
-_SLOTS = 11  # of a projection in `given`: five of its weight, lora_A, lora_B, scale_by, bias, out_scale, seed
+# of a projection in `given`: its weight's, lora_A, lora_B, scale_by, bias, out_scale, seed
+_SLOTS = TENSORS + 6
 
 
 def _flatten(projections: tuple[LoraArgs, ...]) -> tuple[Any, ...]:
     slots: list[torch.Tensor | None] = []
-    formats, group_sizes = [], []
+    formats, group_sizes, scale_rows = [], [], []
     for p in projections:
         if isinstance(p.weight, WeightTensors):
-            slots += p.weight[:5]
-            formats.append(p.weight.format)
-            group_sizes.append(p.weight.group_size)
+            slots += p.weight.tensors()
+            how = p.weight.how()
         else:
-            slots += [p.weight, None, None, None, None]
-            formats.append(_DENSE)
-            group_sizes.append(0)
+            slots += [p.weight, *[None] * (TENSORS - 1)]
+            how = _DENSE, 0, 1
+        for kept, one in zip((formats, group_sizes, scale_rows), how, strict=True):
+            kept.append(one)
         slots += [p.lora_A, p.lora_B, p.scale_by, p.bias, p.out_scale, p.seed]
     given = [int(t is not None) for t in slots]
     scaling = [p.scaling for p in projections]
-    return [t for t in slots if t is not None], given, "\n".join(formats), group_sizes, scaling
+    tensors = [t for t in slots if t is not None]
+    return tensors, given, "\n".join(formats), group_sizes, scale_rows, scaling
 
 
 def _unflatten(
-    tensors: Any, given: Any, formats: str, group_sizes: Any, scaling: Any
+    tensors: Any, given: Any, formats: str, group_sizes: Any, scale_rows: Any, scaling: Any
 ) -> tuple[LoraArgs, ...]:
     left = iter(tensors)
     projections = []
-    for i, (format, group_size, s) in enumerate(zip(formats.split("\n"), group_sizes, scaling, strict=True)):
+    hows = zip(formats.split("\n"), group_sizes, scale_rows, strict=True)
+    for i, (how, s) in enumerate(zip(hows, scaling, strict=True)):
         slots: list[Any] = [next(left) if there else None for there in given[_SLOTS * i : _SLOTS * (i + 1)]]
-        weight = slots[0] if format == _DENSE else weight_tensors(slots[:5], format, group_size)
-        lora_A, lora_B, *others = slots[5:]
+        weight = slots[0] if how[0] == _DENSE else weight_tensors(slots[:TENSORS], *how)
+        lora_A, lora_B, *others = slots[TENSORS:]
         projections.append(LoraArgs(weight, lora_A, lora_B, s, *others))
     return tuple(projections)
 
@@ -331,21 +336,20 @@ def taken_apart(projections: tuple[LoraArgs, ...]) -> tuple[list[torch.Tensor | 
     tensors: list[torch.Tensor | None] = []
     rest: list[Any] = []
     for p in projections:
-        few_bit = isinstance(p.weight, WeightTensors)
-        tensors += p.weight[:5] if isinstance(p.weight, WeightTensors) else [p.weight]
+        tensors += p.weight.tensors() if isinstance(p.weight, WeightTensors) else [p.weight]
         tensors += [p.lora_A, p.lora_B, p.scale_by, p.seed]
-        rest.append((p.scaling, *(p.weight[5:] if few_bit else (None, 0))))
+        rest.append((p.scaling, p.weight.how() if isinstance(p.weight, WeightTensors) else None))
     return tensors, rest
 
 
 def put_together(tensors: Iterator[Any], rest: list[Any]) -> tuple[LoraArgs, ...]:
     """What `taken_apart` took apart; takes its tensors from the iterator."""
     projections = []
-    for scaling, format, group_size in rest:
-        if format is None:
+    for scaling, how in rest:
+        if how is None:
             weight = next(tensors)
         else:
-            weight = weight_tensors([next(tensors) for _ in range(5)], format, group_size)
+            weight = weight_tensors([next(tensors) for _ in range(TENSORS)], *how)
         lora_A, lora_B, scale_by, seed = (next(tensors) for _ in range(4))
         projections.append(LoraArgs(weight, lora_A, lora_B, scaling, scale_by, seed=seed))
     return tuple(projections)
@@ -501,6 +505,7 @@ def lora_args(
     weight: WeightTensors | torch.Tensor
     perm = None
     if isinstance(w, LowBitWeight):
+        check_matrix(w)
         weight, perm = w.op_args, w.perm
     elif isinstance(w, torch.Tensor):
         weight = w

@@ -23,7 +23,7 @@ def _unserved(projections: tuple[LoraArgs, ...]) -> str | None:
         return missing
     for p in projections:
         weight = p.weight
-        if isinstance(weight, WeightTensors) and (reason := _reason(weight.format, weight.group_size)):
+        if isinstance(weight, WeightTensors) and (reason := _reason(weight)):
             return reason
     return None
 

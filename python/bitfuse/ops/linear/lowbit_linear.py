@@ -51,12 +51,14 @@ def check_float(x: torch.Tensor, name: str, columns: int) -> None:
 def check_weight(weight: WeightTensors, k: int, device: torch.device) -> int:
     """What native code relies on; out_features. The commonest weight, of one level of scales, takes a shorter
     way."""
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, offsets, scale_rows = weight
     sizes = qweight.shape
     if (
         scale_scales is None
         and scale_offset is None
         and zeros is None
+        and offsets is None
+        and scale_rows == 1
         and scales.shape == _scales_shape(format, group_size, k, sizes)
         and scales.dtype in FLOATS
         and scales.device == device
@@ -64,8 +66,9 @@ def check_weight(weight: WeightTensors, k: int, device: torch.device) -> int:
         and qweight.device == device
     ):
         return sizes[0]
-    given = (zeros is not None, scale_scales is not None, scale_offset is not None)
-    for t, expected in zip(weight[:5], _expected(format, group_size, k, sizes, given), strict=True):
+    given = (zeros is not None, scale_scales is not None, scale_offset is not None, offsets is not None)
+    parts = _expected(format, group_size, scale_rows, k, sizes, given)
+    for t, expected in zip(weight.tensors(), parts, strict=True):
         if expected is None:
             if t is not None:
                 raise ValueError(f"scale_offset is given, which format {format!r} has no place for")
@@ -74,19 +77,30 @@ def check_weight(weight: WeightTensors, k: int, device: torch.device) -> int:
     return sizes[0]
 
 
+def check_matrix(w: LowBitWeight) -> None:
+    """Raise ValueError for a weight with leading dimensions."""
+    if len(w.shape) != 2:
+        raise ValueError(
+            f"w has shape {list(w.shape)}, expected [out_features, in_features]: pick a matrix of it, w[i]"
+        )
+
+
 @functools.lru_cache(maxsize=4096)
 def _scales_shape(format: str, group_size: int, k: int, packed: torch.Size) -> tuple[int, ...] | None:
     """The shape of scales in floats; None for a format whose scales are none."""
-    scales = _expected(format, group_size, k, packed, (False, False, False))[1]
+    scales = _expected(format, group_size, 1, k, packed, (False,) * 4)[1]
     return scales[2] if scales is not None and scales[1] == FLOATS else None
 
 
 @functools.lru_cache(maxsize=4096)
 def _expected(
-    format: str, group_size: int, k: int, packed: torch.Size, given: tuple[bool, bool, bool]
+    format: str, group_size: int, scale_rows: int, k: int, packed: torch.Size, given: tuple[bool, ...]
 ) -> tuple[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]] | None, ...]:
-    """Name, dtypes and shape of each tensor of a weight, None for one that there is not."""
+    """Name, dtypes and shape of each tensor of a weight, None for one that there is not; `given`: which of
+    zeros, scale_scales, scale_offset and offsets there are."""
     fmt = get_format(format)
+    if given[0] and given[3]:
+        raise ValueError("zeros and offsets are given, expected one of them")
     if len(packed) != 2 or packed[1] * 8 != k * fmt.bits:
         raise ValueError(
             f"x has {k} features and qweight has shape {list(packed)}, expected in_features = "
@@ -98,12 +112,15 @@ def _expected(
     fmt = replace(
         fmt,
         group_size=group_size,
-        symmetric=not given[0],
+        symmetric=not (given[0] or given[3]),
+        offset=given[3],
+        scale_rows=scale_rows,
         nested=nested,
         scale_dtype=torch.float32 if nested else fmt.scale_dtype,
     )
     by_name = {expected[0]: expected for expected in LowBitWeight.expected(fmt, (packed[0], k))}
-    return tuple(by_name.get(name) for name in ("qweight", "scales", "zeros", "scale_scales", "scale_offset"))
+    names = ("qweight", "scales", "zeros", "scale_scales", "scale_offset", "offsets")
+    return tuple(by_name.get(name) for name in names)
 
 
 def _reference(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
@@ -137,13 +154,16 @@ def _cost(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None = No
 
 def _kind(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> tuple[Any, ...]:
     n, k = weight.shape
-    return bucket(x.numel() // max(k, 1)), n, k, weight.format, weight.group_size, x.dtype
+    kind = bucket(x.numel() // max(k, 1)), n, k, weight.format, weight.group_size, x.dtype
+    # version 0.1 has measured the others
+    return kind if weight.beyond() is None else (*kind, weight.offsets is not None, weight.scale_rows)
 
 
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? scale_scales, Tensor? scale_offset"
+_HOW = "str format, int group_size, Tensor? offsets=None, int scale_rows=1"
 
 forward_op = Op(
-    f"lowbit_linear(Tensor x, {_WEIGHT}, Tensor? bias, str format, int group_size) -> Tensor",
+    f"lowbit_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
     _check,
     _reference,
     _fake,
@@ -159,7 +179,7 @@ forward_op = Op(
     unflatten=lambda x, *flat: (x, WeightTensors(*flat[:5], *flat[6:]), flat[5]),
 )
 lowbit_linear_grad_x = Op(
-    f"lowbit_linear_grad_x(Tensor grad, {_WEIGHT}, str format, int group_size) -> Tensor",
+    f"lowbit_linear_grad_x(Tensor grad, {_WEIGHT}, {_HOW}) -> Tensor",
     _check_grad_x,
     _reference_grad_x,
     _fake_grad_x,
@@ -188,10 +208,11 @@ class _LowBitLinear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, _, perm, *tensors, ctx.format, ctx.group_size = inputs
-        ctx.save_for_backward(*tensors, perm)
+        weight = WeightTensors(*inputs[3:])
+        tensors, ctx.how = (*weight.tensors(), inputs[2]), weight.how()
+        ctx.save_for_backward(*tensors)
         if elsewhere():
-            ctx.save_for_forward(*tensors, perm)
+            ctx.save_for_forward(*tensors)
             ctx.set_materialize_grads(False)
             ctx.shape = output.shape
 
@@ -201,7 +222,7 @@ class _LowBitLinear(Function):
         *tensors, perm = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = weight_tensors(tensors, ctx.format, ctx.group_size)
+            weight = weight_tensors(tensors, *ctx.how)
             grad_x = _grad_x(grad, weight)
             if perm is not None:
                 grad_x = torch.empty_like(grad_x).index_copy_(-1, perm, grad_x)
@@ -217,7 +238,7 @@ class _LowBitLinear(Function):
         *tensors, perm = ctx.saved_tensors
         if x is None:
             return bias.expand(ctx.shape).contiguous()
-        return apply_lowbit(x, weight_tensors(tensors, ctx.format, ctx.group_size), perm, bias)
+        return apply_lowbit(x, weight_tensors(tensors, *ctx.how), perm, bias)
 
 
 _NONE = (None,) * (1 + len(WeightTensors._fields))  # of perm and the weight
@@ -234,19 +255,20 @@ class _GradX(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, *tensors, ctx.format, ctx.group_size = inputs
-        ctx.save_for_backward(*tensors)
+        weight = WeightTensors(*inputs[1:])
+        ctx.how = weight.how()
+        ctx.save_for_backward(*weight.tensors())
         if elsewhere():
-            ctx.save_for_forward(*tensors)
+            ctx.save_for_forward(*weight.tensors())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight = weight_tensors(ctx.saved_tensors, ctx.format, ctx.group_size)
+        weight = weight_tensors(ctx.saved_tensors, *ctx.how)
         return apply_lowbit(grads[0], weight, None, None), *_NONE[1:]
 
     @staticmethod
     def tangents(ctx: Any, *tangents: Any) -> torch.Tensor:
-        return _grad_x(tangents[0], weight_tensors(ctx.saved_tensors, ctx.format, ctx.group_size))
+        return _grad_x(tangents[0], weight_tensors(ctx.saved_tensors, *ctx.how))
 
 
 def _grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
@@ -278,10 +300,14 @@ def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = 
     take the autocast dtype, as in `torch.nn.functional.linear`. Gradients flow to x and bias; W is frozen and
     is never written densely by the fused backends (QLoRA; Dettmers et al., 2023).
 
+    Of a weight with leading dimensions (experts) it is `torch.matmul` of x and W^T, matrix by matrix: the
+    leading dimensions of x and w broadcast, and each matrix has a bias of its own.
+
     Args:
-        x: [..., in_features], float32, float16 or bfloat16, any strides.
-        w: a `LowBitWeight` of shape (out_features, in_features), on x's device.
-        bias: [out_features], of x's dtype and device, or None.
+        x: [..., in_features], float32, float16 or bfloat16, any strides; [..., rows, in_features] where w has
+            leading dimensions.
+        w: a `LowBitWeight` of shape (..., out_features, in_features), on x's device.
+        bias: [..., out_features], w's shape but the last, of x's dtype and device, or None.
 
     Returns:
         [..., out_features], of x's dtype.
@@ -294,13 +320,51 @@ def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = 
         bias is not None and type(bias) not in PLAIN and not isinstance(bias, torch.Tensor)
     ):
         _check_types(x, w, bias)
+    if len(w.shape) != 2:
+        return _batched(x, w, bias)
     return apply_lowbit(x, w.op_args, w.perm, bias)
+
+
+def _batched(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """`lowbit_linear` of a weight with leading dimensions."""
+    *lead, n, k = w.shape
+    if x.dim() < 2 or x.shape[-1] != k:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, expected [..., rows, {k}] for w of shape {list(w.shape)}"
+        )
+    if bias is not None and bias.shape != (*lead, n):
+        raise ValueError(f"bias has shape {list(bias.shape)}, expected {[*lead, n]}")
+    try:
+        batch = torch.broadcast_shapes(x.shape[:-2], lead)
+    except RuntimeError:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, expected leading dimensions that broadcast with w's {lead}"
+        ) from None
+    if 0 in batch:
+        return x.new_empty(*batch, x.shape[-2], n)
+    return _each(x.expand(*batch, *x.shape[-2:]), w.op_args, w.perm, bias)
+
+
+def _each(
+    x: torch.Tensor, weight: WeightTensors, perm: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [..., rows, in_features] has all leading dimensions of the weight, where that may have 1."""
+    dims = weight.qweight.dim()
+    if dims == 2:
+        return apply_lowbit(x, weight, perm, bias)
+    xs, weights = x.unbind(-dims), weight.unbind()
+    count = len(weights)
+    perms = [None] * count if perm is None else perm.unbind()
+    biases = [None] * count if bias is None else bias.unbind()
+    places = range(count) if count > 1 else [0] * len(xs)
+    ys = [_each(xi, weights[i], perms[i], biases[i]) for xi, i in zip(xs, places, strict=True)]
+    return torch.stack(ys, -dims)
 
 
 def _functional_linear(input: Any, weight: Any, bias: Any = None) -> Any:
     """`torch.nn.functional.linear` of a module that reads its layer's weight."""
     plain = isinstance(input, torch.Tensor) and isinstance(weight, LowBitWeight)
-    if not plain or not (bias is None or isinstance(bias, torch.Tensor)):
+    if not plain or len(weight.shape) != 2 or not (bias is None or isinstance(bias, torch.Tensor)):
         return NotImplemented
     return lowbit_linear(input, weight, bias)
 
@@ -319,6 +383,10 @@ def _check_types(x: object, w: object, bias: object) -> None:
 
 def _explain(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = None) -> Explanation:
     _check_types(x, w, bias)
+    if len(w.shape) != 2:  # each of its matrices: of the first, that is
+        first = (0,) * (len(w.shape) - 2)
+        x = x[(0,) * min(x.dim() - 2, len(first))] if x.dim() > 2 else x
+        w, bias = w[first], None if bias is None else bias[first]
     return forward_op.explain(x, w.op_args, bias)
 
 

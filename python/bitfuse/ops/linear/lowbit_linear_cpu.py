@@ -47,24 +47,24 @@ def _kept(table: torch.Tensor) -> int:
     return table.data_ptr()
 
 
-def _reason(format: str, group_size: int) -> str | None:
+def _reason(weight: WeightTensors) -> str | None:
     if missing is not None:
         return missing
-    if _code(format) is None:
-        return f"it has no kernel for format {format}"
-    if group_size % 8:
-        return f"group_size {group_size} is not a multiple of 8"
-    return None
+    if _code(weight.format) is None:
+        return f"it has no kernel for format {weight.format}"
+    if weight.group_size % 8:
+        return f"group_size {weight.group_size} is not a multiple of 8"
+    return weight.beyond()
 
 
 def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
     """None when `run` can serve the call, else the reason."""
-    return _reason(weight.format, weight.group_size)
+    return _reason(weight)
 
 
 def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     """None when `run_grad_x` can serve the call, else the reason."""
-    return _reason(weight.format, weight.group_size)
+    return _reason(weight)
 
 
 def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
@@ -90,7 +90,7 @@ def run_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
 def _call(function: Any, x: torch.Tensor, weight: WeightTensors, n: int, k: int, *rest: float) -> None:
     """Call a compiled function. No helpers here: their calls would be a good part of a tiny product's time.
     Copies of what is not contiguous live until the function returns."""
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, _, _ = weight
     code_kind, values, zero_point = _code(format)  # type: ignore[misc]
     scale_dtype = scales.dtype
     if scale_dtype is torch.uint8 and scale_offset is None:  # the bytes of the format's eight-bit floats

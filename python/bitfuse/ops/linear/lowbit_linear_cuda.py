@@ -72,11 +72,13 @@ def _scale_dtype(scales: torch.Tensor, scale_offset: torch.Tensor | None, format
 
 def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
     """None when `run` can serve the call, else the reason."""
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, _, _ = weight
     if cuda.missing is not None:
         return cuda.missing
     if _code(format) is None:
         return f"it has no kernel for format {format}"
+    if (reason := weight.beyond()) is not None:
+        return reason
     if x.dtype not in FLOATS:
         return f"x is {str(x.dtype)[6:]}: its tensor cores take float16 and bfloat16"
     k = x.shape[-1]
@@ -139,7 +141,7 @@ def prepare(
     more_counters: int = 0,
 ) -> Call:
     """All that a launch takes; with room for what rides along if there is an adapter."""
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size = weight
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, _, _ = weight
     device, n, k = x.device, qweight.shape[0], x.shape[-1]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
     m = x.numel() // k

@@ -31,7 +31,7 @@ from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
 from . import multi_lora_linear_cpu as cpp
 from . import multi_lora_linear_cuda as cuda
 from .lora_linear import MAX_RANK
-from .lowbit_linear import FLOATS, check_float, forward_op, lowbit_linear_grad_x
+from .lowbit_linear import FLOATS, check_float, check_matrix, forward_op, lowbit_linear_grad_x
 from .multi_lora_args import (
     Adapters,
     adapter,
@@ -340,8 +340,8 @@ class _MultiLoraLinear(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, _, dense, weight, perm, scaling, adapter_ids, *adapters = inputs
         ctx.half = len(adapters) // 2
-        ctx.read = None if weight is None else weight[5:]
-        tensors = (dense,) if weight is None else weight[:5]
+        ctx.read = None if weight is None else weight.how()
+        tensors = (dense,) if weight is None else weight.tensors()
         needs = ctx.needs_input_grad
         kept = x if needs[2] or any(needs[7:]) else None
         ctx.save_for_backward(kept, scaling, adapter_ids, perm, *adapters, *tensors)
@@ -453,6 +453,7 @@ def _weight_of(
     if not (bias is None or isinstance(bias, torch.Tensor)):
         raise TypeError(f"bias is a {type(bias).__name__}, expected a tensor or None")
     if isinstance(w, LowBitWeight):
+        check_matrix(w)
         return w.op_args, w.perm
     if isinstance(w, torch.Tensor):
         return w, None
