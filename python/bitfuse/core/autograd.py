@@ -31,10 +31,11 @@ _Base = torch.autograd.Function
 def recorded(*tensors: torch.Tensor | None) -> bool:
     """Whether somebody differentiates a call with these arguments, or maps over it: it must then go through
     its `Function`."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            if torch.is_grad_enabled():
                 return is_compiling() or tracing() is None  # a trace has the op, which has no gradient there
+            break
     return elsewhere()  # what is wrapped by a transform, or by two, does not say so
 
 
