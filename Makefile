@@ -18,6 +18,8 @@ SETUP := $(VENV)/.ready
 endif
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
+# without a GPU the demo runs no CUDA kernel
+DEMO_BUILD := $(if $(shell command -v nvidia-smi),,BITFUSE_CUDA=0)
 # the simulator runs PTX, for the two generations that the kernels are written for, and stands in for a shared runtime
 TEST_ARCHS ?= 80+PTX;90a+PTX
 TEST_BUILD = BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' BITFUSE_CUDART=shared
@@ -25,23 +27,24 @@ NVCC_WHEELS = $(shell PYTHONPATH=python python3 -c 'from bitfuse_tools.compile.t
 
 .PHONY: demo test test-oldest test-cuda-torch lint bench gpu clean
 
-demo: $(SETUP) $(VENV)/.demo $(VENV)/.built
+# once the tests' build is there, that one
+demo: $(SETUP) $(VENV)/.demo $(if $(wildcard $(VENV)/.built),$(VENV)/.built,$(VENV)/.installed)
 	$(PYTHON) -m bitfuse demo $(ARGS)
 
-test: $(SETUP) $(VENV)/.demo $(VENV)/.test $(VENV)/.built
+test: $(SETUP) $(VENV)/.test $(VENV)/.built
 	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 OLDEST = $(shell sed -n 's/.*"\(torch\|triton\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml)
 # what the tests of an op import, beside torch and triton
-OP_TESTS = 'numpy>=2' 'typer>=0.12' 'rich>=13' 'tqdm>=4.66' 'jinja2>=3.1' 'safetensors>=0.4' 'pytest>=8' 'pytest-xdist>=3.6'
+OP_TESTS = 'numpy>=2' 'safetensors>=0.4' 'pytest>=8' 'pytest-xdist>=3.6' -r $(VENV)/.cli.txt
 OTHER = PYTHONPATH=$(CURDIR)/python $(VENV)-$*/bin/python -m pytest -n 2 --dist worksteal -o cache_dir=$(VENV)-$*/.pytest_cache
 
-test-oldest: test-%: $(SETUP) $(VENV)/.demo $(VENV)/.test $(VENV)/.built
+test-oldest: test-%: $(SETUP) $(VENV)/.test $(VENV)/.built
 	test -x $(VENV)-$*/bin/python || python3 -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip --disable-pip-version-check -q install $(OLDEST) $(OP_TESTS) -r $(VENV)/.demo.txt -r $(VENV)/.test.txt
 	$(OTHER) -k 'not triton and not cuda' $(ARGS)
 
-test-cuda-torch: test-%: $(SETUP) $(VENV)/.built
+test-cuda-torch: test-%: $(SETUP) $(VENV)/.cli $(VENV)/.built
 	test -x $(VENV)-$*/bin/python || python3 -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip --disable-pip-version-check -q install torch==2.11.0 triton==3.6.0 $(OP_TESTS)
 	$(OTHER) $(wildcard tests/linear/test_lowbit_linear*.py) tests/cusim/test_cusim_extension.py tests/cusim/test_cusim_triton.py $(ARGS)
@@ -61,20 +64,33 @@ gpu: $(SETUP)
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(PIP) install -c constraints.txt 'setuptools>=77' 'pybind11>=2.13' torch triton
-	command -v nvcc >/dev/null || test -n "$$CUDA_HOME" || $(PIP) install $(NVCC_WHEELS)
-	$(TEST_BUILD) $(PIP) install -c constraints.txt --no-build-isolation -e .
-	touch $@ $(VENV)/.built
+	$(PIP) install -c constraints.txt 'setuptools>=77' 'pybind11>=2.13' torch
+	touch $@
 
-$(VENV)/.built: $(SOURCES) | $(SETUP)
+# Triton, and a CUDA compiler where there is none
+$(VENV)/.kernels: $(VENV)/.ready
+	$(PIP) install -c constraints.txt triton
+	command -v nvcc >/dev/null || test -n "$$CUDA_HOME" || $(PIP) install $(NVCC_WHEELS)
+	touch $@
+
+$(VENV)/.installed: $(if $(wildcard $(VENV)/.built),,$(SOURCES)) $(VENV)/.ready $(if $(DEMO_BUILD),,$(VENV)/.kernels)
+	$(DEMO_BUILD) $(PIP) install -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.built: $(SOURCES) | $(if $(SETUP),$(VENV)/.kernels $(VENV)/.installed)
 	$(TEST_BUILD) $(PYTHON) setup.py -q build_ext --inplace
 	touch $@
 
 # one stamp an extra: the demo needs no linters, the linters need no model
-$(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: $(VENV)/.ready
-	$(PYTHON) -c "from importlib.metadata import requires; print(*(r.split(';')[0] for r in requires('bitfuse') if 'extra ==' in r and '$*' in r.split(';')[1]), sep='\n')" > $@.txt
+EXTRA = import sys; from setuptools.compat.py310 import tomllib; \
+	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*(r for r in extras[sys.argv[1]] if "bitfuse[" not in r), sep="\n")
+$(VENV)/.demo $(VENV)/.bench $(VENV)/.lint: $(VENV)/.cli
+$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.cli $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: $(VENV)/.ready
+	$(PYTHON) -c '$(EXTRA)' $* > $@.txt
 	$(PIP) install -c constraints.txt -r $@.txt
 	touch $@
 
 clean:
-	rm -rf build $(VENV)/.built python/bitfuse/*.so tests/cusim/build
+	rm -rf build $(VENV)/.built $(VENV)/.installed python/bitfuse/*.so tests/cusim/build

@@ -37,6 +37,58 @@ def test_version_and_help() -> None:
     assert "bitfuse[demo]" in demo  # not eaten as markup
 
 
+SCRIPT = """
+import sys
+sys.argv[0] = "bitfuse"
+sys.modules.update(dict.fromkeys({absent!r}))
+from bitfuse_tools.cli import main
+try:
+    main()
+finally:
+    found = [name for name in ("torch", "numpy", "bitfuse", "rich", "tqdm", "jinja2") if name in sys.modules]
+    print("imported:", *found, file=sys.stderr)
+"""
+
+
+def script(*arguments: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """`bitfuse` as the shell starts it, where some packages are not installed; what it imported is told."""
+    command = [sys.executable, "-c", SCRIPT.format(absent=absent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["", *(c.name or "" for c in app.registered_commands)])
+def test_help_is_there_at_once(command: str) -> None:
+    """Under 0.4 s on a quiet machine: by what is imported, torch alone takes seconds."""
+    done = script(*filter(None, [command]), "--help")
+    assert done.returncode == 0 and "Usage: bitfuse" in done.stdout, done.stderr
+    assert done.stderr == "imported:\n"
+
+
+def test_what_needs_no_torch_imports_none() -> None:
+    done = script("--version")
+    assert (done.stdout, done.stderr) == (bitfuse.__version__ + "\n", "imported:\n")
+    done = script("bench", "--colour", "blue")
+    assert done.returncode == 2 and "No such option: --colour" in done.stderr
+    assert done.stderr.endswith("imported:\n")
+
+
+@pytest.mark.parametrize(
+    "command, absent, said",
+    [
+        ("info", "typer", "bitfuse: the command line needs typer: pip install 'bitfuse[cli]'"),
+        ("report", "jinja2", "bitfuse report: this needs jinja2: pip install 'bitfuse[cli]'"),
+        ("demo", "rich", "bitfuse demo: this needs rich: pip install 'bitfuse[cli]'"),
+        ("finetune", "tqdm", "bitfuse finetune: this needs tqdm: pip install 'bitfuse[cli]'"),
+        ("demo", "transformers", "bitfuse demo: the demo needs transformers: pip install 'bitfuse[demo]'"),
+    ],
+)
+def test_what_is_missing_is_told(command: str, absent: str, said: str) -> None:
+    """A line that says what to install."""
+    done = script(command, absent=(absent,))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[0] == said and len(done.stderr.splitlines()) == 2, done.stderr
+
+
 def test_unknown_option() -> None:
     result = CliRunner().invoke(app, ["demo", "--colour", "blue"])
     assert result.exit_code == 2 and "No such option: --colour" in result.stderr
@@ -109,9 +161,9 @@ def test_commit_and_versions() -> None:
 @pytest.mark.parametrize("how", ["module", "script"])
 def test_ctrl_c_while_torch_is_imported(how: str, tmp_path: Path) -> None:
     """A line and 130, as later on; of a program of one's own, KeyboardInterrupt as ever."""
-    script = tmp_path / "bitfuse"
-    script.write_text("import sys\nfrom bitfuse_tools.cli import main\nsys.exit(main())\n")
-    command = ["-m", "bitfuse"] if how == "module" else [str(script)]
+    file = tmp_path / "bitfuse"
+    file.write_text("import sys\nfrom bitfuse_tools.cli import main\nsys.exit(main())\n")
+    command = ["-m", "bitfuse"] if how == "module" else [str(file)]
     process = subprocess.Popen(
         [sys.executable, *command, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -40,7 +41,7 @@ def test_the_checkout_hides_no_other_kernels(tmp_path: Path) -> None:
     code = "import kernels, bitfuse.kernels.attention.rope as ours; "
     code += "print(kernels.get_kernel, kernels.__file__, ours.__file__)"
     path = f"{ROOT / 'python'}{os.pathsep}{tmp_path}"
-    there, here = tmp_path / "kernels" / "__init__.py", ROOT / "kernels" / "rope.py"
+    there, here = tmp_path / "kernels" / "__init__.py", ROOT / "kernels" / "attention" / "rope.py"
     assert python("-c", code, path=path) == f"1 {there} {here}"
 
 
@@ -80,6 +81,49 @@ def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
     assert {"Makefile", "constraints.txt", "CONTRIBUTING.md"} <= there
 
 
+# what the library needs
+
+THIRD = ("typer", "rich", "tqdm", "jinja2", "matplotlib", "transformers", "safetensors", "peft")
+ALONE = """
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))
+import bitfuse, torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 64))
+print(bitfuse.quantize_(model, "int4", skip=["1"]), bitfuse.add_lora_(model, "0", r=2))
+print(model(torch.ones(64)).shape)
+"""
+
+
+def test_torch_and_numpy_are_all_it_needs() -> None:
+    """Everything else is imported by who uses it; a table is a table without rich too."""
+    absent = (*THIRD, "bitfuse_tools")
+    said = python("-c", ALONE.format(absent=(*absent, "triton")))
+    assert said == python("-c", ALONE.format(absent=("bitfuse_tools",)))
+    assert "left as it is" in said and "whole model" in said and said.endswith("torch.Size([64])")
+    code = "import sys, torch; before = {*sys.modules}; import bitfuse; "
+    assert python("-c", code + f"print(*set({absent}) & {{*sys.modules}} - before)") == ""
+
+
+# modules that are there for another package
+OWN = {"peft_layers.py": {"peft"}, "triton_cache.py": {"triton"}, "__main__.py": {"bitfuse_tools"}}
+
+
+def test_a_package_of_others_is_imported_inside_functions() -> None:
+    """Except torch and numpy."""
+    for path in (ROOT / "python/bitfuse").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            tops = {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "torch", "numpy"}
+            own = {
+                "peft_layers.py": {"peft"},
+                "triton_cache.py": {"triton"},
+                "__main__.py": {"bitfuse_tools"},
+            }
+            assert tops <= own.get(path.name, set()), path
+
+
 # what is wrong is told before anything is compiled
 
 WRONG = {
@@ -110,10 +154,19 @@ def test_wrong_settings(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 HOOK = """
 import sys
+sys.modules["torch"] = None  # pip's isolated builds have none, and it would take the first second
 sys.path.insert(0, "build_backend")
 import bitfuse_build
 bitfuse_build.get_requires_for_build_wheel()
 """
+
+
+def test_a_build_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither to find an architecture by a card's name, nor to list what is installed."""
+    monkeypatch.setenv("BITFUSE_CUDA_ARCHS", "h100;rtx4090")
+    python("-c", HOOK, path="")
+    setup = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', '--name']; "
+    assert python("-c", setup + "runpy.run_path('setup.py', run_name='__main__')", path="") == "bitfuse"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
+from ..core.text import table
 from ..nn import Linear
 from . import bitsandbytes as bnb
 
@@ -37,19 +37,10 @@ class FuseReport:
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("layer", "weight", "note")
-        for layer in self.layers:
-            table.add_row(layer.name, layer.base, layer.note)
-        for name, reason in self.left.items():
-            table.add_row(name, "", f"left as it is: {reason}")
-        table.add_section()
-        table.add_row("whole model", f"{len(self.layers)} fused", f"{len(self.left)} left")
-        out = io.StringIO()
-        Console(file=out, width=120).print(table)
-        return out.getvalue()
+        rows = [(layer.name, layer.base, layer.note) for layer in self.layers]
+        rows += [(name, "", f"left as it is: {reason}") for name, reason in self.left.items()]
+        last = ("whole model", f"{len(self.layers)} fused", f"{len(self.left)} left")
+        return table(("layer", "weight", "note"), rows, last, numbers=0)
 
 
 def _layers() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..core.text import table
 from ..nn import AdapterLinear, IA3Linear, Linear, LoRALinear, Merged
 from ..nn.adapters import check_name, refusal
 from ..nn.linear import is_conv1d
@@ -65,9 +65,8 @@ class AdapterReport:
         rows += [(name, "", f"left as it is: {reason}", "", "") for name, reason in self.skipped.items()]
         share = f"{self.trainable / self.parameters:.4%}" if self.parameters else "none"
         last = f"trainable: {self.trainable:,} of {self.parameters:,}, {share}"
-        return _table(
-            ("layer", "shape", "weight", "r", "parameters"), rows, ("whole model", "", last, "", "")
-        )
+        headings = ("layer", "shape", "weight", "r", "parameters")
+        return table(headings, rows, ("whole model", "", last, "", ""), numbers=2)
 
 
 @dataclass
@@ -91,23 +90,7 @@ class MergeReport:
             for name, m in self.layers.items()
         ]
         last = ("whole model", "", f"{self.nbytes / 1e6:.2f}", f"{self.worst_relative_error:.2e} worst")
-        return _table(("layer", "adapters", "MB more", "rel. error"), rows, last)
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], last: Sequence[str]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i < 3 else "right")
-    for row in rows:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*last)
-    out = io.StringIO()
-    Console(file=out, width=120).print(table)
-    return out.getvalue()
+        return table(("layer", "adapters", "MB more", "rel. error"), rows, last, numbers=1)
 
 
 def add_lora_(

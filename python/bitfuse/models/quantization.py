@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import io
 import math
 import os
 import re
@@ -15,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from ..core.text import progress_bar, table
 from ..nn import Linear
 from ..nn.adapters import AdapterLinear
 from ..nn.linear import float_weight, is_conv1d
@@ -63,25 +62,21 @@ class QuantizationReport:
         return max(known, default=0.0)
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("layer", "shape", "format")
-        for heading in ("MB before", "MB after", "rel. error"):
-            table.add_column(heading, justify="right")
-        for r in self.layers:
-            sizes = f"{r.bytes_before / 1e6:.2f}", f"{r.bytes_after / 1e6:.2f}"
-            table.add_row(r.name, f"{r.shape[0]} x {r.shape[1]}", r.format, *sizes, f"{r.relative_error:.4f}")
-        for name, reason in self.skipped.items():
-            table.add_row(name, "", f"left as it is: {reason}")
-        table.add_section()
-        whole = f"{self.bytes_before / 1e6:.2f}", f"{self.bytes_after / 1e6:.2f}"
-        table.add_row(
-            "whole model", f"{len(self.layers)} layers", "", *whole, f"{self.worst_relative_error:.4f} worst"
+        rows = [
+            (
+                *(r.name, f"{r.shape[0]} x {r.shape[1]}", r.format),
+                *(f"{r.bytes_before / 1e6:.2f}", f"{r.bytes_after / 1e6:.2f}", f"{r.relative_error:.4f}"),
+            )
+            for r in self.layers
+        ]
+        rows += [(name, "", f"left as it is: {why}", "", "", "") for name, why in self.skipped.items()]
+        last = (
+            *("whole model", f"{len(self.layers)} layers", ""),
+            *(f"{self.bytes_before / 1e6:.2f}", f"{self.bytes_after / 1e6:.2f}"),
+            f"{self.worst_relative_error:.4f} worst",
         )
-        out = io.StringIO()
-        Console(file=out, width=120).print(table)
-        return out.getvalue()
+        headings = ("layer", "shape", "format", "MB before", "MB after", "rel. error")
+        return table(headings, rows, last, numbers=3)
 
 
 def model_bytes(model: torch.nn.Module) -> int:
@@ -117,7 +112,7 @@ def quantize_(
         format: a name or a `Format`.
         skip: layers to leave: full names, glob patterns ("*.lm_head") or one component of the name
             ("lm_head").
-        progress: show a progress bar.
+        progress: show a progress bar, where tqdm is installed.
         skeleton: take layers on the meta device too, which become few-bit layers there: a checkpoint is
             loaded into them (``load_state_dict(state, assign=True)``) without the dense model in memory.
         **options: group_size, symmetric, nested, scale_dtype as in `bitfuse.quantize`. Without group_size
@@ -155,9 +150,7 @@ def quantize_(
     users = [(id(linear.weight), is_conv1d(linear)) for _, linear in chosen]
     chosen.reverse()
     users.reverse()
-    bar = tqdm(
-        total=len(chosen), desc=f"quantize to {fmt.name}", unit="layer", disable=not progress, leave=False
-    )
+    bar = progress_bar(f"quantize to {fmt.name}", len(chosen), "layer", progress)
     while chosen:
         name, linear = chosen.pop()
         tied = users.pop()

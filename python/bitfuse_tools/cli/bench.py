@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app, fail
+from .common import command, fail
 
 
-@app.command()
+@command
 def bench(
     ops: Annotated[
         list[str] | None,

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import app, fail, refuse_asked_backend
+from .common import command, fail, refuse_asked_backend
 
 
-@app.command()
+@command
 def compile(
     arch: Annotated[
         list[str],

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app, fail
+from .common import command, fail
 
 
-@app.command()
+@command
 def demo(
     formats: Annotated[
         str,

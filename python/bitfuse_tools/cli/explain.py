@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import app, fail
+from .common import command, fail
 
 
-@app.command()
+@command
 def explain(
     op: Annotated[str, typer.Argument(metavar="OP", help="lowbit_linear, attention, decode_attention, …")],
     device: Annotated[

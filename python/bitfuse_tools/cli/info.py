@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app
+from .common import command
 
 
-@app.command()
+@command
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:

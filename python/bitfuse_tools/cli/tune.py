@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app, fail, refuse_asked_backend
+from .common import command, fail, refuse_asked_backend
 
 
-@app.command()
+@command
 def tune(
     ops: Annotated[
         list[str] | None, typer.Argument(metavar="[OP]...", help="Which ops.", show_default="all there are")

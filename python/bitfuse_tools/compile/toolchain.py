@@ -8,6 +8,7 @@ standard library: setup.py loads this file before there is torch.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import os
 import platform
@@ -23,8 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-from bitfuse.core.gpus import find
+from typing import Any
 
 # one release: unpinned, pip mixes releases and ptxas fails
 NVCC_WHEELS = (
@@ -89,6 +89,17 @@ class Target:
         return flags
 
 
+@functools.cache
+def _gpus() -> Any:
+    """bitfuse.core.gpus, a file by itself: with bitfuse would come torch, which a build does not have."""
+    name = "_bitfuse_gpus"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "bitfuse/core/gpus.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
 def parse_targets(text: str, name: str = "BITFUSE_CUDA_ARCHS") -> list[Target]:
     """Architectures such as "80;90a", "8.0 9.0a+PTX", "sm_80", "h100" or "native", between semicolons,
     commas or blanks. A number is taken as it stands; a card is compiled for with all of its instructions.
@@ -110,7 +121,7 @@ def parse_targets(text: str, name: str = "BITFUSE_CUDA_ARCHS") -> list[Target]:
             found.append(Target(int(number[1] + number[2]), number[3], bool(ptx)))
             continue
         try:
-            card = find(arch)
+            card = _gpus().find(arch)
         except ValueError as why:
             raise ValueError(f"{name} has {word!r}: {why}") from None
         found.append(Target(card.capability, _letter(card.capability), bool(ptx)))

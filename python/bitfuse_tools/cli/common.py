@@ -1,43 +1,62 @@
-"""What every command shares: the app, and how a command fails."""
+"""What every command shares: the app, and how a command begins and fails."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from typing import Annotated, Any, NoReturn
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from bitfuse._version import __version__
+import typer.core
+
+F = TypeVar("F", bound=Callable[..., None])
+# what commands import that the library does not need
+EXTRA = ("jinja2", "rich", "tqdm")
 
 
-class _Commands(typer.core.TyperGroup):
-    """The commands; what BITFUSE_BACKEND asks for and this machine can't do ends any of them in a line."""
+class Command(typer.core.TyperCommand):
+    """A command. bitfuse, and torch with it, is imported when the options are read and right."""
 
     def invoke(self, ctx: Any) -> Any:
+        from bitfuse._interrupt import imported
         from bitfuse.core.backends import BackendError
 
-        asked = os.environ.get("BITFUSE_BACKEND")
+        imported()
+        name, asked = str(ctx.info_name), os.environ.get("BITFUSE_BACKEND")
         try:
             return super().invoke(ctx)
-        except BackendError as error:
-            fail(ctx.invoked_subcommand, f"{error} (BITFUSE_BACKEND is {asked!r})" if asked else error)
+        except BackendError as error:  # what BITFUSE_BACKEND asks for and this machine can't do
+            fail(name, f"{error} (BITFUSE_BACKEND is {asked!r})" if asked else error)
         except ValueError as error:
             if not str(error).startswith("BITFUSE_BACKEND is "):
                 raise
-            fail(ctx.invoked_subcommand, error)
+            fail(name, error)
+        except ModuleNotFoundError as missing:
+            package = (missing.name or "").partition(".")[0]
+            if package not in EXTRA:
+                raise
+            fail(name, f"this needs {package}: pip install 'bitfuse[cli]'")
         except KeyboardInterrupt:  # of a command that keeps nothing
-            typer.echo(f"bitfuse {ctx.invoked_subcommand}: interrupted", err=True)
+            typer.echo(f"bitfuse {name}: interrupted", err=True)
             raise typer.Exit(130) from None
 
 
 app = typer.Typer(
     name="bitfuse",
-    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # brackets in the help are brackets, and a wrong option is told in a line
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def command(function: F) -> F:
+    """A command of the app, by the function's name."""
+    return app.command(cls=Command)(function)
 
 
 def fail(command: str, message: object) -> NoReturn:
@@ -60,7 +79,10 @@ def refuse_asked_backend(command: str) -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(__version__)
+        # read where it is written: bitfuse itself would bring torch
+        spec = importlib.util.find_spec("bitfuse")
+        assert spec is not None and spec.origin is not None
+        typer.echo(runpy.run_path(str(Path(spec.origin).with_name("_version.py")))["__version__"])
         raise typer.Exit
 
 

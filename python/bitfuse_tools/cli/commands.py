@@ -1,0 +1,8 @@
+"""All commands, in the order of `bitfuse --help`."""
+
+from __future__ import annotations
+
+from . import bench, compile, demo, explain, finetune, info, report, tune
+from .common import app
+
+__all__ = ["app", "bench", "compile", "demo", "explain", "finetune", "info", "report", "tune"]
