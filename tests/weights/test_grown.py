@@ -101,6 +101,27 @@ def test_products_of_leading_dimensions(options: dict[str, Any]) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-1)
 
 
+def test_adapters_of_leading_dimensions() -> None:
+    """An adapter, a bias and an out_scale for each matrix; forward and gradients are those of each alone."""
+    w = bitfuse.quantize(torch.randn(2, 3, 24, 64), "int4", group_size=32)
+    sizes = ((4, 1, 3, 5, 64), (2, 3, 4, 64), (2, 3, 24, 4), (2, 3, 24), (2, 3, 24))
+    x, a, b, bias, scale = tensors = tuple(torch.randn(size, requires_grad=True) for size in sizes)
+    got = bitfuse.lora_linear(x, w, a, b, 0.5, bias, 0.25, seed=7, out_scale=scale)
+    assert got.shape == (4, 2, 3, 5, 24)
+    rows = []
+    for i in range(2):
+        row = []
+        for j in range(3):
+            own = (x[:, 0, j], w[i, j], a[i, j], b[i, j], 0.5, bias[i, j], 0.25)
+            row.append(bitfuse.lora_linear(*own, seed=7 + 3 * i + j, out_scale=scale[i, j]))
+        rows.append(torch.stack(row, 1))
+    wanted = torch.stack(rows, 1)
+    assert torch.equal(got, wanted)
+    grads = (torch.autograd.grad(y.square().sum(), tensors) for y in (got, wanted))
+    torch.testing.assert_close(*grads)
+    assert bitfuse.explain(bitfuse.lora_linear, x, w, a, b, 0.5, bias).chosen
+
+
 def test_products_of_leading_dimensions_of_one_and_of_none() -> None:
     w = bitfuse.quantize(torch.randn(2, 1, 16, 64), "int8")
     x = torch.randn(4, 2, 3, 5, 64)
@@ -206,18 +227,19 @@ def test_what_does_not_fit_is_refused() -> None:
     for args, words in (
         ((x[0, 0], w), r"x has shape \[128\], expected \[..., rows, 128\]"),
         ((x[:2], w), "expected leading dimensions that broadcast with w's"),
-        ((x, w, torch.randn(16)), r"bias has shape \[16\], expected \[3, 16\]"),
+        ((x, w, torch.randn(16)), r"bias has shape \[16\], expected \[3, ...\], one for each matrix of w"),
     ):
         with pytest.raises(ValueError, match=words):
             bitfuse.lowbit_linear(*args)  # type: ignore[arg-type]
     a, b = torch.randn(4, 128), torch.randn(16, 4)
     for refused in (
-        lambda: bitfuse.lora_linear(x, w, a, b, 1.0),
         lambda: Linear.from_weight(w),
         lambda: bitfuse.multi_lora_linear(x, w, [a], [b], torch.ones(1), torch.zeros(3, dtype=torch.int64)),
     ):
         with pytest.raises(ValueError, match=r"w has shape \[3, 16, 128\], expected .* pick a matrix of it"):
             refused()
+    with pytest.raises(ValueError, match=r"lora_A has shape \[4, 128\], expected \[3, ..., ...\]"):
+        bitfuse.lora_linear(x, w, a, b, 1.0)
     both = w[0].op_args._replace(zeros=torch.zeros(16, 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match="zeros and offsets are given"):
         forward_op(x[0], both, None)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..core.explain import Explanation, explain
-from ..ops.linear.lowbit_linear import apply_lowbit, check_matrix, lowbit_linear
+from ..ops.linear.batched import check_matrix
+from ..ops.linear.lowbit_linear import apply_lowbit, lowbit_linear
 from ..weights.formats import FIXED_SCALE_DTYPES, Format, get_format
 from ..weights.quantize import quantize
 from ..weights.scales import as_bytes, as_floats

@@ -59,11 +59,9 @@ class WeightTensors(NamedTuple):
         """What says how to read them: format, group_size, scale_rows."""
         return self.format, self.group_size, self.scale_rows
 
-    def unbind(self) -> list[WeightTensors]:
-        """Of a weight with leading dimensions, each of the first one's."""
-        count = self.qweight.shape[0]
-        each = ([None] * count if t is None else t.unbind() for t in self.tensors())
-        return [weight_tensors(tensors, *self.how()) for tensors in zip(*each, strict=True)]
+    def matrix(self, place: tuple[int, ...]) -> WeightTensors:
+        """Of a weight with leading dimensions, the matrix at a place in them."""
+        return weight_tensors([None if t is None else t[place] for t in self.tensors()], *self.how())
 
     def beyond(self) -> str | None:
         """Why a backend refuses that knows zero points, and a scale for each row, alone; None if those will

@@ -27,8 +27,9 @@ from ...weights.example import example_weight
 from ...weights.weight import TENSORS, LowBitWeight, WeightTensors, weight_tensors
 from . import lora_linear_cpu as cpp
 from . import lora_linear_cuda as cuda
+from .batched import Place, batched, check_matrix, of_each
 from .lora_args import LoraArgs
-from .lowbit_linear import FLOATS, check_float, check_matrix, check_weight
+from .lowbit_linear import FLOATS, check_float, check_weight
 
 MAX_RANK = 512
 
@@ -557,12 +558,16 @@ def lora_linear(
     0 the reference backend gives PEFT's numbers, bit for bit, in float32. Dropped elements are a function of
     the seed and the place (`bitfuse.core.dropout`): no mask is stored, and it is not `torch.nn.Dropout`'s.
 
+    A `LowBitWeight` may have leading dimensions (experts), which lora_A, lora_B, bias and out_scale then have
+    too, one for each matrix; x's broadcast with them as in `torch.matmul`.
+
     Gradients flow to x, lora_A, lora_B, bias, a tensor scaling, out_scale, and a dense w that asks for one.
     Under `torch.autocast` x, bias and a dense w take the autocast dtype; the adapter stays in its own.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16, any strides.
-        w: a `LowBitWeight` of shape (out_features, in_features), or a matrix of x's dtype; on x's device.
+        w: a `LowBitWeight` of shape (..., out_features, in_features), or a matrix of x's dtype; on x's
+            device.
         lora_A: [r, in_features], any of the three dtypes, x's or another; r from 0 (no adapter) to 512.
         lora_B: [out_features, r], likewise.
         scaling: alpha / r, or alpha / sqrt(r) (rsLoRA: Kalajdzievski, 2023); a number, or a tensor of one,
@@ -571,6 +576,7 @@ def lora_linear(
         dropout_p: probability that an element of x does not reach the adapter, 0 <= dropout_p < 1. Survivors
             are divided by 1 - dropout_p. Pass 0 when not training.
         seed: of the dropout mask, an int or an int64 tensor of one; None draws one from torch's generator.
+            Matrix i of several, counted through their leading dimensions, has seed + i.
         out_scale: [out_features], of DoRA or IA3, or None.
 
     Returns:
@@ -582,11 +588,43 @@ def lora_linear(
     """
     if dropout_p and seed is None:
         seed = new_seed(x)
+    if isinstance(w, LowBitWeight) and len(w.shape) != 2:
+        return _batched(x, w, lora_A, lora_B, scaling, bias, dropout_p, seed, out_scale)
     args, perm = lora_args(x, w, lora_A, lora_B, scaling, bias, seed if dropout_p else None, out_scale)
     if perm is not None:
         check_float(x, "x", perm.shape[0])
         x = x.index_select(-1, perm)
     return apply_lora(x, (args,), dropout_p)[0]
+
+
+def _batched(
+    x: torch.Tensor,
+    w: LowBitWeight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bias: torch.Tensor | None,
+    dropout_p: float,
+    seed: int | torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """`lora_linear` of a weight with leading dimensions."""
+    parts = (
+        of_each("lora_A", lora_A, w, 2),
+        of_each("lora_B", lora_B, w, 2),
+        of_each("bias", bias, w, 1),
+        of_each("out_scale", out_scale, w, 1),
+    )
+
+    def call(x: torch.Tensor, place: Place, number: int) -> torch.Tensor:
+        a, b, own_bias, own_scale = (part[number] for part in parts)
+        assert a is not None and b is not None
+        own_seed = None if seed is None else seed + number
+        return lora_linear(
+            x, w[place], a, b, scaling, own_bias, dropout_p, seed=own_seed, out_scale=own_scale
+        )
+
+    return batched(x, w, call)
 
 
 def _explain(
@@ -603,6 +641,12 @@ def _explain(
 ) -> Explanation:
     if dropout_p and seed is None:
         seed = 0
+    if isinstance(w, LowBitWeight) and len(w.shape) != 2:  # each of its matrices: of the first, that is
+        first = (0,) * (len(w.shape) - 2)
+        x = x[(0,) * min(x.dim() - 2, len(first))] if x.dim() > 2 else x
+        w, lora_A, lora_B = w[first], lora_A[first], lora_B[first]
+        bias, out_scale = (None if t is None else t[first] for t in (bias, out_scale))
+        assert isinstance(w, LowBitWeight)
     args, _ = lora_args(x, w, lora_A, lora_B, scaling, bias, seed if dropout_p else None, out_scale)
     return lora_linear_op.explain(x, (args,), dropout_p)
 

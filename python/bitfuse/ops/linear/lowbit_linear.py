@@ -23,6 +23,7 @@ from ...weights.stand_in import fused
 from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
 from . import lowbit_linear_cpu as cpp
 from . import lowbit_linear_cuda as cuda
+from .batched import Place, batched, of_each
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,14 +76,6 @@ def check_weight(weight: WeightTensors, k: int, device: torch.device) -> int:
         elif t is None or t.dtype not in expected[1] or t.shape != expected[2] or t.device != device:
             check_tensor(expected[0], t, expected[1], expected[2], device, "x")
     return sizes[0]
-
-
-def check_matrix(w: LowBitWeight) -> None:
-    """Raise ValueError for a weight with leading dimensions."""
-    if len(w.shape) != 2:
-        raise ValueError(
-            f"w has shape {list(w.shape)}, expected [out_features, in_features]: pick a matrix of it, w[i]"
-        )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -327,38 +320,13 @@ def lowbit_linear(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None = 
 
 def _batched(x: torch.Tensor, w: LowBitWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`lowbit_linear` of a weight with leading dimensions."""
-    *lead, n, k = w.shape
-    if x.dim() < 2 or x.shape[-1] != k:
-        raise ValueError(
-            f"x has shape {list(x.shape)}, expected [..., rows, {k}] for w of shape {list(w.shape)}"
-        )
-    if bias is not None and bias.shape != (*lead, n):
-        raise ValueError(f"bias has shape {list(bias.shape)}, expected {[*lead, n]}")
-    try:
-        batch = torch.broadcast_shapes(x.shape[:-2], lead)
-    except RuntimeError:
-        raise ValueError(
-            f"x has shape {list(x.shape)}, expected leading dimensions that broadcast with w's {lead}"
-        ) from None
-    if 0 in batch:
-        return x.new_empty(*batch, x.shape[-2], n)
-    return _each(x.expand(*batch, *x.shape[-2:]), w.op_args, w.perm, bias)
+    biases = of_each("bias", bias, w, 1)
 
+    def call(x: torch.Tensor, place: Place, number: int) -> torch.Tensor:
+        perm = None if w.perm is None else w.perm[place]
+        return apply_lowbit(x, w.op_args.matrix(place), perm, biases[number])
 
-def _each(
-    x: torch.Tensor, weight: WeightTensors, perm: torch.Tensor | None, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x [..., rows, in_features] has all leading dimensions of the weight, where that may have 1."""
-    dims = weight.qweight.dim()
-    if dims == 2:
-        return apply_lowbit(x, weight, perm, bias)
-    xs, weights = x.unbind(-dims), weight.unbind()
-    count = len(weights)
-    perms = [None] * count if perm is None else perm.unbind()
-    biases = [None] * count if bias is None else bias.unbind()
-    places = range(count) if count > 1 else [0] * len(xs)
-    ys = [_each(xi, weights[i], perms[i], biases[i]) for xi, i in zip(xs, places, strict=True)]
-    return torch.stack(ys, -dims)
+    return batched(x, w, call)
 
 
 def _functional_linear(input: Any, weight: Any, bias: Any = None) -> Any:

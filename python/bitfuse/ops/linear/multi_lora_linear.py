@@ -30,8 +30,9 @@ from ...weights.example import example_weight
 from ...weights.weight import LowBitWeight, WeightTensors, weight_tensors
 from . import multi_lora_linear_cpu as cpp
 from . import multi_lora_linear_cuda as cuda
+from .batched import check_matrix
 from .lora_linear import MAX_RANK
-from .lowbit_linear import FLOATS, check_float, check_matrix, forward_op, lowbit_linear_grad_x
+from .lowbit_linear import FLOATS, check_float, forward_op, lowbit_linear_grad_x
 from .multi_lora_args import (
     Adapters,
     adapter,
