@@ -49,6 +49,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/core/tensor_map.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
