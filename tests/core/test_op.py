@@ -9,7 +9,9 @@ from typing import Any
 import bitfuse
 import pytest
 import torch
+from bitfuse.core import device
 from bitfuse.core.backends import BACKENDS, Backend, BackendError, asked
+from bitfuse.core.gpus import find
 from bitfuse.core.op import Op
 
 calls: list[str] = []
@@ -62,6 +64,19 @@ def test_the_reference_serves_the_rest_and_says_so_once(caplog: pytest.LogCaptur
         assert served(torch.zeros(3, 1)) == ["reference"]
     (record,) = caplog.records
     assert "not cpp: 2 dimensions are too many" in record.getMessage()
+
+
+def test_meta_tensors_are_of_the_gpu_that_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels plan for it; where they refuse, and where nothing is planned for, the fake answers."""
+    x = torch.zeros(3, device="meta")
+    calls.clear()
+    assert plus_one(x).shape == (3,) and calls == []
+    monkeypatch.setattr(device, "_planned", find("h100"))  # as `plan_for` does for the rest of a process
+    assert plus_one(x).shape == (3,) and calls == ["triton"]
+    choosy = (backend("cpp"), backend("triton", "2 dimensions are too many"))
+    op = Op("plus_one_planned(Tensor x) -> Tensor", check, reference, torch.empty_like, choosy)
+    calls.clear()
+    assert op(torch.zeros(3, 1, device="meta")).shape == (3, 1) and calls == []
 
 
 def test_explain() -> None:

@@ -578,6 +578,18 @@ def test_readme_is_what_the_files_say() -> None:
     assert rewrite(text, load([RESULTS])) == text
 
 
+def test_the_table_of_ops_is_made_alone() -> None:
+    """Of declarations, which need no results; what stands around its marks stays."""
+    made = rewrite("Words.\n<!-- bitfuse:ops -->\nold\n<!-- /bitfuse:ops -->\nß\n", [])
+    assert made.startswith("Words.\n<!-- bitfuse:ops -->\n| op |") and "old" not in made
+    assert "| `lowbit_linear`, gradient to x | yes | yes | yes | Triton serves it |\n" in made
+    assert made.endswith("<!-- /bitfuse:ops -->\nß\n") and rewrite(made, []) == made
+    for text in ("<!-- bitfuse:ops -->\n", made + "<!-- /bitfuse:ops -->"):
+        with pytest.raises(ResultsError, match="needs its <!-- /bitfuse:ops -->"):
+            rewrite(text, [])
+    assert "<!-- bitfuse:ops -->" in (ROOT / "README.md").read_text()
+
+
 def test_readme_has_no_figures_outside_of_the_marks() -> None:
     """A table of milliseconds in the README stands between marks."""
     text = (ROOT / "README.md").read_text()
