@@ -206,11 +206,11 @@ def counts(xml: Path) -> str:
 
 def bench(run: Run) -> None:
     until = run.stage("bench")
-    for file in sorted(ROOT.glob("benchmarks/bench_*.py")):
-        name, log = f"benchmarks/{file.name}", STATE / f"{file.stem}.log"
+    for file in sorted(ROOT.glob("python/bitfuse_tools/bench/suites/[!_]*.py")):
+        name, log = f"bench {file.stem}", STATE / f"bench_{file.stem}.log"
         if run.done(name):
             continue
-        command = [PYTHON, "-m", "bitfuse", "bench", file.stem.removeprefix("bench_"), "--quick"]
+        command = [PYTHON, "-m", "bitfuse", "bench", file.stem, "--quick"]
         command += ["--results", str(ROOT / "benchmarks" / "results")]
         code, seconds = run.command(name, command, until, log)
         run.note(name, Unit("cut" if code is None else "failed" if code else "ok", seconds, last_line(log)))

@@ -31,8 +31,6 @@ def test_an_op_lacks_nothing(op: Declaration) -> None:
         lacks.append(f"tests: {folder.relative_to(ROOT)}/test_{name}.py")
     if (op.like or name) not in SUITES:
         lacks.append(f"a benchmark: bitfuse_tools/bench/suites/{name}.py")
-    if (op.like or name) in SUITES and not (ROOT / f"benchmarks/bench_{op.like or name}.py").is_file():
-        lacks.append(f"a benchmark for pytest: benchmarks/bench_{name}.py")
     said = inspect.getdoc(op.function) or ""
     for what, pattern in (
         ("the shapes of its arguments", r"Args:\n(.|\n)*\["),
