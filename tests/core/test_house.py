@@ -36,7 +36,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
 RANK = {room: -number for number, rooms in enumerate(RANKS) for room in rooms}
 BACKEND = re.compile(r"bitfuse\.ops\.\w+\.\w+_(cpu|cuda)")
 # what an op and its backends hand over
-PROBLEM = re.compile(r"bitfuse\.ops\.\w+\.(\w+_args|kv_cache|pages|example)")
+PROBLEM = re.compile(r"bitfuse\.ops\.\w+\.(\w+_args|kv_cache|pages|operands|example)")
 
 
 def modules() -> dict[str, Path]:
