@@ -395,7 +395,7 @@ def _plan(
         grid, kernel = -(-tokens // size), _codes_kernel
     options = dict(num_warps=4 if tile_t * width >= 2048 else 1, num_stages=1, enable_fp_fusion=False)
     handles = HANDLES.setdefault((device.number, "append", kind, tiles), {})
-    return Plan(kernel, (grid, heads, batch), tiles, options, handles, None, None)
+    return Plan(kernel, (grid, heads, batch), tiles, options, handles)
 
 
 def run(

@@ -592,8 +592,6 @@ def _plan(
         (tile_m, tile_n, tile_d, tile_dv),
         dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "attention", kind, config), {}),
-        None,
-        None,
     )
 
 

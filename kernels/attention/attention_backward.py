@@ -515,8 +515,6 @@ def _plan(
         (*(sums if kernel == "bias" else ()), tile_m, tile_n, tile_d, tile_dv),
         dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "attention", kernel, kind, sums, config), {}),
-        None,
-        None,
     )
 
 
@@ -537,8 +535,6 @@ def _delta(grad: Layout, out: torch.Tensor, grad_lse: torch.Tensor | None, packe
         (dim, align, DELTA_ROWS, padded(dim)),
         dict(num_warps=4, enable_fp_fusion=True),
         HANDLES.setdefault(key, {}),
-        None,
-        None,
     )
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     inputs = (grad.tensor, of.tensor, grad_lse, delta, heads, rows, *strides)

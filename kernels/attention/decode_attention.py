@@ -654,8 +654,8 @@ FARTHEST_KEY = 2 * LONGEST - 1
 def _plan(
     device: Device, batch: int, queries: int, heads: int, kv_heads: int, dim: int, dim_v: int,
     dtype: torch.dtype, bits: int, page: int, size: int, capacity: int, kind: tuple[Any, ...],
-) -> tuple[Plan, Config, int]:  # fmt: skip
-    """The plan, whose next is the merge's, and programs of a tile of rows."""
+) -> tuple[Plan, Plan, Config, int]:  # fmt: skip
+    """The plans of both kernels, and programs of a tile of rows."""
     rows = queries * heads // kv_heads
     tile_d, tile_dv = padded(dim), padded(dim_v)
     config = choose(rows, tile_d, tile_dv, dtype.itemsize, bits, page, device.capability)
@@ -674,8 +674,6 @@ def _plan(
         of_merge,
         dict(num_warps=4, num_stages=1, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "merge pieces", dtype, kind[-1], of_merge), {}),
-        None,
-        None,
     )
     plan = Plan(
         _decode_kernel,
@@ -683,10 +681,8 @@ def _plan(
         (tile_m, tile_n, tile_d, tile_dv, tile_b),
         dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "decode", kind, config, tile_b), {}),
-        None,
-        merge,
     )
-    return plan, config, splits
+    return plan, merge, config, splits
 
 
 def run(
@@ -749,7 +745,7 @@ def run(
     )  # fmt: skip
     kinds = tuple(None if t is None else t.dtype for t in inputs)
     kind = (constants, kinds, tuple(n >= 2**31 for n in numbers), sinks is None)
-    plan, config, splits = _plan(
+    plan, merge, config, splits = _plan(
         own, batch, queries, heads, kv_heads, dim, dim_v, dtype, bits, page, size,
         cache.capacity, kind,
     )  # fmt: skip
@@ -761,6 +757,5 @@ def run(
     of_plan = (batch, new, cache.capacity, queries, left, right, splits, kv_heads, group, m_tiles)
     given: tuple[Any, ...] = (*inputs, sums, levels, scale, a.softcap * unit, *of_plan, *numbers, *constants)
     plan.launch(given, alignment_of(*inputs[:9], sums))
-    assert plan.reduce is not None
-    plan.reduce.launch((sums, levels, seqlens, sinks, out, lse, *of_plan), alignment_of(sums, out))
+    merge.launch((sums, levels, seqlens, sinks, out, lse, *of_plan), alignment_of(sums, out))
     return out, lse

@@ -69,8 +69,6 @@ def _plan(device: Device, rows: int, dim: int, align: int, kind: tuple[Any, ...]
         (dim, align, tile_r, tile_d),
         dict(num_warps=4, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "merge", dim, align, kind), {}),
-        None,
-        None,
     )
 
 

@@ -103,8 +103,6 @@ def _plan(device: Device, rows: int, dim: int, kind: tuple[Any, ...]) -> Plan:
         (*kind[0], tile_r, tile_d),
         dict(num_warps=4, enable_fp_fusion=False),
         HANDLES.setdefault((device.number, "rope", kind), {}),
-        None,
-        None,
     )
 
 

@@ -110,8 +110,6 @@ def _plan(
         (m, k // k_align, n // n_align, rank // r_align, stride // stride_align, *constants),
         dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "bottleneck adapter", dtypes, constants), {}),
-        None,
-        None,
     )
 
 

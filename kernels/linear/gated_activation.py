@@ -138,8 +138,6 @@ def _plan(
         (n // align, *(s // align for s in strides), *constants),
         dict(num_warps=4, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "gated activation", backward, dtype, constants), {}),
-        None,
-        None,
     )
 
 

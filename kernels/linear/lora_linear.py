@@ -48,7 +48,7 @@ from ...weights.weight import WeightTensors
 from ..core.dropout import keep, row_keys
 from ..core.launch import HANDLES, Plan, alignment_of, as_matrix, jit, refuse, tl
 from . import lowbit_linear
-from .lowbit_linear import LowRank, add_low_rank
+from .lowbit_linear import LowRank, add_low_rank, tile_r
 
 # kernels
 
@@ -292,15 +292,10 @@ def _widen_kernel(
 # launchers
 
 JOINT = 3  # projections of one x in one pass
-MOST_RANK = 64  # ranks of a tile
 MOST_JOINT = 96  # and of all projections of a pass together: sums that fit the registers
 MOST_FUSED = 16  # rank up to which GB's partial sums are half the bytes of a second pass over dY
 SUM_WIDTH = 512
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-
-
-def _tile_r(rank: int) -> int:
-    return min(max(16, 1 << (rank - 1).bit_length()), MOST_RANK)
 
 
 def _stage(device: Device) -> int:
@@ -333,7 +328,7 @@ def _shrink_plan(
     scale_by: bool,
     dropped: bool,
 ) -> Plan:
-    tile_r = _tile_r(max(ranks))
+    tile_r = tile_r(max(ranks))
     rank_tiles = -(-max(ranks) // tile_r)
     # the tallest tile that still gives most multiprocessors one
     enough = 3 * device.multiprocessors // 4
@@ -359,8 +354,6 @@ def _shrink_plan(
         HANDLES.setdefault(
             (device.number, "shrink", dtype, factors, len(ranks), scale_by, dropped, constants), {}
         ),
-        None,
-        None,
     )
 
 
@@ -370,7 +363,7 @@ def _three(items: Sequence[Any]) -> tuple[Any, ...]:
 
 def _passes(count: int, rank: int) -> list[range]:
     """The projections that go together, pass by pass."""
-    together = max(1, min(JOINT, MOST_JOINT // _tile_r(rank)))
+    together = max(1, min(JOINT, MOST_JOINT // tile_r(rank)))
     return [range(i, min(i + together, count)) for i in range(0, count, together)]
 
 
@@ -417,7 +410,7 @@ def _column_sums_plan(
     dropped: bool,
 ) -> tuple[Plan, int, int]:
     """The plan, the shares of rows, and the column tiles."""
-    tile_r = _tile_r(max(ranks))
+    tile_r = tile_r(max(ranks))
     rank_tiles = -(-max(ranks) // tile_r)
     if dtype == torch.float32:
         tile_m, tile_c, warps, stages = 16, 64, 4, 3
@@ -442,8 +435,6 @@ def _column_sums_plan(
         (m, c // c_align, stride // stride_align, *padded, steps, *constants),
         dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
         HANDLES.setdefault(key, {}),
-        None,
-        None,
     )
     return plan, splits, column_tiles
 
@@ -457,8 +448,6 @@ def _sum_plan(device: Device, size: int, splits: int, dtype: torch.dtype) -> Pla
         (size // align, splits, align, SUM_WIDTH),
         dict(num_warps=4, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "sum", dtype, align), {}),
-        None,
-        None,
     )
 
 
@@ -525,15 +514,13 @@ def _widen_plan(
 ) -> Plan:
     n_align, r_align = math.gcd(n, 8), math.gcd(rank, 8) or 8
     tile_m, tile_n = (64, 64) if dtype == torch.float32 else (16 if m <= 16 else 64, 128)
-    constants = (n_align, r_align, wide, tile_m, tile_n, _tile_r(rank or 1))
+    constants = (n_align, r_align, wide, tile_m, tile_n, tile_r(rank or 1))
     return Plan(
         _widen_kernel,
         (-(-m // tile_m), -(-n // tile_n), 1),
         (m, n // n_align, rank // r_align, *constants),
         dict(num_warps=4, enable_fp_fusion=True),
         HANDLES.setdefault((device.number, "widen", dtype, factor, given, constants), {}),
-        None,
-        None,
     )
 
 

@@ -33,39 +33,141 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ...core import policy
-from ...core.device import Device, device_of, pretended
-from ...core.gpus import arch_of
+from ...core.device import Device, device_of
 from ...weights.formats import FORMATS, NESTED_BLOCK, nested_code
 from ...weights.weight import WeightTensors
 from ..core.decoding import CODES, decode16, decode32, decoding, times
 from ..core.dropout import keep, row_keys
-from ..core.launch import HANDLES, Plan, alignment_of, as_matrix, jit, refuse, tl
+from ..core.launch import Plan, alignment_of, as_matrix, contiguous, dtype_of, jit, planned, refuse, tl
 from ..core.products import multiply_add
+from .lowbit_linear_tiles import Config, Product, choose, tuned
+
+# what goes to a kernel together
+
+
+class Matrix(NamedTuple):
+    """The tensors of W [N, K] in few bits, as the kernels read them; None for what its format has not.
+
+    Attributes:
+        qweight: uint8 [N, K * Bits / 8].
+        scales: [N, groups], one-byte ones as uint8.
+        zeros: uint8 [N, groups].
+        scale_scales: float32, one, or of nested scales one for each block of them.
+        scale_offset: float32, one, of nested scales.
+        nested_code: float32 [256], what a nested scale's byte stands for.
+        codebook: float32 [2**Bits], for x in float32 alone: its decoding has no PTX.
+    """
+
+    qweight: Any
+    scales: Any
+    zeros: Any
+    scale_scales: Any
+    scale_offset: Any
+    nested_code: Any
+    codebook: Any
+
+
+class Term(NamedTuple):
+    """The tensors of a low-rank term; all None where there is none.
+
+    Attributes:
+        h: float32 [M, R].
+        factor: [N, R] for the forward, [R, K] for the gradient.
+        scale_by: float32, one, that the forward's term is multiplied with, or None.
+        seed: int64, one, of the gradient's dropout mask, or None.
+    """
+
+    h: Any
+    factor: Any
+    scale_by: Any
+    seed: Any
+
+
+class Codes(NamedTuple):
+    """How W is read; constants.
+
+    Attributes:
+        Decode: PTX from codes to a 16-bit float (`decoding`); "" for float32.
+        Bits, Center: of the format's `Code`.
+        Scale: what a scale is: "float", "nested", "e8m0" or "e4m3".
+        GroupSize: columns that share a scale; 0 for one scale a row.
+        Block: nested scales that share a scale.
+    """
+
+    Decode: str
+    Bits: int
+    Center: int
+    Scale: str
+    GroupSize: int
+    Block: int
+
+
+class Aligned(NamedTuple):
+    """By what N, K, R and the stride of x are divided on their way to a kernel; constants. A new length is no
+    reason to compile: all that a compiler needs to know is how wide a vector may be."""
+
+    N: int
+    K: int
+    R: int
+    Stride: int
+
+
+class Tiles(NamedTuple):
+    """What a program works on; constants.
+
+    Attributes:
+        M, N, K: rows and columns of its tile of the result, and the contraction's step.
+        R: columns of a low-rank term in one step.
+        Sub: columns of W in a tile that share a scale.
+        ScaleProduct: whether a step's product is scaled, instead of its weights.
+        Splits: whether the contraction is split among programs.
+        Band: row tiles that go through W together.
+        Even: whether no tile of W reaches past its last column.
+        Overlap: whether it begins before the kernel that makes h has ended.
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    Sub: int
+    ScaleProduct: bool
+    Splits: bool
+    Band: int
+    Even: bool
+    Overlap: bool
+
+
+class Stretch(NamedTuple):
+    """What a program of the second kernel sums; constants: columns, and by what N is divided."""
+
+    Align: int
+    Width: int
+
 
 # kernels
 
 
 @jit
 def _weights(
-    codes, codebook, scale, zero, Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr,
-    Zeros: tl.constexpr, Scaled: tl.constexpr, Count: tl.constexpr, Float: tl.constexpr,
+    codes, weight, scale, zero, Code, Scaled: tl.constexpr, Count: tl.constexpr, Float: tl.constexpr
 ):  # fmt: skip
-    """Weights [R, C] of dtype Float from their bytes: less the zero point if Zeros, times the scale if
-    Scaled.
+    """Weights [R, C] of dtype Float from their bytes: less the zero point, if W has any, and times the scale
+    if Scaled.
 
     Both are [R], or with Count > 1 [R, Count]: one for each run of C / Count columns.
     """
     R: tl.constexpr = codes.shape[0]
-    C: tl.constexpr = codes.shape[1] * 8 // Bits
+    C: tl.constexpr = codes.shape[1] * 8 // Code.Bits
+    Zeros: tl.constexpr = weight.zeros is not None
     if Float == tl.float32:
-        w = decode32(codes, codebook, Bits, Center)
+        w = decode32(codes, weight.codebook, Code.Bits, Code.Center)
     else:
-        w = decode16(codes, Decode, Bits, Float)
+        w = decode16(codes, Code.Decode, Code.Bits, Float)
     if Count == 1:
         if Zeros:
             w = w - zero.to(Float)[:, None]  # exact: both are integers below 256
@@ -82,39 +184,36 @@ def _weights(
 
 
 @jit
-def _group(
-    scales, zeros, scale_scales, scale_offset, code, rows, k, groups, Scale: tl.constexpr,
-    GroupSize: tl.constexpr, Sub: tl.constexpr, Count: tl.constexpr, Center: tl.constexpr,
-    Block: tl.constexpr, ):  # fmt: skip
+def _group(weight, rows, k, groups, Code, Sub: tl.constexpr, Count: tl.constexpr):
     """Scale, and zero point less Center, float32, of the Count runs of Sub columns from k on, for each row.
 
     [R] when there is one run, [R, Count] else. Runs beyond the last group repeat it: what they scale is
     masked.
     """
-    if GroupSize == 0:
+    if Code.GroupSize == 0:
         at = rows * groups
     elif Count == 1:
-        at = rows * groups + tl.minimum(k // GroupSize, groups - 1)
+        at = rows * groups + tl.minimum(k // Code.GroupSize, groups - 1)
     else:
-        group = tl.minimum((k + tl.arange(0, Count) * Sub) // GroupSize, groups - 1)
+        group = tl.minimum((k + tl.arange(0, Count) * Sub) // Code.GroupSize, groups - 1)
         at = rows[:, None] * groups + group[None, :]
-    scale = tl.load(scales + at)
-    if Scale == "e8m0":
+    scale = tl.load(weight.scales + at)
+    if Code.Scale == "e8m0":
         # 2**(byte - 127): the exponent of a float32; the lowest has no leading one, the highest is NaN
         bits = scale.to(tl.uint32) << 23
         bits = tl.where(bits == 0, 0x400000, tl.where(bits == 0x7F800000, 0x7FC00000, bits))
         scale = bits.to(tl.float32, bitcast=True)
-    elif Scale == "e4m3":
+    elif Code.Scale == "e4m3":
         # sign, exponent and mantissa to float32's places, times 2**(127 - 7)
         bits = (scale.to(tl.uint32) & 0x80) << 24 | (scale.to(tl.uint32) & 0x7F) << 20
         scale = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-    elif Scale == "nested":
-        block = tl.load(scale_scales + at // Block)
-        scale = tl.load(code + scale.to(tl.int32)) * block + tl.load(scale_offset)
+    elif Code.Scale == "nested":
+        block = tl.load(weight.scale_scales + at // Code.Block)
+        scale = tl.load(weight.nested_code + scale.to(tl.int32)) * block + tl.load(weight.scale_offset)
     scale = scale.to(tl.float32)
-    if scale_scales is not None and Scale != "nested":
-        scale *= tl.load(scale_scales)
-    return scale, scale if zeros is None else tl.load(zeros + at).to(tl.float32) - Center
+    if weight.scale_scales is not None and Code.Scale != "nested":
+        scale *= tl.load(weight.scale_scales)
+    return scale, scale if weight.zeros is None else tl.load(weight.zeros + at).to(tl.float32) - Code.Center
 
 
 @jit
@@ -167,158 +266,124 @@ def _store(acc, out, out_scale, bias, previous, m, n, M, N, Splits: tl.constexpr
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-# A new length is no reason to compile. N, K, R and stride come divided by their Align, which is all that a
-# compiler needs to know: how wide a vector may be.
 _INTEGERS = ["threshold", "M", "N", "K", "R", "stride", "steps", "splits"]
 
 
 @jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
-    x, qweight, scales, zeros, scale_scales, scale_offset, code, codebook, h, factor, scale_by, out_scale,
-    bias, out, scaling, M, N, K, R, stride, steps,
-    Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr, Scale: tl.constexpr,
-    GroupSize: tl.constexpr, Block: tl.constexpr, NAlign: tl.constexpr, KAlign: tl.constexpr,
-    RAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr, TileM: tl.constexpr,
-    TileN: tl.constexpr, TileK: tl.constexpr, TileR: tl.constexpr, Sub: tl.constexpr,
-    ScaleProduct: tl.constexpr, Splits: tl.constexpr, Band: tl.constexpr, Overlap: tl.constexpr,
+    x, weight, term, out_scale, bias, out, scaling, M, N, K, R, stride, steps, Code, Align, Tile
 ):  # fmt: skip
     """x [M, K] in rows of `stride` elements, times W^T: out [M, N], or if Splits float32 sums [splits, M, N].
 
-    Program (tile, split) takes `steps` steps of TileK columns. Even says that the last step is whole. The
-    first split adds the low-rank term, h [M, R] times factor [N, R] transposed.
+    Program (tile, split) takes `steps` steps of Tile.K columns. The first split adds the low-rank term,
+    h [M, R] times factor [N, R] transposed.
     """
-    N *= NAlign
-    K *= KAlign
-    R *= RAlign
-    stride = stride.to(tl.int64) * StrideAlign
+    N *= Align.N
+    K *= Align.K
+    R *= Align.R
+    stride = stride.to(tl.int64) * Align.Stride
     Float: tl.constexpr = x.dtype.element_ty
-    Count: tl.constexpr = TileK // Sub
-    groups = 1 if GroupSize == 0 else K // GroupSize
-    tile_m, tile_n = _tile(tl.cdiv(M, TileM), tl.cdiv(N, TileN), Band)
-    m = tile_m * TileM + tl.arange(0, TileM)
-    n = tile_n * TileN + tl.arange(0, TileN)
-    rows = tl.minimum(n, N - 1).to(
-        tl.int64
-    )  # rows past the end repeat the last; what they give is not stored
-    column = tl.arange(0, TileK)
-    byte = tl.arange(0, TileK * Bits // 8)
+    Count: tl.constexpr = Tile.K // Tile.Sub
+    groups = 1 if Code.GroupSize == 0 else K // Code.GroupSize
+    tile_m, tile_n = _tile(tl.cdiv(M, Tile.M), tl.cdiv(N, Tile.N), Tile.Band)
+    m = tile_m * Tile.M + tl.arange(0, Tile.M)
+    n = tile_n * Tile.N + tl.arange(0, Tile.N)
+    # rows past the end repeat the last; what they give is not stored
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    column = tl.arange(0, Tile.K)
+    byte = tl.arange(0, Tile.K * Code.Bits // 8)
     x_at = x + m.to(tl.int64)[:, None] * stride + column[None, :]
-    w_at = qweight + rows[:, None] * (K // 8 * Bits) + byte[None, :]
-    begin = tl.program_id(1) * steps * TileK
-    end = tl.minimum(begin + steps * TileK, K)
-    scale, zero = _group(
-        scales, zeros, scale_scales, scale_offset, code, rows, begin, groups, Scale, GroupSize, Sub, Count,
-        Center, Block,
-    )  # fmt: skip
-    acc = tl.zeros((TileM, TileN), tl.float32)
-    for k in range(begin, end, TileK):
-        if Even:
+    w_at = weight.qweight + rows[:, None] * (K // 8 * Code.Bits) + byte[None, :]
+    begin = tl.program_id(1) * steps * Tile.K
+    end = tl.minimum(begin + steps * Tile.K, K)
+    scale, zero = _group(weight, rows, begin, groups, Code, Tile.Sub, Count)
+    Scaled: tl.constexpr = Code.GroupSize != 0 and not Tile.ScaleProduct
+    acc = tl.zeros((Tile.M, Tile.N), tl.float32)
+    for k in range(begin, end, Tile.K):
+        if Tile.Even:
             x_tile = tl.load(x_at + k, mask=(m < M)[:, None], other=0.0)
-            codes = tl.load(w_at + k // 8 * Bits)
+            codes = tl.load(w_at + k // 8 * Code.Bits)
         else:
             x_tile = tl.load(x_at + k, mask=(m < M)[:, None] & (column < K - k)[None, :], other=0.0)
-            codes = tl.load(w_at + k // 8 * Bits, mask=(byte < (K - k) // 8 * Bits)[None, :], other=0)
-        w = _weights(
-            codes, codebook, scale, zero, Decode, Bits, Center, zeros is not None,
-            GroupSize != 0 and not ScaleProduct, Count, Float,
-        )  # fmt: skip
-        if ScaleProduct:
+            there = byte < (K - k) // 8 * Code.Bits
+            codes = tl.load(w_at + k // 8 * Code.Bits, mask=there[None, :], other=0)
+        w = _weights(codes, weight, scale, zero, Code, Scaled, Count, Float)
+        if Tile.ScaleProduct:
             acc += tl.dot(x_tile, w.T, input_precision="ieee") * scale[None, :]
         else:
             acc = multiply_add(x_tile, w.T, acc)
-        if GroupSize != 0:
+        if Code.GroupSize != 0:
             # asked for a step ahead: too narrow for an asynchronous copy, it would be waited for
-            scale, zero = _group(
-                scales, zeros, scale_scales, scale_offset, code, rows, k + TileK, groups, Scale, GroupSize,
-                Sub, Count, Center, Block,
-            )  # fmt: skip
-    if GroupSize == 0:
+            scale, zero = _group(weight, rows, k + Tile.K, groups, Code, Tile.Sub, Count)
+    if Code.GroupSize == 0:
         acc *= scale[None, :]
-    if Overlap:
+    if Tile.Overlap:
         tl.extra.cuda.gdc_wait()
-    if h is not None:
-        rank = tl.where(tl.program_id(1) == 0, R, 0) if Splits else R
-        if scale_by is not None:
-            scaling *= tl.load(scale_by)
-        acc = add_low_rank(acc, h, factor, scaling, m, n, M, N, rank, Float, False, TileR)
-    _store(acc, out, out_scale, bias, None, m, n, M, N, Splits)
+    if term.h is not None:
+        rank = tl.where(tl.program_id(1) == 0, R, 0) if Tile.Splits else R
+        if term.scale_by is not None:
+            scaling *= tl.load(term.scale_by)
+        acc = add_low_rank(acc, term.h, term.factor, scaling, m, n, M, N, rank, Float, False, Tile.R)
+    _store(acc, out, out_scale, bias, None, m, n, M, N, Tile.Splits)
 
 
 @jit(do_not_specialize=_INTEGERS)
 def _grad_x_kernel(
-    grad, qweight, scales, zeros, scale_scales, scale_offset, code, codebook, h, factor, seed, previous, out,
-    scaling, threshold, M, N, K, R, stride, steps,
-    Decode: tl.constexpr, Bits: tl.constexpr, Center: tl.constexpr, Scale: tl.constexpr,
-    GroupSize: tl.constexpr, Block: tl.constexpr, NAlign: tl.constexpr, KAlign: tl.constexpr,
-    RAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr, TileM: tl.constexpr,
-    TileN: tl.constexpr, TileK: tl.constexpr, TileR: tl.constexpr, Sub: tl.constexpr, Splits: tl.constexpr,
-    Band: tl.constexpr,
+    grad, weight, term, previous, out, scaling, threshold, M, N, K, R, stride, steps, Code, Align, Tile
 ):  # fmt: skip
     """grad [M, N] in rows of `stride` elements, times W: out [M, K], or if Splits float32 sums [splits, M,
     K].
 
-    The tile is [TileM, TileN] of out, so TileN columns of W (Even: none past the end); a step contracts TileK
-    rows of W. A scale belongs to a row that is summed over, so it always goes on the weight. The sum begins,
-    in the first split, with the low-rank term, h [M, R] times factor [R, K], dropped elements 0; previous
-    [M, K] is added at the end.
+    A program's tile of out has columns of W for its columns; a step contracts rows of W. A scale belongs to
+    a row that is summed over, so it always goes on the weight. The sum begins, in the first split, with the
+    low-rank term, h [M, R] times factor [R, K], dropped elements 0; previous [M, K] is added at the end.
     """
-    N *= NAlign
-    K *= KAlign
-    R *= RAlign
-    stride = stride.to(tl.int64) * StrideAlign
+    N *= Align.N
+    K *= Align.K
+    R *= Align.R
+    stride = stride.to(tl.int64) * Align.Stride
     Float: tl.constexpr = grad.dtype.element_ty
-    Count: tl.constexpr = TileN // Sub
-    groups = 1 if GroupSize == 0 else K // GroupSize
-    tile_m, tile_k = _tile(tl.cdiv(M, TileM), tl.cdiv(K, TileN), Band)
-    m = tile_m * TileM + tl.arange(0, TileM)
-    k = tile_k * TileN + tl.arange(0, TileN)
-    acc = tl.zeros((TileM, TileN), tl.float32)
-    if h is not None:
-        rank = tl.where(tl.program_id(1) == 0, R, 0) if Splits else R
-        acc = add_low_rank(acc, h, factor, scaling, m, k, M, K, rank, Float, True, TileR)
-        if seed is not None:
-            first, second = row_keys(seed, m)
+    Count: tl.constexpr = Tile.N // Tile.Sub
+    groups = 1 if Code.GroupSize == 0 else K // Code.GroupSize
+    tile_m, tile_k = _tile(tl.cdiv(M, Tile.M), tl.cdiv(K, Tile.N), Tile.Band)
+    m = tile_m * Tile.M + tl.arange(0, Tile.M)
+    k = tile_k * Tile.N + tl.arange(0, Tile.N)
+    acc = tl.zeros((Tile.M, Tile.N), tl.float32)
+    if term.h is not None:
+        rank = tl.where(tl.program_id(1) == 0, R, 0) if Tile.Splits else R
+        acc = add_low_rank(acc, term.h, term.factor, scaling, m, k, M, K, rank, Float, True, Tile.R)
+        if term.seed is not None:
+            first, second = row_keys(term.seed, m)
             acc = tl.where(keep(first[:, None], second[:, None], k[None, :], threshold), acc, 0.0)
-    byte = tile_k * (TileN * Bits // 8) + tl.arange(0, TileN * Bits // 8)
-    width = K // 8 * Bits
-    row = tl.arange(0, TileK)
+    byte = tile_k * (Tile.N * Code.Bits // 8) + tl.arange(0, Tile.N * Code.Bits // 8)
+    width = K // 8 * Code.Bits
+    row = tl.arange(0, Tile.K)
     grad_at = grad + m.to(tl.int64)[:, None] * stride + row[None, :]
-    begin = tl.program_id(1) * steps * TileK
-    end = tl.minimum(begin + steps * TileK, N)
-    rows = tl.minimum(begin + row, N - 1).to(
-        tl.int64
-    )  # rows past the end repeat the last, times a gradient of 0
-    scale, zero = _group(
-        scales, zeros, scale_scales, scale_offset, code, rows, tile_k * TileN, groups, Scale, GroupSize, Sub,
-        Count, Center, Block,
-    )  # fmt: skip
-    for n in range(begin, end, TileK):
+    begin = tl.program_id(1) * steps * Tile.K
+    end = tl.minimum(begin + steps * Tile.K, N)
+    # rows past the end repeat the last, times a gradient of 0
+    rows = tl.minimum(begin + row, N - 1).to(tl.int64)
+    scale, zero = _group(weight, rows, tile_k * Tile.N, groups, Code, Tile.Sub, Count)
+    for n in range(begin, end, Tile.K):
         grad_tile = tl.load(grad_at + n, mask=(m < M)[:, None] & (row < N - n)[None, :], other=0.0)
-        w_at = qweight + tl.minimum(n + row, N - 1).to(tl.int64)[:, None] * width + byte[None, :]
-        codes = tl.load(w_at) if Even else tl.load(w_at, mask=(byte < width)[None, :], other=0)
-        w = _weights(
-            codes, codebook, scale, zero, Decode, Bits, Center, zeros is not None, True, Count, Float
-        )
+        w_at = weight.qweight + tl.minimum(n + row, N - 1).to(tl.int64)[:, None] * width + byte[None, :]
+        codes = tl.load(w_at) if Tile.Even else tl.load(w_at, mask=(byte < width)[None, :], other=0)
+        w = _weights(codes, weight, scale, zero, Code, True, Count, Float)
         acc = multiply_add(grad_tile, w, acc)
-        rows = tl.minimum(n + TileK + row, N - 1).to(tl.int64)
-        scale, zero = _group(
-            scales, zeros, scale_scales, scale_offset, code, rows, tile_k * TileN, groups, Scale, GroupSize,
-            Sub, Count, Center, Block,
-        )  # fmt: skip
-    _store(acc, out, None, None, previous, m, k, M, K, Splits)
+        rows = tl.minimum(n + Tile.K + row, N - 1).to(tl.int64)
+        scale, zero = _group(weight, rows, tile_k * Tile.N, groups, Code, Tile.Sub, Count)
+    _store(acc, out, None, None, previous, m, k, M, K, Tile.Splits)
 
 
 @jit(do_not_specialize=_INTEGERS)
-def _reduce_kernel(
-    partial, out_scale, bias, previous, out, M, N, splits, NAlign: tl.constexpr, Width: tl.constexpr
-):  # fmt: skip
+def _reduce_kernel(partial, out_scale, bias, previous, out, M, N, splits, Row):
     """out = previous + bias + out_scale times the sum of partial [splits, M, N] over its first dimension, in
     order; a program has a stretch of a row."""
-    N *= NAlign
+    N *= Row.Align
     row = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * Width + tl.arange(0, Width)
+    n = tl.program_id(0) * Row.Width + tl.arange(0, Row.Width)
     mask = n < N
-    acc = tl.zeros((Width,), tl.float32)
+    acc = tl.zeros((Row.Width,), tl.float32)
     for split in range(splits):
         acc += tl.load(partial + (split * M + row) * N + n, mask=mask, other=0.0)
     if out_scale is not None:
@@ -330,186 +395,10 @@ def _reduce_kernel(
     tl.store(out + row * N + n, acc.to(out.dtype.element_ty), mask=mask)
 
 
-# which tiles
-
-
-class Config(NamedTuple):
-    """What a launch fixes at compile time, and how it divides the contraction (see `choose`).
-
-    N is columns of the result and K the contraction, for either kernel.
-    """
-
-    tile_m: int
-    tile_n: int
-    tile_k: int
-    sub: int
-    scale_product: bool
-    splits: int
-    steps: int
-    warps: int
-    stages: int
-    registers: int | None
-
-
-MIN_SPLIT = 512  # contracted at least by a program: for less, partial sums cost more than their weights
-BAND = 8  # row tiles that go through W together
-REDUCE_WIDTH = 512
-MOST_RANK = 64  # columns of a low-rank term in one step
-
-
-@functools.lru_cache(maxsize=4096)
-def choose(
-    m: int,
-    n: int,
-    k: int,
-    bits: int,
-    group_size: int,
-    float_bytes: int,
-    capability: int,
-    multiprocessors: int,
-    grad_x: bool = False,
-) -> Config:
-    """Tiles for a result [m, n] contracted over k; group_size 0 is one scale a row of W.
-
-    - Up to 32 tokens bytes are the bound. Programs enough that some 24 KB of W are in flight on each
-      multiprocessor, by splitting the contraction; and as few instructions a weight as may be: a program
-      decodes 128 rows, so that a warp reads each x fragment for 32 of them, in steps of a whole group where
-      that is 64 or 128, so that products are scaled instead of weights.
-    - Then decoding and tensor cores are. A decoded weight serves TileM = 64, then 128 tokens. At 128 x 128
-      eight warps hold the accumulators in 64 registers each; on Hopper they are held to 128 in all, so that
-      two programs fit a multiprocessor (74 to 83 KB each) and one decodes while the other multiplies. The
-      contraction is split only where tiles are fewer than multiprocessors.
-    - float32 runs on the FMA units: the largest tiles whose operands fit the registers.
-    """
-    wgmma = arch_of(capability).shared_operands
-    warps, stages = 4, 4
-    if float_bytes == 4:
-        tile_m, tile_n, tile_k, stages = (16, 32, 32, 2) if m <= 16 else (64, 64, 16, 2)
-    elif m <= 32:
-        tile_m, tile_n, tile_k = 16 if m <= 16 else 32, 128, 128
-        if grad_x or (group_size % 128 and not group_size % 64):
-            tile_k = 64
-        if -(-n // tile_n) * max(1, k // MIN_SPLIT) * 2 < 3 * multiprocessors:
-            tile_n = 64
-    elif m <= 64:
-        # the longer step needs 98 KB, twice a multiprocessor, and accumulators that leave registers to decode
-        # in
-        tile_m, tile_n, tile_k, stages = 64, 128, 128 if bits == 4 and wgmma and not grad_x else 64, 3
-    else:
-        tile_m, tile_n, tile_k, warps, stages = 128, 128, 64, 8, 3
-    tiles = -(-m // tile_m) * -(-n // tile_n)
-    most = max(1, k // MIN_SPLIT)
-    if m <= 32:
-        splits = _fewest_splits(tiles, min(most, max(1, 4 * multiprocessors // tiles)), multiprocessors)
-    else:
-        splits = max(1, min(most, multiprocessors // tiles))
-    registers = 128 if tile_m == 128 and wgmma else None
-    return _completed(
-        (tile_m, tile_n, tile_k), splits, warps, stages, registers, k, group_size, float_bytes, grad_x
-    )
-
-
-def _completed(
-    tile: tuple[int, int, int],
-    splits: int,
-    warps: int,
-    stages: int,
-    registers: int | None,
-    k: int,
-    group_size: int,
-    float_bytes: int,
-    grad_x: bool,
-) -> Config:
-    """A Config of these tiles: the scales' runs and the steps that follow from them."""
-    tile_m, tile_n, tile_k = tile
-    run = tile_n if grad_x else tile_k
-    sub = math.gcd(group_size, run) if group_size else run
-    scale_product = not grad_x and group_size > 0 and sub == run and (tile_m <= 32 or float_bytes == 4)
-    steps = -(-k // (tile_k * splits))
-    splits = -(-k // (tile_k * steps))
-    return Config(tile_m, tile_n, tile_k, sub, scale_product, splits, steps, warps, stages, registers)
-
-
-def candidates(
-    m: int,
-    n: int,
-    k: int,
-    bits: int,
-    group_size: int,
-    float_bytes: int,
-    capability: int,
-    multiprocessors: int,
-) -> list[Config]:
-    """The choice of `choose` for the forward, then what is worth measuring beside it: other tiles, more or
-    fewer splits, copies further ahead."""
-    first = choose(m, n, k, bits, group_size, float_bytes, capability, multiprocessors)
-    found = [first]
-    tile_ks = (64, 128) if float_bytes == 2 else (first.tile_k,)
-    for tile_n in sorted({first.tile_n, 64, 128} if float_bytes == 2 else {first.tile_n}):
-        for tile_k in tile_ks:
-            for stages in (3, 4, 5) if float_bytes == 2 else (first.stages,):
-                # a stage holds tiles of x and of codes, and must leave room for a second program
-                held = stages * (first.tile_m * tile_k * float_bytes + tile_n * tile_k * bits // 8)
-                if held > 100 << 10:
-                    continue
-                for splits in sorted({first.splits, max(1, first.splits // 2), first.splits * 2}):
-                    if splits > max(1, k // MIN_SPLIT):
-                        continue
-                    tile = (first.tile_m, tile_n, tile_k)
-                    config = _completed(
-                        tile, splits, first.warps, stages, first.registers, k, group_size, float_bytes, False
-                    )
-                    if config not in found:
-                        found.append(config)
-    return found
-
-
-def tuning_key(m: int, n: int, k: int, format: str, group_size: int, dtype: torch.dtype) -> str:
-    """Of a Config in the policy's cache."""
-    return policy.key("lowbit_linear", policy.bucket(m), n, k, format, group_size, dtype)
-
-
-_trial: Config | None = None
-
-
-@contextlib.contextmanager
-def trying(config: Config) -> Iterator[None]:
-    """Take this Config for every forward inside."""
-    global _trial
-    _trial = config
-    _plan.cache_clear()
-    try:
-        yield
-    finally:
-        _trial = None
-        _plan.cache_clear()
-
-
-def _tuned(
-    device: Device, m: int, n: int, k: int, format: str, group_size: int, dtype: torch.dtype
-) -> Config | None:
-    """What was measured to be the fastest on this GPU."""
-    if _trial is not None:
-        return _trial
-    if pretended() is not None or not torch.cuda.is_available():
-        return None
-    configs = policy.of(torch.cuda.get_device_name(device.number))["configs"]
-    found = configs.get(tuning_key(m, n, k, format, group_size, dtype))
-    return None if found is None else Config(*found)
-
-
-def _fewest_splits(tiles: int, most: int, multiprocessors: int) -> int:
-    """The fewest splits that fill the last wave as well as 85% of the best does, with three programs to two
-    multiprocessors or as near to that as `most` splits come."""
-    counts = [s for s in range(1, most + 1) if 2 * tiles * s >= 3 * multiprocessors] or [most]
-    filled = [tiles * s / (multiprocessors * -(-tiles * s // multiprocessors)) for s in counts]
-    return next(s for s, f in zip(counts, filled, strict=True) if f >= 0.85 * max(filled))
-
-
 # the backend
 
-
-_SCALES = {
+# what a scale of each dtype is
+SCALES = {
     torch.float32: "float",
     torch.float16: "float",
     torch.bfloat16: "float",
@@ -535,7 +424,7 @@ def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
         return reason
     if group_size % 8:
         return f"group_size {group_size} is not a multiple of 8"
-    if scales.dtype not in _SCALES:
+    if scales.dtype not in SCALES:
         return f"scales are {scales.dtype}"
     if not (qweight.is_contiguous() and scales.is_contiguous() and (zeros is None or zeros.is_contiguous())):
         return "qweight, scales or zeros is not contiguous"
@@ -563,6 +452,9 @@ class LowRank(NamedTuple):
     threshold: int = 0
 
 
+NO_TERM = (None, None, 1.0, None, None, 0)  # a LowRank's fields where there is none
+
+
 def run(
     x: torch.Tensor,
     weight: WeightTensors,
@@ -571,11 +463,7 @@ def run(
     low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """y = out_scale (x W^T + low_rank) + bias, of x's dtype and leading shape; out_scale is float32 [N]."""
-    if bias is not None and bias.stride(0) != 1:
-        bias = bias.contiguous()
-    if out_scale is not None and out_scale.stride(0) != 1:
-        out_scale = out_scale.contiguous()
-    return _run(x, weight, False, bias, out_scale, low_rank, None)
+    return _run(x, weight, False, contiguous(bias), contiguous(out_scale), low_rank, None)
 
 
 def run_grad_x(
@@ -588,82 +476,161 @@ def run_grad_x(
     return _run(grad, weight, True, None, None, low_rank, previous)
 
 
+class Given(NamedTuple):
+    """Which of the tensors that a call may have it has."""
+
+    zeros: bool
+    scale_scales: bool
+    scale_offset: bool
+    scale_by: bool
+    seed: bool
+    out_scale: bool
+    bias: bool
+    previous: bool
+
+
+class Problem(NamedTuple):
+    """What a plan depends on.
+
+    Attributes:
+        grad_x: whether it is the gradient.
+        m, n, k: rows of x or of the gradient; W is [n, k].
+        stride: elements between rows of x.
+        format, group_size: of W; a row is k columns.
+        dtype, scale_dtype: of x, and of W's scales.
+        given: which tensors there are.
+        rank, factor: of the low-rank term, and its factor's dtype; 0 and None for none.
+    """
+
+    grad_x: bool
+    m: int
+    n: int
+    k: int
+    stride: int
+    format: str
+    group_size: int
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    given: Given
+    rank: int
+    factor: torch.dtype | None
+
+
+class Plans(NamedTuple):
+    """The launches of a call: the product, and where its contraction is split the sum of what it then writes,
+    float32 of the shape `partial`, [splits, m, columns]."""
+
+    product: Plan
+    reduce: Plan | None
+    partial: tuple[int, int, int] | None
+
+
+BAND = 8
+REDUCE_WIDTH = 512
+MOST_RANK = 64  # columns of a low-rank term in one step
+
+
+def tile_r(rank: int) -> int:
+    """Columns of a low-rank term in one step: a power of two, as tensor cores want them."""
+    return min(max(16, 1 << (rank - 1).bit_length()), MOST_RANK)
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    device: Device,
-    grad_x: bool,
-    m: int,
-    n: int,
-    k: int,
-    stride: int,
-    format: str,
-    group_size: int,
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    given: tuple[bool, ...],
-    rank: int,
-    factor: torch.dtype | None,
-) -> Plan:
-    """`given`: which of zeros, scale_scales, scale_offset, scale_by, seed, out_scale, bias and previous there
-    are; `factor`: the dtype of the low-rank term's."""
-    code, scale = CODES[format], _SCALES[scale_dtype]
-    group_size = 0 if group_size == k else group_size
-    width, depth = (k, n) if grad_x else (n, k)
-    config = None if grad_x else _tuned(device, m, n, k, format, group_size, dtype)
-    config = config or choose(
-        m,
-        width,
-        depth,
-        code.bits,
-        group_size,
-        dtype.itemsize,
-        device.capability,
-        device.multiprocessors,
-        grad_x,
-    )
-    tile_m, tile_n, tile_k, sub, scale_product, splits, steps, warps, stages, registers = config
-    even = width % tile_n == 0 if grad_x else depth % tile_k == 0
+def _plans(device: Device, p: Problem) -> Plans:
+    code = CODES[p.format]
+    group_size = 0 if p.group_size == p.k else p.group_size
+    width, depth = (p.k, p.n) if p.grad_x else (p.n, p.k)
+    config = None if p.grad_x else _trial
+    if config is None and not p.grad_x:
+        config = tuned(device, p.m, p.n, p.k, p.format, group_size, p.dtype)
+    if config is None:
+        product = Product(p.m, width, depth, code.bits, group_size, p.dtype.itemsize, p.grad_x)
+        config = choose(product, device)
     # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
-    n_align, k_align, stride_align = math.gcd(n, 8), math.gcd(k, 128 // code.bits), math.gcd(stride, 8)
-    r_align = math.gcd(rank, 8)
-    tile_r = min(max(16, 1 << (rank - 1).bit_length()), MOST_RANK) if rank else 0
-    overlap = device.arch.overlaps and rank > 0 and not grad_x
-    constants = (
-        decoding(format, dtype), code.bits, code.center, scale, group_size, NESTED_BLOCK,
-        n_align, k_align, r_align, stride_align, even,
-        tile_m, tile_n, tile_k, tile_r, sub, *(() if grad_x else (scale_product,)), splits > 1, BAND,
-        *(() if grad_x else (overlap,)),
-    )  # fmt: skip
-    reduce = None
-    if splits > 1:
-        align = k_align if grad_x else n_align
-        reduce = Plan(
-            _reduce_kernel,
-            (-(-width // REDUCE_WIDTH), m, 1),
-            (m, width // align, splits, align, REDUCE_WIDTH),
-            dict(num_warps=4, enable_fp_fusion=True),
-            HANDLES.setdefault((device.number, "reduce", dtype, align, given[-3:]), {}),
-            None,
-            None,
-        )
-    return Plan(
-        _grad_x_kernel if grad_x else _forward_kernel,
-        (-(-m // tile_m) * -(-width // tile_n), splits, 1),
-        (m, n // n_align, k // k_align, rank // (r_align or 1), stride // stride_align, steps, *constants),
-        dict(
-            num_warps=warps,
-            num_stages=stages,
-            maxnreg=registers,
-            enable_fp_fusion=True,
-            **(dict(launch_pdl=True) if overlap else {}),
-        ),
-        HANDLES.setdefault(
-            (device.number, grad_x, dtype, scale_dtype, given, factor, constants, warps, stages, registers),
-            {},
-        ),
-        None if splits == 1 else (splits, m, width),
-        reduce,
+    align = Aligned(
+        math.gcd(p.n, 8), math.gcd(p.k, 128 // code.bits), math.gcd(p.rank, 8), math.gcd(p.stride, 8)
     )
+    overlap = device.arch.overlaps and p.rank > 0 and not p.grad_x
+    tile = Tiles(
+        M=config.tile_m,
+        N=config.tile_n,
+        K=config.tile_k,
+        R=tile_r(p.rank) if p.rank else 0,
+        Sub=config.sub,
+        ScaleProduct=config.scale_product,
+        Splits=config.splits > 1,
+        Band=BAND,
+        Even=width % config.tile_n == 0 if p.grad_x else depth % config.tile_k == 0,
+        Overlap=overlap,
+    )
+    codes = Codes(
+        decoding(p.format, p.dtype), code.bits, code.center, SCALES[p.scale_dtype], group_size, NESTED_BLOCK
+    )
+    given = p.given
+    product_plan = planned(
+        device,
+        _grad_x_kernel if p.grad_x else _forward_kernel,
+        (-(-p.m // tile.M) * -(-width // tile.N), config.splits, 1),
+        (
+            p.m,
+            p.n // align.N,
+            p.k // align.K,
+            p.rank // (align.R or 1),
+            p.stride // align.Stride,
+            config.steps,
+        ),
+        (codes, align, tile),
+        (p.dtype, p.scale_dtype, given, p.factor),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        maxnreg=config.registers,
+        enable_fp_fusion=True,
+        **(dict(launch_pdl=True) if overlap else {}),
+    )
+    if config.splits == 1:
+        return Plans(product_plan, None, None)
+    row = Stretch(align.K if p.grad_x else align.N, REDUCE_WIDTH)
+    reduce = planned(
+        device,
+        _reduce_kernel,
+        (-(-width // row.Width), p.m, 1),
+        (p.m, width // row.Align, config.splits),
+        (row,),
+        (p.dtype, given.out_scale, given.bias, given.previous),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return Plans(product_plan, reduce, (config.splits, p.m, width))
+
+
+_trial: Config | None = None
+
+
+@contextlib.contextmanager
+def trying(config: Config) -> Iterator[None]:
+    """Take this Config for every forward inside."""
+    global _trial
+    _trial = config
+    _plans.cache_clear()
+    try:
+        yield
+    finally:
+        _trial = None
+        _plans.cache_clear()
+
+
+def matrix_of(weight: WeightTensors, x: torch.Tensor) -> Matrix:
+    """W as the kernels read it, beside x."""
+    qweight, scales, zeros, scale_scales, scale_offset = weight[:5]
+    format = weight.format
+    if scales.dtype.itemsize == 1:
+        scales = scales.view(torch.uint8)  # Triton takes no eight-bit floats that the GPU lacks
+    table = x.dtype == torch.float32 and CODES[format].center == 0 and FORMATS[format].codebook is not None
+    return Matrix(
+        qweight, scales, zeros, scale_scales, scale_offset,
+        None if scale_offset is None else nested_code(x.device),
+        FORMATS[format].values(x.device) if table else None,
+    )  # fmt: skip
 
 
 def _run(
@@ -679,7 +646,6 @@ def _run(
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return _run(x, weight, grad_x, bias, out_scale, low_rank, previous)
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, _, _ = weight
     n, k = weight.shape
     width, depth = (k, n) if grad_x else (n, k)
     out = previous
@@ -691,42 +657,29 @@ def _run(
         return out.zero_() if previous is None else out
     x = as_matrix(x)
     m = x.shape[0]
-    h, factor, scaling, scale_by, seed, threshold = low_rank or _NO_TERM
-    given = (
-        zeros is not None, scale_scales is not None, scale_offset is not None, scale_by is not None,
-        seed is not None, out_scale is not None, bias is not None, previous is not None,
+    h, factor, scaling, scale_by, seed, threshold = low_rank or NO_TERM
+    matrix = matrix_of(weight, x)
+    given = Given(
+        matrix.zeros is not None, matrix.scale_scales is not None, matrix.scale_offset is not None,
+        scale_by is not None, seed is not None, out_scale is not None, bias is not None, previous is not None,
     )  # fmt: skip
-    scale_dtype = scales.dtype
-    if scale_dtype is torch.uint8 and scale_offset is None:  # the bytes of the format's eight-bit floats
-        scale_dtype = FORMATS[format].scale_dtype
-    plan = _plan(
-        device_of(x.device), grad_x, m, n, k, x.stride(0) if m > 1 else depth, format, group_size, x.dtype,
-        scale_dtype, given, 0 if h is None else h.shape[1], None if factor is None else factor.dtype,
+    scale_dtype = weight.scales.dtype
+    if scale_dtype is torch.uint8 and not given.scale_offset:  # the bytes of the format's eight-bit floats
+        scale_dtype = FORMATS[weight.format].scale_dtype
+    problem = Problem(
+        grad_x, m, n, k, x.stride(0) if m > 1 else depth, weight.format, weight.group_size, x.dtype,
+        scale_dtype, given, 0 if h is None else h.shape[1], dtype_of(factor),
     )  # fmt: skip
-    if scales.dtype.itemsize == 1:
-        scales = scales.view(torch.uint8)  # Triton takes no eight-bit floats that the GPU lacks
-    target = out if plan.partial is None else torch.empty(plan.partial, dtype=torch.float32, device=x.device)
-    codebook = FORMATS[format].codebook is not None and CODES[format].center == 0 and x.dtype == torch.float32
-    tensors = (x, qweight, scales, zeros, scale_scales, scale_offset)
-    terms: tuple[torch.Tensor | float | None, ...]
+    product, reduce, partial = _plans(device_of(x.device), problem)
+    target = out if partial is None else torch.empty(partial, dtype=torch.float32, device=x.device)
+    alignment = alignment_of(x, *matrix[:5], h, factor, scale_by, seed, out_scale, bias, previous)
+    term = Term(h, factor, scale_by, seed)
     if grad_x:
-        terms = (h, factor, seed, previous, target, scaling, threshold)
-    elif plan.partial is None:
-        terms = (h, factor, scale_by, out_scale, bias, target, scaling)
+        product.launch((x, matrix, term, previous, target, scaling, threshold), alignment)
+    elif reduce is None:
+        product.launch((x, matrix, term, out_scale, bias, target, scaling), alignment)
     else:
-        terms = (h, factor, scale_by, None, None, target, scaling)
-    plan.launch(
-        (
-            *tensors,
-            None if scale_offset is None else nested_code(x.device),
-            FORMATS[format].values(x.device) if codebook else None,
-            *terms,
-        ),
-        alignment_of(*tensors, h, factor, scale_by, seed, out_scale, bias, previous),
-    )
-    if plan.reduce is not None:
-        plan.reduce.launch((target, out_scale, bias, previous, out), alignment_of(out_scale, bias, previous))
+        product.launch((x, matrix, term, None, None, target, scaling), alignment)
+    if reduce is not None:
+        reduce.launch((target, out_scale, bias, previous, out), alignment_of(out_scale, bias, previous))
     return out
-
-
-_NO_TERM = (None, None, 1.0, None, None, 0)

@@ -407,7 +407,7 @@ def _plan(
 ) -> Plan:  # fmt: skip
     handles = HANDLES.setdefault((device.number, "multi_lora", name, kind, constants, warps), {})
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-    return Plan(kernel, grid, (*integers, *constants), options, handles, None, None)
+    return Plan(kernel, grid, (*integers, *constants), options, handles)
 
 
 @functools.lru_cache(maxsize=4096)

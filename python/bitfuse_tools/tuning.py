@@ -19,6 +19,7 @@ from bitfuse.core.explain import explain
 from bitfuse.kernels.core.decoding import CODES
 from bitfuse.kernels.core.launch import triton as compiler
 from bitfuse.kernels.linear import lowbit_linear as triton
+from bitfuse.kernels.linear import lowbit_linear_tiles as tiles
 from bitfuse.ops.attention.append_kv import KVCache
 from bitfuse.weights.formats import get_format
 from bitfuse.weights.quantize import quantize
@@ -120,7 +121,7 @@ class Found:
     key: str
     seconds: dict[str, float]
     config_key: str | None = None
-    config: triton.Config | None = None
+    config: tiles.Config | None = None
     rule_seconds: float | None = None
 
     def __str__(self) -> str:
@@ -163,17 +164,9 @@ def _tiles(case: Case, device: str, run: Callable[[], Any], timer: Timer, until:
     group = s.k if group == -1 else group
     gpu = device_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
     best = found.rule_seconds = found.seconds["triton"]
-    tried = triton.candidates(
-        s.m,
-        s.n,
-        s.k,
-        CODES[s.format].bits,
-        0 if group == s.k else group,
-        s.dtype.itemsize,
-        gpu.capability,
-        gpu.multiprocessors,
-    )
-    for config in tried[1:]:
+    bits = CODES[s.format].bits
+    product = tiles.Product(s.m, s.n, s.k, bits, 0 if group == s.k else group, s.dtype.itemsize)
+    for config in tiles.candidates(product, gpu)[1:]:
         if time.monotonic() > until:
             break
         try:
@@ -188,7 +181,7 @@ def _tiles(case: Case, device: str, run: Callable[[], Any], timer: Timer, until:
             best, found.config = seconds, config
     if found.config is not None:
         found.seconds["triton"] = best
-        found.config_key = triton.tuning_key(s.m, s.n, s.k, s.format, group, s.dtype)
+        found.config_key = tiles.tuning_key(s.m, s.n, s.k, s.format, group, s.dtype)
 
 
 def tune(

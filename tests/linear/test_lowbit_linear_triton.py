@@ -15,6 +15,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from backends import Target, targets
+from bitfuse.core.device import Device
 from bitfuse.kernels.core.decoding import CODES
 from bitfuse.kernels.core.launch import HANDLES
 from bitfuse.ops.linear.lowbit_linear import forward_op, lowbit_linear_grad_x
@@ -25,8 +26,10 @@ from bitfuse.weights.weight import WeightTensors
 
 pytest.importorskip("triton")
 from bitfuse.kernels.linear import lowbit_linear as backend
+from bitfuse.kernels.linear import lowbit_linear_tiles as tiles
 
 TARGETS = pytest.mark.parametrize("target", targets("triton"), ids=str)
+H100 = Device(0, 90, 132)
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -166,7 +169,7 @@ def test_a_new_length_compiles_nothing(target: Target) -> None:
 @TARGETS
 def test_what_is_compiled(target: Target, m: int) -> None:
     """Tensor cores of the right generation, 16-byte asynchronous copies, and nothing in local memory."""
-    backend._plan.cache_clear()
+    backend._plans.cache_clear()
     HANDLES.clear()
     check(target, m, 128, 256, torch.bfloat16, format="int4")
     check(target, m, 256, 128, torch.bfloat16, grad_x=True, format="nf4")
@@ -181,15 +184,15 @@ def test_what_is_compiled(target: Target, m: int) -> None:
 def test_the_table_of_tiles() -> None:
     """Decode fills an H100; a prompt's tiles fill it alone; every split has at least MIN_SPLIT columns."""
     for n, k in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 8192), (10944, 7392)):
-        decode = backend.choose(1, n, k, 4, 128, 2, 90, 132)
+        decode = tiles.choose(tiles.Product(1, n, k, 4, 128, 2), H100)
         programs = -(-n // decode.tile_n) * decode.splits
-        assert programs >= 132 or decode.splits == k // backend.MIN_SPLIT, decode
+        assert programs >= 132 or decode.splits == k // tiles.MIN_SPLIT, decode
         for m in (1, 16, 17, 64, 65, 300, 4096):
             for grad_x in (False, True):
-                c = backend.choose(m, n, k, 4, 128, 2, 90, 132, grad_x)
+                c = tiles.choose(tiles.Product(m, n, k, 4, 128, 2, grad_x), H100)
                 assert c.steps * c.tile_k * c.splits >= k > c.steps * c.tile_k * (c.splits - 1)
-                assert c.splits == 1 or k >= c.splits * backend.MIN_SPLIT
-        assert backend.choose(4096, n, k, 4, 128, 2, 90, 132).splits == 1
+                assert c.splits == 1 or k >= c.splits * tiles.MIN_SPLIT
+        assert tiles.choose(tiles.Product(4096, n, k, 4, 128, 2), H100).splits == 1
 
 
 def test_reasons() -> None:

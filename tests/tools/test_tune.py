@@ -14,15 +14,17 @@ import pytest
 import torch
 from bitfuse.core import policy
 from bitfuse.core.backends import Backend
-from bitfuse.core.device import device_of
+from bitfuse.core.device import Device, device_of
 from bitfuse.core.op import Op
 from bitfuse.kernels.linear import lowbit_linear as triton
+from bitfuse.kernels.linear import lowbit_linear_tiles as tiles
 from bitfuse_tools import tuning
 from bitfuse_tools.cli import app
 from bitfuse_tools.hypothetical import Sizes
 from typer.testing import CliRunner
 
 SMALL = Sizes(m=3, n=64, k=1024, dtype=torch.float16)
+SMALL_PRODUCT = tiles.Product(3, 64, 1024, 4, 128, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +124,7 @@ def test_cases_are_of_the_model() -> None:
     assert {c.sizes.kv_heads for c in found if c.op.endswith("attention")} == {8}
 
 
-def made_up(seconds: Callable[[str, triton.Config | None], float]) -> tuning.Timer:
+def made_up(seconds: Callable[[str, tiles.Config | None], float]) -> tuning.Timer:
     """Runs the call, and says what it took: by the backend that was asked for, and by the tiles on trial."""
 
     def timer(call: Callable[[], Any]) -> float:
@@ -138,14 +140,14 @@ def made_up(seconds: Callable[[str, triton.Config | None], float]) -> tuning.Tim
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU `make gpu` runs the real one")
 def test_tune(cache: Path) -> None:
     """Cases run on the simulator: the tiles that took least are remembered, once, and used."""
-    rule = triton.choose(3, 64, 1024, 4, 128, 2, 80, 4)
-    best = triton.candidates(3, 64, 1024, 4, 128, 2, 80, 4)[2]
+    rule = tiles.choose(SMALL_PRODUCT, Device(0, 80, 4))
+    best = tiles.candidates(SMALL_PRODUCT, Device(0, 80, 4))[2]
     assert best != rule
     timer = made_up(lambda name, c: {"cuda": 3e-6, "triton": 1e-6 if c == best else 2e-6}[name])
     todo = [tuning.Case("lowbit_linear", SMALL), tuning.Case("lora_linear", SMALL)]
     with cusim.device(sm=80):
         on = device_of(torch.device("cpu"))
-        best = triton.candidates(3, 64, 1024, 4, 128, 2, *on[1:])[2]
+        best = tiles.candidates(SMALL_PRODUCT, on)[2]
         got = list(tuning.tune("GPU", todo, 5, False, timer, "cpu"))
         again = list(tuning.tune("GPU", todo, 5, False, timer, "cpu"))
     assert [case for case, _ in got] == todo and [found for _, found in again] == [None, None]
@@ -153,8 +155,8 @@ def test_tune(cache: Path) -> None:
     assert first is not None and first.config == best and "the rule's take 2 us" in str(first)
     assert policy.fastest("GPU", "lowbit_linear", (4, 64, 1024, "int4", 128, torch.float16)) == "triton"
     written = json.loads(cache.read_text())["devices"]["GPU"]
-    key = triton.tuning_key(3, 64, 1024, "int4", 128, torch.float16)
-    assert triton.Config(*written["configs"][key]) == best
+    key = tiles.tuning_key(3, 64, 1024, "int4", 128, torch.float16)
+    assert tiles.Config(*written["configs"][key]) == best
     assert sorted(written["done"]) == sorted(map(str, todo))
     assert any(name.startswith("lora_linear(4,64,1024,int4,16,1,float16") for name in written["backends"])
 
@@ -168,7 +170,7 @@ def test_candidates_compute_the_same() -> None:
     x = torch.randn(3, 1024, device=device, dtype=torch.float16)
     expected = torch.nn.functional.linear(x.double(), w.dequantize().double())
     with cusim.device(sm=90, racecheck=True) if gpu is None else bitfuse.use_backend("triton"):
-        found = triton.candidates(3, 64, 1024, 4, 128, 2, *(gpu or device_of(torch.device("cpu")))[1:])
+        found = tiles.candidates(SMALL_PRODUCT, gpu or device_of(torch.device("cpu")))
         assert len(found) > 5
         for config in found[1:4]:
             with bitfuse.use_backend("triton"), triton.trying(config):

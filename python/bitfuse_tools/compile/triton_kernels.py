@@ -46,7 +46,8 @@ class Specialisation:
         call: the sizes of that call, in short.
         module, kernel: where it is defined.
         key: two specialisations of a kernel that compile to the same have the same.
-        data: JSON.
+        signature, constants, attributes, options: as `triton.compiler.ASTSource` and `triton.compile` take
+            them. (`JITFunction.preload` would have them as JSON, in which NamedTuples lose their names.)
     """
 
     op: str
@@ -54,7 +55,10 @@ class Specialisation:
     module: str
     kernel: str
     key: str
-    data: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,10 @@ def plan(
     def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         key = (fn.module, fn.name, str(compile["key"]))
         if key not in seen:
-            seen[key] = Specialisation(op, now, *key, data=compile["specialization_data"])
+            (attributes,) = compile["configs"]
+            options = json.loads(compile["specialization_data"])["options"]
+            given = compile["signature"], compile["constants"], attributes, options
+            seen[key] = Specialisation(op, now, *key, *given)
         return True  # taken care of: Triton compiles nothing and launches nothing
 
     knobs.runtime.jit_cache_hook = take
@@ -254,13 +261,20 @@ def _call(op: str, s: Sizes, gradient: bool, biased: bool) -> None:
 
 def compile_one(gpu: Gpu, wanted: Specialisation) -> Compiled:
     """Compile it, or find it in this process's cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
     from triton.runtime.cache import get_cache_manager
 
     believe(gpu)
     function: Any = importlib.import_module(wanted.module)
     for part in wanted.kernel.split("."):
         function = getattr(function, part)
-    kernel: Any = function.preload(wanted.data)
+    source = ASTSource(function, wanted.signature, wanted.constants, wanted.attributes)
+    target = GPUTarget("cuda", gpu.capability, 32)
+    # JSON has no tuples, which Triton's options have instead of lists
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.options.items()}
+    kernel: Any = triton.compile(source, target=target, options=options)
     files = {name: str(path) for name, path in kernel.metadata_group.items()}
     key = getattr(get_cache_manager(kernel.hash), "key")  # noqa: B009  of the file cache, not of its base
     return Compiled(
