@@ -38,3 +38,9 @@ def keep(first, second, columns, threshold):
     v = (v ^ (v >> 16)) * FIRST
     v = (v ^ (v >> 15) ^ second) * SECOND
     return (v ^ (v >> 16)) >= threshold.to(tl.uint32, bitcast=True)
+
+
+def threshold_of(dropout_p: float) -> int:
+    """The unsigned threshold in an int32, the one type that Triton gives it whatever its value."""
+    t = dropout.threshold(dropout_p) if dropout_p else 0
+    return t - 2**32 if t >= 2**31 else t

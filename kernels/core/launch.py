@@ -10,6 +10,7 @@ What Triton 3.6 and 3.9 make of it:
   A NamedTuple of `tl.constexpr` works in both.
 - `do_not_specialize` does not reach into a tuple: a size in one would be a compilation when it is 1, and
   another when it is a multiple of 16. So sizes and strides are arguments of their own.
+- A dtype can't be in such a tuple.
 - `JITFunction.preload` takes JSON, in which a NamedTuple loses its names, so `bitfuse compile` does without.
 """
 
@@ -59,7 +60,7 @@ Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 def constants(of: Fields) -> Fields:
-    """A NamedTuple whose fields a kernel is compiled for."""
+    """A NamedTuple whose fields a kernel is compiled for: numbers, strings and None."""
     return type(of)(*map(constexpr, of))
 
 
@@ -106,13 +107,14 @@ def planned(
 
     Args:
         sizes: the kernel's last integers, which it is not compiled for.
-        fixed: NamedTuples of constants, the kernel's last arguments.
+        fixed: the kernel's last arguments: NamedTuples of constants; or constants, which are annotated there.
         kind: whatever else it is compiled for: the dtypes of tensors and which of them there are.
         options: of the compiler: num_warps and such.
     """
     name = kernel.__module__, kernel.__name__
     handles = HANDLES.setdefault((device.number, name, fixed, kind, *options.values()), {})
-    return Plan(kernel, grid, (*sizes, *map(constants, fixed)), options, handles)
+    fixed = tuple(constants(f) if isinstance(f, tuple) else f for f in fixed)
+    return Plan(kernel, grid, (*sizes, *fixed), options, handles)
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:

@@ -14,58 +14,88 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
 from ...core.device import Device, device_of
-from ..core.launch import HANDLES, Plan, alignment_of, as_matrix, jit, refuse, tl
-from .gated_activation import CUBE, ROOT, value_and_slope
-from .lora_linear import dot_exactly, pieces
+from ..core.launch import Plan, alignment_of, as_matrix, contiguous, dtype_of, jit, planned, refuse, tl
+from .gated_activation import value_and_slope
+from .lora_linear_passes import dot_exactly, pieces, pieces_of_x
+
+
+class Aligned(NamedTuple):
+    """By what K, N, R and the stride of x are divided on their way to the kernel; constants."""
+
+    K: int
+    N: int
+    R: int
+    Stride: int
+
+
+class Formula(NamedTuple):
+    """What is computed; constants.
+
+    Attributes:
+        Residual: whether x is added.
+        Activation: which.
+        XPieces, Pieces: pieces of bfloat16 that x and D are multiplied in; 0 for D: in x's dtype.
+    """
+
+    Residual: bool
+    Activation: str
+    XPieces: int
+    Pieces: int
+
+
+class Tiles(NamedTuple):
+    """Rows and ranks of a program, and columns of x and of y at a time; constants."""
+
+    M: int
+    R: int
+    K: int
+    N: int
 
 
 @jit(do_not_specialize=["M", "K", "N", "R", "stride"])
 def _kernel(
-    x, down, down_bias, up, up_bias, out, h, M, K, N, R, stride,
-    KAlign: tl.constexpr, NAlign: tl.constexpr, RAlign: tl.constexpr, StrideAlign: tl.constexpr,
-    Residual: tl.constexpr, Activation: tl.constexpr, Root: tl.constexpr, Cube: tl.constexpr,
-    XPieces: tl.constexpr, Pieces: tl.constexpr, TileM: tl.constexpr, TileR: tl.constexpr,
-    TileK: tl.constexpr, TileN: tl.constexpr,
+    x, down, down_bias, up, up_bias, out, h, M, K, N, R, stride, Align, Form, Tile
 ):  # fmt: skip
     """x [M, K] in rows of `stride` elements, down [R, K], up [N, R]; out [M, N], h float32 [M, R]."""
-    K *= KAlign
-    N *= NAlign
-    R *= RAlign
+    K *= Align.K
+    N *= Align.N
+    R *= Align.R
     Float: tl.constexpr = x.dtype.element_ty
-    m = tl.program_id(0) * TileM + tl.arange(0, TileM)
-    rank = tl.arange(0, TileR)
+    m = tl.program_id(0) * Tile.M + tl.arange(0, Tile.M)
+    rank = tl.arange(0, Tile.R)
     there = rank < R
-    x_row = x + m.to(tl.int64)[:, None] * (stride.to(tl.int64) * StrideAlign)
-    column = tl.arange(0, TileK)
+    x_row = x + m.to(tl.int64)[:, None] * (stride.to(tl.int64) * Align.Stride)
+    column = tl.arange(0, Tile.K)
     down_at = down + rank.to(tl.int64)[:, None] * K + column[None, :]
-    acc = tl.zeros((TileM, TileR), tl.float32)
-    for k in range(0, K, TileK):
+    acc = tl.zeros((Tile.M, Tile.R), tl.float32)
+    for k in range(0, K, Tile.K):
         tile = tl.load(
             x_row + (k + column)[None, :], mask=(m < M)[:, None] & (column < K - k)[None, :], other=0.0
         )
         d = tl.load(down_at + k, mask=there[:, None] & (column < K - k)[None, :], other=0.0)
-        acc = dot_exactly(tile, d.T, acc, Float, XPieces, Pieces)
+        acc = dot_exactly(tile, d.T, acc, Float, Form.XPieces, Form.Pieces)
     if down_bias is not None:
         acc += tl.load(down_bias + rank, mask=there, other=0.0).to(tl.float32)[None, :]
     mask = (m < M)[:, None] & there[None, :]
     tl.store(h + m.to(tl.int64)[:, None] * R + rank[None, :], acc, mask=mask)
-    middle, _ = value_and_slope(acc, Activation, Root, Cube, Float == tl.float32)
+    middle, _ = value_and_slope(acc, Form.Activation, Float == tl.float32)
     middle = middle.to(Float)
-    n = tl.arange(0, TileN)
+    n = tl.arange(0, Tile.N)
     up_at = up + n.to(tl.int64)[:, None] * R + rank[None, :]
     out_row = out + m.to(tl.int64)[:, None] * N
-    for at in tl.range(0, N, TileN):
+    for at in tl.range(0, N, Tile.N):
         inside = n < N - at
         u = tl.load(up_at + at.to(tl.int64) * R, mask=inside[:, None] & there[None, :], other=0.0)
         y = tl.dot(middle, u.to(Float).T, input_precision="ieee")
         mask_y = (m < M)[:, None] & inside[None, :]
         if up_bias is not None:
             y += tl.load(up_bias + at + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if Residual:
+        if Form.Residual:
             y += tl.load(x_row + (at + n)[None, :], mask=mask_y, other=0.0).to(tl.float32)
         tl.store(out_row + (at + n)[None, :], y.to(Float), mask=mask_y)
 
@@ -99,17 +129,21 @@ def _plan(
         stages = 4 if row <= 128 else 3 if row <= 256 else 2
     # sums [TileM, TileR] in registers, and no warp without sums of its own
     warps = 8 if tile_r > 128 else min(4, tile_m * tile_r // 128)
-    k_align, n_align, r_align, stride_align = (math.gcd(size, 8) for size in (k, n, rank, stride))
-    constants = (
-        k_align, n_align, r_align, stride_align, residual, activation, ROOT, CUBE,
-        2 if dtype == torch.float16 else 1, pieces(dtype, (down,)), tile_m, tile_r, tile_k, tile_n,
-    )  # fmt: skip
-    return Plan(
+    align = Aligned(*(math.gcd(size, 8) for size in (k, n, rank, stride)))
+    return planned(
+        device,
         _kernel,
         (-(-m // tile_m), 1, 1),
-        (m, k // k_align, n // n_align, rank // r_align, stride // stride_align, *constants),
-        dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
-        HANDLES.setdefault((device.number, "bottleneck adapter", dtypes, constants), {}),
+        (m, k // align.K, n // align.N, rank // align.R, stride // align.Stride),
+        (
+            align,
+            Formula(residual, activation, pieces_of_x(dtype), pieces(dtype, (down,))),
+            Tiles(tile_m, tile_r, tile_k, tile_n),
+        ),
+        dtypes,
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
     )
 
 
@@ -155,10 +189,10 @@ def run(
     h = torch.empty(m, rank, dtype=torch.float32, device=x.device)
     if m:
         given = (rows, down, down_bias, up, up_bias)
-        weights = [None if t is None else t.contiguous() for t in given[1:]]
+        weights = [contiguous(t) for t in given[1:]]
         plan = _plan(
             device_of(x.device), m, k, n, rank, rows.stride(0) if m > 1 else k,
-            tuple(None if t is None else t.dtype for t in given), activation, residual,
+            tuple(dtype_of(t) for t in given), activation, residual,
         )  # fmt: skip
         plan.launch((rows, *weights, out, h), alignment_of(rows, *weights))
     return [out, h]

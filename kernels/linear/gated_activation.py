@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
 from ...core.device import Device, device_of
-from ..core.launch import HANDLES, Plan, alignment_of, jit, refuse, tl
+from ..core.launch import Plan, alignment_of, constexpr, jit, planned, refuse, tl
 
 # the argument of tanh in gelu's tanh form is ROOT (z + CUBE z^3)
-ROOT, CUBE = math.sqrt(2 / math.pi), 0.044715
+ROOT, CUBE = constexpr(math.sqrt(2 / math.pi)), constexpr(0.044715)
 
 
 @jit
@@ -61,9 +62,7 @@ def _normal(z):
 
 
 @jit
-def value_and_slope(
-    z, Activation: tl.constexpr, Root: tl.constexpr, Cube: tl.constexpr, Precise: tl.constexpr
-):  # fmt: skip
+def value_and_slope(z, Activation: tl.constexpr, Precise: tl.constexpr):
     """The activation of float32 z, and its derivative, which is 0 or 1 far from zero: there the derivative of
     share is 0, and is multiplied with a z that leaves it so, be it infinite."""
     near = tl.minimum(tl.maximum(z, -128.0), 128.0)
@@ -71,13 +70,29 @@ def value_and_slope(
         share, rest = _logistic(z, Precise)
         return z * share, share + near * (share * rest)
     elif Activation == "gelu_tanh":
-        share, rest = _logistic(2.0 * Root * (z + Cube * z * z * z), Precise)
-        return z * share, share + near * (share * rest * (2.0 * Root * (1.0 + 3.0 * Cube * near * near)))
+        share, rest = _logistic(2.0 * ROOT * (z + CUBE * z * z * z), Precise)
+        return z * share, share + near * (share * rest * (2.0 * ROOT * (1.0 + 3.0 * CUBE * near * near)))
     elif Activation == "gelu":
         share = _normal(z)
         return z * share, share + near * (0.3989422804014327 * tl.exp(-0.5 * z * z))
     else:
         return tl.where(z <= 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0)
+
+
+class Row(NamedTuple):
+    """How a program works; constants.
+
+    Attributes:
+        Activation: which.
+        Precise: whether divisions are rounded as float32's are.
+        Align: by what N and the strides are divided on their way to it.
+        Width: elements of a program.
+    """
+
+    Activation: str
+    Precise: bool
+    Align: int
+    Width: int
 
 
 _INTEGERS = ["N", "gate_stride", "up_stride", "grad_stride"]
@@ -93,30 +108,28 @@ def _place(N, Width: tl.constexpr):
 
 @jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
-    gate, up, out, N, gate_stride, up_stride,
-    Activation: tl.constexpr, Root: tl.constexpr, Cube: tl.constexpr, Precise: tl.constexpr,
-    Align: tl.constexpr, Width: tl.constexpr,
+    gate, up, out, N, gate_stride, up_stride, Fixed
 ):  # fmt: skip
-    N = N.to(tl.int64) * Align
-    row, n = _place(N, Width)
-    z = tl.load(gate + row * gate_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
-    value, _ = value_and_slope(z, Activation, Root, Cube, Precise)
+    """out, contiguous, of gate and up [.., N] in rows that are a stride apart."""
+    N = N.to(tl.int64) * Fixed.Align
+    row, n = _place(N, Fixed.Width)
+    z = tl.load(gate + row * gate_stride * Fixed.Align + n, mask=n < N, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride * Fixed.Align + n, mask=n < N, other=0.0).to(tl.float32)
+    value, _ = value_and_slope(z, Fixed.Activation, Fixed.Precise)
     tl.store(out + row * N + n, (value * u).to(out.dtype.element_ty), mask=n < N)
 
 
 @jit(do_not_specialize=_INTEGERS)
 def _backward_kernel(
-    grad, gate, up, d_gate, d_up, N, grad_stride, gate_stride, up_stride,
-    Activation: tl.constexpr, Root: tl.constexpr, Cube: tl.constexpr, Precise: tl.constexpr,
-    Align: tl.constexpr, Width: tl.constexpr,
+    grad, gate, up, d_gate, d_up, N, grad_stride, gate_stride, up_stride, Fixed
 ):  # fmt: skip
-    N = N.to(tl.int64) * Align
-    row, n = _place(N, Width)
-    g = tl.load(grad + row * grad_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
-    z = tl.load(gate + row * gate_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride * Align + n, mask=n < N, other=0.0).to(tl.float32)
-    value, slope = value_and_slope(z, Activation, Root, Cube, Precise)
+    """d_gate and d_up, contiguous, of grad, gate and up [.., N] in rows that are a stride apart."""
+    N = N.to(tl.int64) * Fixed.Align
+    row, n = _place(N, Fixed.Width)
+    g = tl.load(grad + row * grad_stride * Fixed.Align + n, mask=n < N, other=0.0).to(tl.float32)
+    z = tl.load(gate + row * gate_stride * Fixed.Align + n, mask=n < N, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride * Fixed.Align + n, mask=n < N, other=0.0).to(tl.float32)
+    value, slope = value_and_slope(z, Fixed.Activation, Fixed.Precise)
     dtype = d_gate.dtype.element_ty
     tl.store(d_gate + row * N + n, (g * u * slope).to(dtype), mask=n < N)
     tl.store(d_up + row * N + n, (g * value).to(dtype), mask=n < N)
@@ -131,13 +144,15 @@ def _plan(
 ) -> Plan:
     backward = len(strides) == 3
     align = math.gcd(n, *strides, 8)
-    constants = (activation, ROOT, CUBE, dtype == torch.float32, align, WIDTH)
-    return Plan(
+    return planned(
+        device,
         _backward_kernel if backward else _forward_kernel,
         (rows * -(-n // WIDTH), 1, 1),
-        (n // align, *(s // align for s in strides), *constants),
-        dict(num_warps=4, enable_fp_fusion=True),
-        HANDLES.setdefault((device.number, "gated activation", backward, dtype, constants), {}),
+        (n // align, *(s // align for s in strides)),
+        (Row(activation, dtype == torch.float32, align, WIDTH),),
+        dtype,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
 
 

@@ -38,25 +38,79 @@ import torch
 
 from ...core.device import Device, device_of
 from ...ops.linear.multi_lora_args import Adapters, count_of, is_stacked, table
-from ..core.launch import HANDLES, Plan, alignment_of, as_matrix, jit, refuse
+from ..core.launch import Plan, alignment_of, as_matrix, jit, planned, refuse, tl
 from ..core.products import multiply_add
+from .multi_lora_linear_tiles import FEW_ROWS, choose_few, choose_many, power
 
-try:
-    import triton.language as tl
-except ImportError:  # supports() says why this backend is not used
-    tl = None
+# what goes to a kernel together
 
-FEW_ROWS = 64
+
+class Matrices(NamedTuple):
+    """A's or B's of all adapters: one tensor of them, or where each begins, int64 [E]; the other is None."""
+
+    stacked: Any
+    addresses: Any
+
+
+class Aligned(NamedTuple):
+    """By what K, N, the ranks and the stride of x are divided on their way to a kernel, and whether all
+    adapters begin at multiples of 16 bytes; constants."""
+
+    K: int
+    N: int
+    R: int
+    Stride: int
+    Adapters: bool
+
+
+class ShrinkTiles(NamedTuple):
+    """What a program of a shrink works on; constants.
+
+    Attributes:
+        M, K, R: rows of a slot, columns of a step, ranks.
+        Even: whether every step is whole.
+    """
+
+    M: int
+    K: int
+    R: int
+    Even: bool
+
+
+class ExpandTiles(NamedTuple):
+    """What a program of an expand works on; constants.
+
+    Attributes:
+        M, N, R: rows of a slot, columns of y, ranks at a time.
+        Splits: partial sums of h.
+        Single: whether no rank is above R.
+    """
+
+    M: int
+    N: int
+    R: int
+    Splits: int
+    Single: bool
+
+
+class SortTiles(NamedTuple):
+    """Rows of a slot, and rows that are looked at at a time; constants."""
+
+    M: int
+    Block: int
+
+
+# kernels
 
 
 @jit
-def _matrix(stacked, addresses, e, elements, Float: tl.constexpr, Aligned: tl.constexpr):
+def _matrix(matrices, e, elements, Align, Float: tl.constexpr):
     """The adapter e of stacked ones, or of those whose addresses these are."""
-    if stacked is not None:
-        return stacked + e * elements
+    if matrices.stacked is not None:
+        return matrices.stacked + e * elements
     else:
-        at = tl.load(addresses + e).to(tl.pointer_type(Float))
-        if Aligned:
+        at = tl.load(matrices.addresses + e).to(tl.pointer_type(Float))
+        if Align.Adapters:
             at = tl.multiple_of(at, 16)
         return at
 
@@ -76,27 +130,25 @@ _INTEGERS = ["M", "N", "K", "R", "E", "stride", "steps", "strip", "slots"]
 
 @jit(do_not_specialize=_INTEGERS)
 def _few_shrink_kernel(
-    x, lora_A, addresses, ranks, ids, partial, M, K, R, E, stride,
-    Float: tl.constexpr, Aligned: tl.constexpr, KAlign: tl.constexpr, RAlign: tl.constexpr,
-    StrideAlign: tl.constexpr, Even: tl.constexpr, TileK: tl.constexpr, TileR: tl.constexpr,
+    x, lora_A, ranks, ids, partial, M, K, R, E, stride, Align, Tile, Float: tl.constexpr,
 ):  # fmt: skip
-    """partial [splits, M, R] = x A^T over the columns of each split. Even: every split is whole."""
-    R *= RAlign
-    K *= KAlign
+    """partial [splits, M, R] = x A^T over the columns of each split. Tile.Even: every split is whole."""
+    R *= Align.R
+    K *= Align.K
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     e = tl.load(ids + row).to(tl.int64)
     if (e < 0) | (e >= E):
         return
-    rank = _rank(ranks, e, R, RAlign)
-    r = tl.program_id(2) * TileR + tl.arange(0, TileR)
-    if tl.program_id(2) * TileR >= rank:
+    rank = _rank(ranks, e, R, Align.R)
+    r = tl.program_id(2) * Tile.R + tl.arange(0, Tile.R)
+    if tl.program_id(2) * Tile.R >= rank:
         return
-    a = _matrix(lora_A, addresses, e, rank.to(tl.int64) * K, Float, Aligned)
-    k = split * TileK + tl.arange(0, TileK)
+    a = _matrix(lora_A, e, rank.to(tl.int64) * K, Align, Float)
+    k = split * Tile.K + tl.arange(0, Tile.K)
     a_at = a + r[:, None] * K + k[None, :]
-    x_at = x + row * (stride.to(tl.int64) * StrideAlign) + k
-    if Even:
+    x_at = x + row * (stride.to(tl.int64) * Align.Stride) + k
+    if Tile.Even:
         a_tile = tl.load(a_at, mask=(r < rank)[:, None], other=0.0)
         x_row = tl.load(x_at)
     else:
@@ -123,87 +175,83 @@ def _products(b, partial, n, row, first, rank, M, N, R, TileR: tl.constexpr, Spl
 
 @jit(do_not_specialize=_INTEGERS)
 def _few_expand_kernel(
-    y, lora_B, addresses, ranks, scaling, ids, partial, M, N, R, E,
-    Float: tl.constexpr, Aligned: tl.constexpr, RAlign: tl.constexpr, TileN: tl.constexpr,
-    TileR: tl.constexpr, Splits: tl.constexpr, Single: tl.constexpr,
+    y, lora_B, ranks, scaling, ids, partial, M, N, R, E, Align, Tile, Float: tl.constexpr,
 ):  # fmt: skip
-    """y += s h B^T with h the sum of the partial ones. Single: no rank is above TileR."""
-    R *= RAlign
+    """y += s h B^T with h the sum of the partial ones."""
+    R *= Align.R
     row = tl.program_id(0).to(tl.int64)
     e = tl.load(ids + row).to(tl.int64)
     if (e < 0) | (e >= E):
         return
-    rank = _rank(ranks, e, R, RAlign)
-    b = _matrix(lora_B, addresses, e, rank.to(tl.int64) * N, Float, Aligned)
-    n = tl.program_id(1) * TileN + tl.arange(0, TileN)
+    rank = _rank(ranks, e, R, Align.R)
+    b = _matrix(lora_B, e, rank.to(tl.int64) * N, Align, Float)
+    n = tl.program_id(1) * Tile.N + tl.arange(0, Tile.N)
     y_at = y + row * N + n
     before = tl.load(y_at, mask=n < N, other=0.0)
     scale = tl.load(scaling + e)
     # ranks are summed in the end, in the layout in which B is read
-    products = _products(b, partial, n, row, 0, rank, M, N, R, TileR, Splits)
-    if not Single:
-        for first in range(TileR, rank, TileR):
-            products += _products(b, partial, n, row, first, rank, M, N, R, TileR, Splits)
+    products = _products(b, partial, n, row, 0, rank, M, N, R, Tile.R, Tile.Splits)
+    if not Tile.Single:
+        for first in range(Tile.R, rank, Tile.R):
+            products += _products(b, partial, n, row, first, rank, M, N, R, Tile.R, Tile.Splits)
     acc = tl.sum(products, axis=1)
     tl.store(y_at, (before.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=n < N)
 
 
 @jit(do_not_specialize=_INTEGERS)
-def _sort_kernel(ids, order, M, E, slots, TileM: tl.constexpr, Block: tl.constexpr):
-    """order [slots, TileM] = the rows of each adapter, in slots of its own, -1 where there is none."""
+def _sort_kernel(ids, order, M, E, slots, Tile):
+    """order [slots, Tile.M] = the rows of each adapter, in slots of its own, -1 where there is none."""
     e = tl.program_id(0)
-    lane = tl.arange(0, Block)
-    below = tl.zeros((Block,), tl.int32)
-    own = tl.zeros((Block,), tl.int32)
-    for at in range(0, M, Block):
+    lane = tl.arange(0, Tile.Block)
+    below = tl.zeros((Tile.Block,), tl.int32)
+    own = tl.zeros((Tile.Block,), tl.int32)
+    for at in range(0, M, Tile.Block):
         row = at + lane
         which = tl.load(ids + row, mask=row < M, other=-1)
         below += ((which >= 0) & (which < e)).to(tl.int32)
         own += (which == e).to(tl.int32)
     begin = tl.sum(below)
-    place = (begin // TileM + e) * TileM
-    end = ((begin + tl.sum(own)) // TileM + e + 1) * TileM
-    end = tl.where(e == E - 1, slots * TileM, end)
-    for at in range(0, M, Block):
+    place = (begin // Tile.M + e) * Tile.M
+    end = ((begin + tl.sum(own)) // Tile.M + e + 1) * Tile.M
+    end = tl.where(e == E - 1, slots * Tile.M, end)
+    for at in range(0, M, Tile.Block):
         row = at + lane
         mine = (tl.load(ids + row, mask=row < M, other=-1) == e).to(tl.int32)
         tl.store(order + place + tl.cumsum(mine) - 1, row, mask=mine != 0)
         place += tl.sum(mine)
-    for at in range(place, end, Block):
-        tl.store(order + at + lane, tl.full((Block,), -1, tl.int32), mask=at + lane < end)
+    for at in range(place, end, Tile.Block):
+        tl.store(order + at + lane, tl.full((Tile.Block,), -1, tl.int32), mask=at + lane < end)
 
 
 @jit(do_not_specialize=_INTEGERS)
 def _shrink_kernel(
-    x, lora_A, addresses, ranks, ids, order, partial, M, K, R, stride, steps,
-    Float: tl.constexpr, Aligned: tl.constexpr, Product: tl.constexpr, KAlign: tl.constexpr,
-    RAlign: tl.constexpr, StrideAlign: tl.constexpr, Even: tl.constexpr, TileM: tl.constexpr,
-    TileK: tl.constexpr, TileR: tl.constexpr,
+    x, lora_A, ranks, ids, order, partial, M, K, R, stride, steps, Align, Tile, Float: tl.constexpr,
 ):  # fmt: skip
-    """partial [splits, M, R] = x A^T for the rows of a slot. Even: K is a multiple of TileK."""
-    R *= RAlign
-    K *= KAlign
+    """partial [splits, M, R] = x A^T for the rows of a slot."""
+    R *= Align.R
+    K *= Align.K
     slot = tl.program_id(0)
-    any_row = tl.load(order + slot * TileM)
+    any_row = tl.load(order + slot * Tile.M)
     if any_row < 0:
         return
     e = tl.load(ids + any_row).to(tl.int64)
-    rank = _rank(ranks, e, R, RAlign)
-    if tl.program_id(2) * TileR >= rank:
+    rank = _rank(ranks, e, R, Align.R)
+    if tl.program_id(2) * Tile.R >= rank:
         return
-    r = tl.program_id(2) * TileR + tl.arange(0, TileR)
-    row = tl.load(order + slot * TileM + tl.arange(0, TileM))
+    r = tl.program_id(2) * Tile.R + tl.arange(0, Tile.R)
+    row = tl.load(order + slot * Tile.M + tl.arange(0, Tile.M))
     there = row >= 0
     row = tl.maximum(row, 0).to(tl.int64)
-    column = tl.arange(0, TileK)
-    a_at = _matrix(lora_A, addresses, e, rank.to(tl.int64) * K, Float, Aligned)
+    column = tl.arange(0, Tile.K)
+    a_at = _matrix(lora_A, e, rank.to(tl.int64) * K, Align, Float)
     a_at += r[:, None] * K + column[None, :]
-    x_at = x + row[:, None] * (stride.to(tl.int64) * StrideAlign) + column[None, :]
-    begin = tl.program_id(1) * steps * TileK
-    end = tl.minimum(begin + steps * TileK, K)
-    acc = tl.zeros((TileM, TileR), tl.float32)
-    for k in range(begin, end, TileK):
-        if Even:
+    x_at = x + row[:, None] * (stride.to(tl.int64) * Align.Stride) + column[None, :]
+    Product: tl.constexpr = Float if Float == x.dtype.element_ty else tl.float32
+    begin = tl.program_id(1) * steps * Tile.K
+    end = tl.minimum(begin + steps * Tile.K, K)
+    acc = tl.zeros((Tile.M, Tile.R), tl.float32)
+    for k in range(begin, end, Tile.K):
+        if Tile.Even:
             x_tile = tl.load(x_at + k, mask=there[:, None], other=0.0)
             a_tile = tl.load(a_at + k, mask=(r < rank)[:, None], other=0.0)
         else:
@@ -241,111 +289,37 @@ def _times_b(h, b, n, first, rank, N, acc, Product: tl.constexpr, TileR: tl.cons
 
 @jit(do_not_specialize=_INTEGERS)
 def _expand_kernel(
-    y, lora_B, addresses, ranks, scaling, ids, order, partial, M, N, R, strip,
-    Float: tl.constexpr, Aligned: tl.constexpr, Product: tl.constexpr, NAlign: tl.constexpr,
-    RAlign: tl.constexpr, TileM: tl.constexpr, TileN: tl.constexpr, TileR: tl.constexpr,
-    Splits: tl.constexpr, Single: tl.constexpr,
+    y, lora_B, ranks, scaling, ids, order, partial, M, N, R, strip, Align, Tile, Float: tl.constexpr,
 ):  # fmt: skip
-    """y += s h B^T for the rows of a slot and `strip` tiles of columns, h the sum of the partial ones.
-    Single: no rank is above TileR, so h stays in registers."""
-    R *= RAlign
-    N *= NAlign
+    """y += s h B^T for the rows of a slot and `strip` tiles of columns, h the sum of the partial ones: where
+    no rank is above Tile.R it stays in registers."""
+    R *= Align.R
+    N *= Align.N
     slot = tl.program_id(0)
-    any_row = tl.load(order + slot * TileM)
+    any_row = tl.load(order + slot * Tile.M)
     if any_row < 0:
         return
     e = tl.load(ids + any_row).to(tl.int64)
-    rank = _rank(ranks, e, R, RAlign)
+    rank = _rank(ranks, e, R, Align.R)
     scale = tl.load(scaling + e)
-    row = tl.load(order + slot * TileM + tl.arange(0, TileM))
+    row = tl.load(order + slot * Tile.M + tl.arange(0, Tile.M))
     there = row >= 0
     row = tl.maximum(row, 0).to(tl.int64)
-    b = _matrix(lora_B, addresses, e, rank.to(tl.int64) * N, Float, Aligned)
-    h = _sums(partial, row, there, 0, rank, M, R, TileR, Splits)
+    b = _matrix(lora_B, e, rank.to(tl.int64) * N, Align, Float)
+    h = _sums(partial, row, there, 0, rank, M, R, Tile.R, Tile.Splits)
+    Product: tl.constexpr = Float if Float == y.dtype.element_ty else tl.float32
     first_tile = tl.program_id(1) * strip
-    for tile in range(first_tile, tl.minimum(first_tile + strip, tl.cdiv(N, TileN))):
-        n = tile * TileN + tl.arange(0, TileN)
+    for tile in range(first_tile, tl.minimum(first_tile + strip, tl.cdiv(N, Tile.N))):
+        n = tile * Tile.N + tl.arange(0, Tile.N)
         y_at = y + row[:, None] * N + n[None, :]
         inside = there[:, None] & (n < N)[None, :]
         before = tl.load(y_at, mask=inside, other=0.0)
-        acc = _times_b(h, b, n, 0, rank, N, tl.zeros((TileM, TileN), tl.float32), Product, TileR)
-        if not Single:
-            for first in range(TileR, rank, TileR):
-                more = _sums(partial, row, there, first, rank, M, R, TileR, Splits)
-                acc = _times_b(more, b, n, first, rank, N, acc, Product, TileR)
+        acc = _times_b(h, b, n, 0, rank, N, tl.zeros((Tile.M, Tile.N), tl.float32), Product, Tile.R)
+        if not Tile.Single:
+            for first in range(Tile.R, rank, Tile.R):
+                more = _sums(partial, row, there, first, rank, M, R, Tile.R, Tile.Splits)
+                acc = _times_b(more, b, n, first, rank, N, acc, Product, Tile.R)
         tl.store(y_at, (before.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=inside)
-
-
-# which tiles
-
-
-class Few(NamedTuple):
-    """Of the two kernels for few rows: TileR and TileK of shrink, its splits and warps; TileR, TileN and
-    warps of expand."""
-
-    shrink_r: int
-    shrink_k: int
-    splits: int
-    shrink_warps: int
-    expand_r: int
-    expand_n: int
-    expand_warps: int
-
-
-def _power(count: int, most: int) -> int:
-    """The power of two that holds count, at most `most`."""
-    return min(1 << (max(count, 1) - 1).bit_length(), most)
-
-
-def choose_few(m: int, n: int, k: int, rank: int, float_bytes: int) -> Few:
-    """A thread asks for 128 bytes of A or B at once. Programs are small where rows are few, to spread over
-    the machine; where there are more rows, shrink's are large, so that there is less to hand on."""
-    elements = (4096 if m <= 4 else 8192 if m <= 32 else 16384) * 2 // float_bytes
-    shrink_r = _power(rank, 16)
-    shrink_k = _power(k, min(elements // shrink_r, 2048))
-    expand_r = _power(rank, 64)
-    expand_n = _power(n, min(min(elements, 16384 // float_bytes) // expand_r, 512))
-    warps = [_power(tile * float_bytes // 4096, 8) for tile in (shrink_r * shrink_k, expand_r * expand_n)]
-    return Few(shrink_r, shrink_k, -(-k // shrink_k), warps[0], expand_r, expand_n, warps[1])
-
-
-class Many(NamedTuple):
-    """Of the three kernels for many rows; `strip` tiles of TileN columns are a program's."""
-
-    tile_m: int
-    tile_r: int
-    tile_k: int
-    splits: int
-    steps: int
-    shrink_warps: int
-    tile_n: int
-    strip: int
-    slots: int
-
-
-MIN_SPLIT = 512  # columns of x that a program sums at least
-
-
-def choose_many(
-    m: int, n: int, k: int, count: int, rank: int, float_bytes: int, multiprocessors: int
-) -> Many:
-    """Slots of 32 rows where adapters have as many on average, else of 16. K is split until two programs come
-    to a multiprocessor. Columns of y go in strips, so that empty slots, of which there may be one an adapter,
-    are few programs."""
-    tile_m = 32 if m >= 32 * count and float_bytes == 2 else 16
-    tile_r = max(16, _power(rank, 64))
-    tile_k = 128 if float_bytes == 2 else 32
-    tile_n = 128 if float_bytes == 2 else 64
-    slots = m // tile_m + count
-    programs = max(1, m // tile_m) * -(-rank // tile_r)
-    splits = max(1, min(k // MIN_SPLIT, 2 * multiprocessors // programs))
-    steps = max(1, -(-k // (tile_k * splits)))
-    splits = max(1, -(-k // (tile_k * steps)))
-    tiles = -(-n // tile_n)
-    strip = max(1, min(tiles, slots * tiles // (8 * multiprocessors)))
-    # a tensor core's instruction has 16 rows and 8 ranks: more warps would repeat one another
-    warps = min(4, tile_m * tile_r // 128)
-    return Many(tile_m, tile_r, tile_k, splits, steps, warps, tile_n, strip, slots)
 
 
 # the backend
@@ -372,7 +346,15 @@ def supports(
 
 
 class Stored(NamedTuple):
-    """How adapters are stored: what a plan depends on."""
+    """How adapters are stored: what a plan depends on.
+
+    Attributes:
+        adapters: how many.
+        stacked: whether they are one tensor, not addresses.
+        most, align: the largest rank, and what all ranks are multiples of.
+        aligned: whether all begin at multiples of 16 bytes.
+        a_dtype, b_dtype: of A and of B.
+    """
 
     adapters: int
     stacked: bool
@@ -381,6 +363,19 @@ class Stored(NamedTuple):
     aligned: bool
     a_dtype: torch.dtype
     b_dtype: torch.dtype
+
+
+class Problem(NamedTuple):
+    """What a plan depends on: x [m, k], whose rows are `stride` elements apart, y [m, n], the adapters, and
+    the dtypes of x and of the ids."""
+
+    m: int
+    n: int
+    k: int
+    stride: int
+    stored: Stored
+    dtype: torch.dtype
+    ids_dtype: torch.dtype
 
 
 class Plans(NamedTuple):
@@ -397,84 +392,96 @@ def _float(dtype: torch.dtype) -> Any:
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
-def _product(dtype: torch.dtype, other: torch.dtype) -> Any:
-    return _float(dtype if dtype == other else torch.float32)
-
-
-def _plan(
-    device: Device, name: str, kernel: Any, grid: tuple[int, int, int], integers: tuple[int, ...],
-    constants: tuple[Any, ...], kind: tuple[Any, ...], warps: int = 4, stages: int = 3,
-) -> Plan:  # fmt: skip
-    handles = HANDLES.setdefault((device.number, "multi_lora", name, kind, constants, warps), {})
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-    return Plan(kernel, grid, (*integers, *constants), options, handles)
-
-
 @functools.lru_cache(maxsize=4096)
-def _plans(
-    device: Device,
-    m: int,
-    n: int,
-    k: int,
-    stride: int,
-    stored: Stored,
-    dtype: torch.dtype,
-    ids_dtype: torch.dtype,
-) -> Plans:
-    count, stacked, most, align, aligned, a_dtype, b_dtype = stored
-    kind = (stacked, dtype, ids_dtype)
-    a_float, b_float = _float(a_dtype), _float(b_dtype)
-    k_align, stride_align, n_align = math.gcd(k, 8), math.gcd(stride, 8), math.gcd(n, 8)
-    rank = most // align
-    if m <= FEW_ROWS:
-        few = choose_few(m, n, k, most, max(a_dtype.itemsize, b_dtype.itemsize))
-        shrink = _plan(
-            device, "few_shrink", _few_shrink_kernel, (m, few.splits, -(-most // few.shrink_r)),
-            (m, k // k_align, rank, count, stride // stride_align),
-            (
-                a_float, aligned, k_align, align, stride_align, k % few.shrink_k == 0, few.shrink_k,
-                few.shrink_r,
-            ),
-            kind,
-            few.shrink_warps,
-        )  # fmt: skip
-        expand = _plan(
-            device, "few_expand", _few_expand_kernel, (m, -(-n // few.expand_n), 1),
-            (m, n, rank, count),
-            (b_float, aligned, align, few.expand_n, few.expand_r, few.splits, most <= few.expand_r),
-            kind,
-            few.expand_warps,
-        )  # fmt: skip
-        return Plans(None, shrink, expand, (few.splits, m, most), None)
-    wide = max(dtype.itemsize, a_dtype.itemsize, b_dtype.itemsize)
-    wide = 4 if len({dtype, a_dtype}) > 1 else wide
-    many = choose_many(m, n, k, count, most, wide, device.multiprocessors)
-    sort = _plan(
-        device, "sort", _sort_kernel, (count, 1, 1), (m, count, many.slots),
-        (many.tile_m, _power(m, 1024)), kind,
-    )  # fmt: skip
-    shrink = _plan(
-        device, "shrink", _shrink_kernel, (many.slots, many.splits, -(-most // many.tile_r)),
-        (m, k // k_align, rank, stride // stride_align, many.steps),
+def _plans(device: Device, p: Problem) -> Plans:
+    return _few_plans(device, p) if p.m <= FEW_ROWS else _many_plans(device, p)
+
+
+def _aligned(p: Problem) -> Aligned:
+    return Aligned(
+        math.gcd(p.k, 8), math.gcd(p.n, 8), p.stored.align, math.gcd(p.stride, 8), p.stored.aligned
+    )
+
+
+def _few_plans(device: Device, p: Problem) -> Plans:
+    most, align = p.stored.most, _aligned(p)
+    few = choose_few(p.m, p.n, p.k, most, max(p.stored.a_dtype.itemsize, p.stored.b_dtype.itemsize))
+    kind = (p.stored.stacked, p.dtype, p.ids_dtype)
+    shrink = planned(
+        device,
+        _few_shrink_kernel,
+        (p.m, few.splits, -(-most // few.shrink_r)),
+        (p.m, p.k // align.K, most // align.R, p.stored.adapters, p.stride // align.Stride),
         (
-            a_float, aligned, _product(dtype, a_dtype), k_align, align, stride_align, k % many.tile_k == 0,
-            many.tile_m, many.tile_k, many.tile_r,
+            align._replace(N=1),
+            ShrinkTiles(1, few.shrink_k, few.shrink_r, p.k % few.shrink_k == 0),
+            _float(p.stored.a_dtype),
         ),
         kind,
-        many.shrink_warps,
-    )  # fmt: skip
-    strips = -(-n // (many.tile_n * many.strip))
-    expand = _plan(
-        device, "expand", _expand_kernel, (many.slots, strips, 1),
-        (m, n // n_align, rank, many.strip),
+        num_warps=few.shrink_warps,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    expand = planned(
+        device,
+        _few_expand_kernel,
+        (p.m, -(-p.n // few.expand_n), 1),
+        (p.m, p.n, most // align.R, p.stored.adapters),
         (
-            b_float, aligned, _product(dtype, b_dtype), n_align, align, many.tile_m, many.tile_n, many.tile_r,
-            many.splits, most <= many.tile_r,
+            align._replace(K=1, N=1, Stride=1),
+            ExpandTiles(1, few.expand_n, few.expand_r, few.splits, most <= few.expand_r),
+            _float(p.stored.b_dtype),
         ),
         kind,
-        stages=2,
+        num_warps=few.expand_warps,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    return Plans(None, shrink, expand, (few.splits, p.m, most), None)
+
+
+def _many_plans(device: Device, p: Problem) -> Plans:
+    stored, align = p.stored, _aligned(p)
+    wide = max(p.dtype.itemsize, stored.a_dtype.itemsize, stored.b_dtype.itemsize)
+    wide = wide if p.dtype == stored.a_dtype else 4
+    many = choose_many(p.m, p.n, p.k, stored.adapters, stored.most, wide, device.multiprocessors)
+    kind = (stored.stacked, p.dtype, p.ids_dtype)
+    sort = planned(
+        device, _sort_kernel, (stored.adapters, 1, 1), (p.m, stored.adapters, many.slots),
+        (SortTiles(many.tile_m, power(p.m, 1024)),), p.ids_dtype,
+        num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
-    return Plans(sort, shrink, expand, (many.splits, m, most), (many.slots, many.tile_m))
+    shrink = planned(
+        device,
+        _shrink_kernel,
+        (many.slots, many.splits, -(-stored.most // many.tile_r)),
+        (p.m, p.k // align.K, stored.most // align.R, p.stride // align.Stride, many.steps),
+        (
+            align._replace(N=1),
+            ShrinkTiles(many.tile_m, many.tile_k, many.tile_r, p.k % many.tile_k == 0),
+            _float(stored.a_dtype),
+        ),
+        kind,
+        num_warps=many.shrink_warps,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    expand = planned(
+        device,
+        _expand_kernel,
+        (many.slots, -(-p.n // (many.tile_n * many.strip)), 1),
+        (p.m, p.n // align.N, stored.most // align.R, many.strip),
+        (
+            align._replace(K=1, Stride=1),
+            ExpandTiles(many.tile_m, many.tile_n, many.tile_r, many.splits, stored.most <= many.tile_r),
+            _float(stored.b_dtype),
+        ),
+        kind,
+        num_warps=4,
+        num_stages=2,
+        enable_fp_fusion=True,
+    )
+    return Plans(sort, shrink, expand, (many.splits, p.m, stored.most), (many.slots, many.tile_m))
 
 
 def run(
@@ -504,19 +511,19 @@ def run(
         return None
     x, ids, scaling = as_matrix(x), adapter_ids.reshape(-1).contiguous(), scaling.contiguous()
     m = x.shape[0]
-    plans = _plans(
-        device_of(x.device), m, n, k, x.stride(0) if m > 1 else k,
-        Stored(count, stacked, most, align, aligned, lora_A[0].dtype, lora_B[0].dtype), x.dtype, ids.dtype,
-    )  # fmt: skip
-    a, b = (lora_A[0], lora_B[0]) if stacked else (None, None)
+    stored = Stored(count, stacked, most, align, aligned, lora_A[0].dtype, lora_B[0].dtype)
+    problem = Problem(m, n, k, x.stride(0) if m > 1 else k, stored, x.dtype, ids.dtype)
+    plans = _plans(device_of(x.device), problem)
+    a = Matrices(lora_A[0] if stacked else None, addresses_a)
+    b = Matrices(lora_B[0] if stacked else None, addresses_b)
     partial = torch.empty(plans.partial, dtype=torch.float32, device=x.device)
     order: tuple[torch.Tensor, ...] = ()
     if plans.sort is not None:
         assert plans.order is not None
         order = (torch.empty(plans.order, dtype=torch.int32, device=x.device),)
         plans.sort.launch((ids, *order), alignment_of(ids))
-    shrunk = (x, a, addresses_a, ranks, ids)
-    plans.shrink.launch((*shrunk, *order, partial), alignment_of(*shrunk))
-    expanded = (y, b, addresses_b, ranks, scaling, ids)
-    plans.expand.launch((*expanded, *order, partial), alignment_of(*expanded))
+    plans.shrink.launch((x, a, ranks, ids, *order, partial), alignment_of(x, *a, ranks, ids))
+    plans.expand.launch(
+        (y, b, ranks, scaling, ids, *order, partial), alignment_of(y, *b, ranks, scaling, ids)
+    )
     return None

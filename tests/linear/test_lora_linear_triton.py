@@ -13,13 +13,14 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from backends import Target, targets
+from bitfuse.core.device import Device
 from bitfuse.core.dropout import keep
 from bitfuse.kernels.core.launch import HANDLES
 from bitfuse.ops.linear.lora_args import LoraArgs
 from bitfuse.ops.linear.lora_linear import Wanted, lora_linear_backward, lora_linear_op
 
 pytest.importorskip("triton")
-from bitfuse.kernels.linear import lora_linear as backend
+from bitfuse.kernels.linear import lora_linear_passes as passes
 from bitfuse.kernels.linear import lowbit_linear
 
 TARGETS = pytest.mark.parametrize("target", targets("triton"), ids=str)
@@ -150,47 +151,50 @@ def test_addresses_beyond_32_bits(target: Target) -> None:
 def test_what_is_compiled(target: Target) -> None:
     """Tensor cores of the right generation, asynchronous copies of 16 bytes, nothing in local memory; and on
     Hopper a product that waits for h after its loop, not before."""
-    for cached in (lowbit_linear._plan, backend._shrink_plan, backend._column_sums_plan):
+    for cached in (lowbit_linear._plans, passes._shrink_plan, passes._column_sums_plan):
         cached.cache_clear()
     HANDLES.clear()
     x, p, grad, _ = make(target, 256, 128, 128, 16, BF16, BF16)
     _, h = target.run(lora_linear_op, x, (p,), 0.0)
     target.run(lora_linear_backward, (grad,), x, (p,), (h,), 0.0, EVERYTHING)
     names = set()
-    for key, handles in HANDLES.items():
+    for handles in HANDLES.values():
         for handle in handles.values():
-            ptx = handle.asm["ptx"]
-            names.add(str(key[1]))
+            ptx, name = handle.asm["ptx"], handle.metadata.name
+            names.add(name)
             assert ".local" not in ptx
-            if key[1] not in ("sum", "reduce"):
+            if name not in ("_sum_kernel", "_reduce_kernel"):
                 wide = (target.sm or torch.cuda.get_device_capability()[0] * 10) == 90
-                matmul = "wgmma" if wide and key[1] != "column sums" else "mma.sync"
-                assert matmul in ptx and "cp.async.cg.shared.global" in ptx, key
-                if key[1] is False:
+                matmul = "wgmma" if wide and name != "_column_sums_kernel" else "mma.sync"
+                assert matmul in ptx and "cp.async.cg.shared.global" in ptx, name
+                if name == "_forward_kernel":
                     wait = ptx.find("griddepcontrol.wait")
                     assert (ptx.find("wgmma.mma_async") < wait < ptx.rfind("ld.global")) if wide else wait < 0
-                if key[1] in ("shrink", "column sums"):
+                if name in ("_shrink_kernel", "_column_sums_kernel"):
                     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x(\w+)", ptx)
                     # h, which is read across, comes in single numbers
-                    assert {"10"} <= set(copies) <= {"10", "4"} and (key[1] != "shrink" or "4" not in copies)
-    assert names == {"shrink", "column sums", "sum", "False", "True"}
+                    assert {"10"} <= set(copies) <= {"10", "4"} and (
+                        name != "_shrink_kernel" or "4" not in copies
+                    )
+    products = {"_forward_kernel", "_grad_x_kernel"}
+    assert names == {"_shrink_kernel", "_column_sums_kernel", "_sum_kernel"} | products
 
 
 def test_the_table_of_tiles() -> None:
     """A prompt's shrink fills an H100, and its programs' stages a multiprocessor; shares cover the rows."""
-    h100 = lowbit_linear.Device(0, 90, 132)
+    h100 = Device(0, 90, 132)
     for m in (1, 100, 512, 2048, 8192, 100_000):
         for k in (1024, 4096, 14336):
             for adapter in (BF16, F32):
-                plan = backend._shrink_plan(h100, m, k, k, BF16, (16,), (adapter,), False, False, False)
-                tile_m, tile_r, tile_k = plan.arguments[-3:]
+                p = passes.Pass(m, k, k, BF16, (16,), (adapter,), None, False, False, False)
+                plan = passes._shrink_plan(h100, p)
+                tile_m, tile_r, tile_k = (v.value for v in plan.arguments[-1][:3])
                 assert plan.grid[0] * tile_m >= m and (plan.grid[0] >= 99 or tile_m == 16)
                 stage = (tile_m * 2 + tile_r * adapter.itemsize) * tile_k
                 assert 12 << 10 <= stage <= 32 << 10
-                plan, shares, tiles = backend._column_sums_plan(
-                    h100, m, k, k, BF16, (16,), (adapter,), adapter, True, False, False
-                )
-                tile_m, _, tile_c = plan.arguments[-3:]
+                p = p._replace(factor=adapter, across=True)
+                plan, shares, tiles = passes._column_sums_plan(h100, p)
+                tile_m, _, tile_c = (v.value for v in plan.arguments[-1])
                 steps = plan.arguments[6]
                 assert tiles * tile_c >= k and shares * steps * tile_m >= m > (shares - 1) * steps * tile_m
                 assert tiles * shares <= 264
