@@ -25,7 +25,7 @@ import torch
 from ...core.device import Device, device_of
 from ...ops.attention.kv_cache import BITS, CacheTensors, Rotary
 from ..core.launch import HANDLES, Plan, alignment_of, jit, refuse
-from .attention import FARTHEST, LONGEST, padded
+from .layouts import FARTHEST, LONGEST, padded
 from .rope import rotary_numbers, rotary_tensors, turned
 
 try:

@@ -33,67 +33,77 @@ tensor cores' rate, the five products counted: 37% without any overlap of the tw
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...core.device import Device, device_of
-from ...core.gpus import arch_of
 from ...ops.attention.attention_args import AttentionArgs
 from ..core.dropout import keep, row_keys
-from ..core.launch import HANDLES, Plan, alignment_of, jit
-from .attention import (
-    NUMBERS,
-    Config,
-    Layout,
-    Problem,
+from ..core.launch import Plan, alignment_of, contiguous, jit, planned, tl
+from .attention import Config
+from .attention_logits import (
+    Forms,
+    Numbers,
+    Walk,
+    Window,
     dot,
     in_unit,
-    launch,
-    layout,
     logits,
     masked_tile,
-    padded,
     power,
-    problem_of,
     product,
     span,
     tile,
     unseen_hidden,
-    vector,
     visited,
 )
-from .attention import supports as supports_forward
+from .attention_problem import NUMBERS, Heads, Problem, Tiles, launch, problem_of
+from .attention_problem import supports as supports_forward
+from .layouts import Layout, layout, padded, vector
 
-try:
-    import triton.language as tl
-except ImportError:  # supports() says why this backend is not used
-    tl = None
+# constants
+
+
+class DeltaTiles(NamedTuple):
+    """Rows and the padded width of a program; the width of a head, and what strides are divided by."""
+
+    M: int
+    DV: int
+    DimV: int
+    Align: int
+
+
+class Summed(NamedTuple):
+    """Whether a bias's gradient is summed over rows, and over columns."""
+
+    I: bool  # noqa: E741  as the kernels call them
+    J: bool
 
 
 # kernels
 
 _WALKED = ["g_batch", "g_row", "g_head", "o_batch", "o_row", "o_head"]
-_OWN = [*NUMBERS, *_WALKED[:3], "batch", "batches", "bias_heads"]
+_OWN = [*NUMBERS, "tiles", *_WALKED[:3], "batch", "batches", "bias_heads"]
 _SMALL = ["slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k", "lse", "delta", "grad_lse", "totals"]
 
 
 @jit(do_not_specialize=["SQ", "heads", *_WALKED], do_not_specialize_on_alignment=_SMALL)
 def _delta_kernel(
     grad, out, grad_lse, delta, heads, SQ, g_batch, g_row, g_head, o_batch, o_row, o_head,
-    DimV: tl.constexpr, Align: tl.constexpr, TileM: tl.constexpr, TileDV: tl.constexpr,
+    Row,
 ):  # fmt: skip
     """delta [batch, heads, SQ] = the sum of out grad over the head dimension, less grad_lse."""
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    m = tl.program_id(0) * TileM
-    row, d = tl.arange(0, TileM), tl.arange(0, TileDV)
-    grad += (b * g_batch + head * g_head) * Align
-    out += (b * o_batch + head * o_head) * Align
-    g_rel = row[:, None] * (g_row * Align) + d[None, :]
-    o_rel = row[:, None] * (o_row * Align) + d[None, :]
-    Padded: tl.constexpr = DimV != TileDV
-    g = tile((grad, g_row.to(tl.int64) * Align, g_rel, row, d < DimV), m, SQ, True, Padded)
-    o = tile((out, o_row.to(tl.int64) * Align, o_rel, row, d < DimV), m, SQ, True, Padded)
+    m = tl.program_id(0) * Row.M
+    row, d = tl.arange(0, Row.M), tl.arange(0, Row.DV)
+    grad += (b * g_batch + head * g_head) * Row.Align
+    out += (b * o_batch + head * o_head) * Row.Align
+    g_rel = row[:, None] * (g_row * Row.Align) + d[None, :]
+    o_rel = row[:, None] * (o_row * Row.Align) + d[None, :]
+    Padded: tl.constexpr = Row.DimV != Row.DV
+    g = tile(Walk(grad, g_row.to(tl.int64) * Row.Align, g_rel, row, d < Row.DimV), m, SQ, True, Padded)
+    o = tile(Walk(out, o_row.to(tl.int64) * Row.Align, o_rel, row, d < Row.DimV), m, SQ, True, Padded)
     total = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     line = (b * heads + head) * SQ + m + row
     inside = m + row < SQ
@@ -105,19 +115,19 @@ def _delta_kernel(
 @jit
 def _gradient(
     s, dp, numbers, slope, bias, window, i, j, SQ, length, lse, delta, first, second, seed, drawn,
-    Form: tl.constexpr, Edge: tl.constexpr,
+    Form, Edge: tl.constexpr,
 ):  # fmt: skip
     """The dropped probabilities, the gradient of the logits and that of the raw products s; dp is the raw
     product of grad and v. All that is a row's, lse and delta too, lies as i does."""
     z, squared, scale = logits(s, numbers, slope, bias, window, i, j, SQ, length, Form)
     z = unseen_hidden(z, i, j, length, window, Edge)
     # lse was rounded: of logits in the billions by more than 2 to that power is a number
-    p = power(tl.minimum(z * scale - lse, 0.0, propagate_nan=tl.PropagateNan.ALL), Form[6])
+    p = power(tl.minimum(z * scale - lse, 0.0, propagate_nan=tl.PropagateNan.ALL), Form.Natural)
     dropped = p
     if seed is not None:
-        kept = keep(first, second, j + drawn, numbers[4])
+        kept = keep(first, second, j + drawn, numbers.threshold)
         dropped = tl.where(kept, p, 0.0)
-        dp = tl.where(kept, dp * numbers[5], 0.0)
+        dp = tl.where(kept, dp * numbers.inverse, 0.0)
     dz = p * (dp - delta)
     return dropped, dz, dz * (1.0 - squared)
 
@@ -137,18 +147,18 @@ def _level(lse, i, length, Natural: tl.constexpr):
 
 @jit
 def _keys_step(
-    dk, dv, key, value, q, grad, m, j, row, length, SQ, numbers, slope, bias, window, lse, delta, line, seed,
-    drawn, sums, Form: tl.constexpr, Edge: tl.constexpr,
+    dk, dv, key, value, q, grad, m, j, length, SQ, numbers, slope, bias, window, lse, delta, line, seed,
+    drawn, sums, Form, Edge: tl.constexpr,
 ):  # fmt: skip
     """The queries from m on: what they give dk and dv [TileN, dim] of the keys j, and what these give to the
-    queries' sums, if there are any: (where the head's first row is, stride, rel, there)."""
-    i = m + row
-    q_tile = tile(q, m, SQ, Edge != "", Form[4])
+    sums [TileM, dim] of dq, walked from the head's first row on, if there are any."""
+    i = m + q.row
+    q_tile = tile(q, m, SQ, Edge != "", Form.Padded)
     s = product(key, q_tile.T)
-    g_tile = tile(grad, m, SQ, Edge != "", Form[5])
+    g_tile = tile(grad, m, SQ, Edge != "", Form.PaddedV)
     dp = product(value, g_tile.T)
     first, second = row_keys(seed, line + i)
-    own_lse, own_delta = _level(lse + line, i, SQ, Form[6]), _row_of(delta + line, i, SQ, 0.0)
+    own_lse, own_delta = _level(lse + line, i, SQ, Form.Natural), _row_of(delta + line, i, SQ, 0.0)
     dropped, _, ds = _gradient(
         s, dp, numbers, slope, bias, window, i[None, :], j, SQ, length, own_lse[None, :], own_delta[None, :],
         first[None, :], second[None, :], seed, drawn, Form, Edge,
@@ -157,13 +167,14 @@ def _keys_step(
     own = ds.to(q_tile.dtype)
     dk = dot(own, q_tile, dk)
     if sums is not None:
-        base, stride, rel, there = sums
-        place = base + m.to(tl.int64) * stride + rel
+        place = sums.base + m.to(tl.int64) * sums.stride + sums.rel
         given = product(own.T, key)
-        if Edge == "" and not Form[4]:
+        if Edge == "" and not Form.Padded:
             tl.atomic_add(place, given, sem="relaxed")
         else:
-            tl.atomic_add(place, given, mask=(row < SQ - m)[:, None] & there[None, :], sem="relaxed")
+            tl.atomic_add(
+                place, given, mask=(sums.row < SQ - m)[:, None] & sums.there[None, :], sem="relaxed"
+            )
     return dk, dv
 
 
@@ -175,13 +186,12 @@ def _keys_kernel(
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     pk_batch, pk_row, pk_head, pv_batch, pv_row, pv_head,
     bias_batch, bias_head, bias_i, bias_j, slope_batch, g_batch, g_row, g_head, scaled, tiles,
-    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, BiasAlign: tl.constexpr, Form: tl.constexpr,
-    TileM: tl.constexpr, TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
+    Head, Form, Tile,
 ):  # fmt: skip
     """dk and dv, contiguous, of the shapes of k and v. Where there are sums, dq without its scale is added to
     them."""
     pid = tl.program_id(0)
-    n = pid % tiles * TileN
+    n = pid % tiles * Tile.N
     kv_heads = heads // group
     kv_head = pid // tiles % kv_heads
     b = pid // tiles // kv_heads
@@ -191,29 +201,29 @@ def _keys_kernel(
     q_first, sq = span(cu_seqlens_q, b, SQ, total_q)
     shift = (sk - sq) * bottom
     wide_b, kv_wide = b.to(tl.int64), kv_head.to(tl.int64)
-    row, column = tl.arange(0, TileM), tl.arange(0, TileN)
-    d, d_v = tl.arange(0, TileD), tl.arange(0, TileDV)
-    q_stride, g_stride = q_row.to(tl.int64) * Align, g_row.to(tl.int64) * Align
-    k_stride, v_stride = k_row.to(tl.int64) * Align, v_row.to(tl.int64) * Align
-    k += (wide_b * k_batch + kv_wide * k_head) * Align + k_first * k_stride
-    v += (wide_b * v_batch + kv_wide * v_head) * Align + k_first * v_stride
-    k_rel = column[:, None] * (k_row * Align) + d[None, :]
-    v_rel = column[:, None] * (v_row * Align) + d_v[None, :]
-    q_rel = row[:, None] * (q_row * Align) + d[None, :]
-    g_rel = row[:, None] * (g_row * Align) + d_v[None, :]
-    key = tile((k, k_stride, k_rel, column, d < Dim), n, sk, True, Form[4])
-    value = tile((v, v_stride, v_rel, column, d_v < DimV), n, sk, True, Form[5])
+    row, column = tl.arange(0, Tile.M), tl.arange(0, Tile.N)
+    d, d_v = tl.arange(0, Tile.D), tl.arange(0, Tile.DV)
+    q_stride, g_stride = q_row.to(tl.int64) * Head.Align, g_row.to(tl.int64) * Head.Align
+    k_stride, v_stride = k_row.to(tl.int64) * Head.Align, v_row.to(tl.int64) * Head.Align
+    k += (wide_b * k_batch + kv_wide * k_head) * Head.Align + k_first * k_stride
+    v += (wide_b * v_batch + kv_wide * v_head) * Head.Align + k_first * v_stride
+    k_rel = column[:, None] * (k_row * Head.Align) + d[None, :]
+    v_rel = column[:, None] * (v_row * Head.Align) + d_v[None, :]
+    q_rel = row[:, None] * (q_row * Head.Align) + d[None, :]
+    g_rel = row[:, None] * (g_row * Head.Align) + d_v[None, :]
+    key = tile(Walk(k, k_stride, k_rel, column, d < Head.Dim), n, sk, True, Form.Padded)
+    value = tile(Walk(v, v_stride, v_rel, column, d_v < Head.DimV), n, sk, True, Form.PaddedV)
     j = (n + column)[:, None]
-    window = (shift, left, right)
-    dk_sum = tl.zeros((TileN, TileD), tl.float32)
-    dv_sum = tl.zeros((TileN, TileDV), tl.float32)
-    last = tl.minimum(n + TileN, sk) - 1
-    lo, edge, full, end, tail = visited(n, last, shift + right, left - shift, sq, TileM, Form[6])
-    numbers = (scale, cap, bias_i.to(tl.int64) * BiasAlign, bias_j, threshold, inverse)
+    window = Window(shift, left, right)
+    dk_sum = tl.zeros((Tile.N, Tile.D), tl.float32)
+    dv_sum = tl.zeros((Tile.N, Tile.DV), tl.float32)
+    last = tl.minimum(n + Tile.N, sk) - 1
+    lo, edge, full, end, tail = visited(n, last, shift + right, left - shift, sq, Tile.M, Form.Natural)
+    numbers = Numbers(scale, cap, bias_i.to(tl.int64) * Head.BiasAlign, bias_j, threshold, inverse)
     for member in range(group):
         head = kv_wide * group + member
-        own_q = q + (wide_b * q_batch + head * q_head) * Align + q_first * q_stride
-        own_grad = grad + (wide_b * g_batch + head * g_head) * Align + q_first * g_stride
+        own_q = q + (wide_b * q_batch + head * q_head) * Head.Align + q_first * q_stride
+        own_grad = grad + (wide_b * g_batch + head * g_head) * Head.Align + q_first * g_stride
         line = (wide_b * heads + head) * SQ
         if cu_seqlens_q is not None:
             line = head * total_q + q_first
@@ -221,53 +231,57 @@ def _keys_kernel(
         if slopes is not None:
             slope = tl.load(slopes + wide_b * slope_batch + head)
         if bias is not None:
-            own = bias + (wide_b * bias_batch + head * bias_head) * BiasAlign
-        q_walk = (own_q, q_stride, q_rel, row, d < Dim)
-        g_walk = (own_grad, g_stride, g_rel, row, d_v < DimV)
+            own = bias + (wide_b * bias_batch + head * bias_head) * Head.BiasAlign
+        q_walk = Walk(own_q, q_stride, q_rel, row, d < Head.Dim)
+        g_walk = Walk(own_grad, g_stride, g_rel, row, d_v < Head.DimV)
         own_sums = sums
         if sums is not None:
             place = wide_b * SQ
             if cu_seqlens_q is not None:
                 place = q_first.to(tl.int64)
-            rel = row[:, None] * (heads * Dim) + d[None, :]
-            own_sums = (sums + (place * heads + head) * Dim, heads * Dim, rel, d < Dim)
+            rel = row[:, None] * (heads * Head.Dim) + d[None, :]
+            own_sums = Walk(
+                sums + (place * heads + head) * Head.Dim, heads * Head.Dim, rel, row, d < Head.Dim
+            )
         for t in range(edge + tail):
-            m = masked_tile(t, lo, edge, end, TileM)
+            m = masked_tile(t, lo, edge, end, Tile.M)
             dk_sum, dv_sum = _keys_step(
-                dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, row, sk, sq, numbers, slope, own, window,
+                dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, sk, sq, numbers, slope, own, window,
                 lse, delta, line, seed, P, own_sums, Form, "window",
             )  # fmt: skip
-        if not Form[6]:
-            count = (end - full) // TileM
+        if not Form.Natural:
+            count = (end - full) // Tile.M
             for t in range(count):
-                m = full + t * TileM
+                m = full + t * Tile.M
                 if sums is not None:
-                    m = full + (t + pid) % count * TileM
+                    m = full + (t + pid) % count * Tile.M
                 dk_sum, dv_sum = _keys_step(
-                    dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, row, sk, sq, numbers, slope, own,
+                    dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, sk, sq, numbers, slope, own,
                     window, lse, delta, line, seed, P, own_sums, Form, "",
                 )  # fmt: skip
     first_key = wide_b * SK
     if cu_seqlens_k is not None:
         first_key = k_first.to(tl.int64)
     inside = (column < sk - n)[:, None]
-    dk += ((first_key + n) * kv_heads + kv_head) * Dim
-    dk_rel = column[:, None] * (kv_heads * Dim) + d[None, :]
-    tl.store(dk + dk_rel, (dk_sum * scaled).to(dk.dtype.element_ty), mask=inside & (d < Dim)[None, :])
-    dv += ((first_key + n) * kv_heads + kv_head) * DimV
-    dv_rel = column[:, None] * (kv_heads * DimV) + d_v[None, :]
-    tl.store(dv + dv_rel, (dv_sum * inverse).to(dv.dtype.element_ty), mask=inside & (d_v < DimV)[None, :])
+    dk += ((first_key + n) * kv_heads + kv_head) * Head.Dim
+    dk_rel = column[:, None] * (kv_heads * Head.Dim) + d[None, :]
+    tl.store(dk + dk_rel, (dk_sum * scaled).to(dk.dtype.element_ty), mask=inside & (d < Head.Dim)[None, :])
+    dv += ((first_key + n) * kv_heads + kv_head) * Head.DimV
+    dv_rel = column[:, None] * (kv_heads * Head.DimV) + d_v[None, :]
+    tl.store(
+        dv + dv_rel, (dv_sum * inverse).to(dv.dtype.element_ty), mask=inside & (d_v < Head.DimV)[None, :]
+    )
 
 
 @jit
 def _queries_step(
     dq, total, q, grad, k, v, n, i, column, length, SQ, numbers, slope, bias, window, lse, delta, first,
-    second, seed, drawn, Form: tl.constexpr, Totals: tl.constexpr, Edge: tl.constexpr,
+    second, seed, drawn, Form, Totals: tl.constexpr, Edge: tl.constexpr,
 ):  # fmt: skip
     """The keys from n on: what they give dq [TileM, dim] and, if Totals, the sum of the logits' gradients."""
-    key = tile(k, n, length, Edge != "", Form[4])
+    key = tile(k, n, length, Edge != "", Form.Padded)
     s = product(q, key.T)
-    value = tile(v, n, length, Edge != "", Form[5])
+    value = tile(v, n, length, Edge != "", Form.PaddedV)
     dp = product(grad, value.T)
     _, dz, ds = _gradient(
         s, dp, numbers, slope, bias, window, i, n + column[None, :], SQ, length, lse, delta, first, second,
@@ -286,14 +300,13 @@ def _queries_kernel(
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     pk_batch, pk_row, pk_head, pv_batch, pv_row, pv_head,
     bias_batch, bias_head, bias_i, bias_j, slope_batch, g_batch, g_row, g_head, scaled, tiles,
-    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, BiasAlign: tl.constexpr, Form: tl.constexpr,
-    TileM: tl.constexpr, TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
+    Head, Form, Tile,
 ):  # fmt: skip
     """dq, contiguous, of q's shape, and with `totals`, laid out as lse, the sums of the logits' gradients;
     the programs are in the forward's order."""
     member = tl.program_id(0) % group
     rest = tl.program_id(0) // group
-    m = (tiles - 1 - rest % tiles) * TileM
+    m = (tiles - 1 - rest % tiles) * Tile.M
     kv_head = rest // tiles % (heads // group)
     b = rest // tiles // (heads // group)
     q_first, sq = span(cu_seqlens_q, b, SQ, total_q)
@@ -303,73 +316,73 @@ def _queries_kernel(
     shift = (sk - sq) * bottom
     wide_b, kv_wide = b.to(tl.int64), kv_head.to(tl.int64)
     head = kv_wide * group + member
-    row, column = tl.arange(0, TileM), tl.arange(0, TileN)
-    d, d_v = tl.arange(0, TileD), tl.arange(0, TileDV)
+    row, column = tl.arange(0, Tile.M), tl.arange(0, Tile.N)
+    d, d_v = tl.arange(0, Tile.D), tl.arange(0, Tile.DV)
     i = m + row
-    q_stride, g_stride = q_row.to(tl.int64) * Align, g_row.to(tl.int64) * Align
-    k_stride, v_stride = k_row.to(tl.int64) * Align, v_row.to(tl.int64) * Align
-    q += (wide_b * q_batch + head * q_head) * Align + q_first * q_stride
-    grad += (wide_b * g_batch + head * g_head) * Align + q_first * g_stride
-    k += (wide_b * k_batch + kv_wide * k_head) * Align + k_first * k_stride
-    v += (wide_b * v_batch + kv_wide * v_head) * Align + k_first * v_stride
-    k_rel = column[:, None] * (k_row * Align) + d[None, :]
-    v_rel = column[:, None] * (v_row * Align) + d_v[None, :]
-    q_rel = row[:, None] * (q_row * Align) + d[None, :]
-    g_rel = row[:, None] * (g_row * Align) + d_v[None, :]
-    q_tile = tile((q, q_stride, q_rel, row, d < Dim), m, sq, True, Form[4])
-    g_tile = tile((grad, g_stride, g_rel, row, d_v < DimV), m, sq, True, Form[5])
-    k_walk = (k, k_stride, k_rel, column, d < Dim)
-    v_walk = (v, v_stride, v_rel, column, d_v < DimV)
+    q_stride, g_stride = q_row.to(tl.int64) * Head.Align, g_row.to(tl.int64) * Head.Align
+    k_stride, v_stride = k_row.to(tl.int64) * Head.Align, v_row.to(tl.int64) * Head.Align
+    q += (wide_b * q_batch + head * q_head) * Head.Align + q_first * q_stride
+    grad += (wide_b * g_batch + head * g_head) * Head.Align + q_first * g_stride
+    k += (wide_b * k_batch + kv_wide * k_head) * Head.Align + k_first * k_stride
+    v += (wide_b * v_batch + kv_wide * v_head) * Head.Align + k_first * v_stride
+    k_rel = column[:, None] * (k_row * Head.Align) + d[None, :]
+    v_rel = column[:, None] * (v_row * Head.Align) + d_v[None, :]
+    q_rel = row[:, None] * (q_row * Head.Align) + d[None, :]
+    g_rel = row[:, None] * (g_row * Head.Align) + d_v[None, :]
+    q_tile = tile(Walk(q, q_stride, q_rel, row, d < Head.Dim), m, sq, True, Form.Padded)
+    g_tile = tile(Walk(grad, g_stride, g_rel, row, d_v < Head.DimV), m, sq, True, Form.PaddedV)
+    k_walk = Walk(k, k_stride, k_rel, column, d < Head.Dim)
+    v_walk = Walk(v, v_stride, v_rel, column, d_v < Head.DimV)
     line, place = (wide_b * heads + head) * SQ, wide_b * SQ
     if cu_seqlens_q is not None:
         line, place = head * total_q + q_first, q_first.to(tl.int64)
     first, second = row_keys(seed, line + i)
     first, second = first[:, None], second[:, None]
     own_lse, own_delta = (
-        _level(lse + line, i, sq, Form[6])[:, None],
+        _level(lse + line, i, sq, Form.Natural)[:, None],
         _row_of(delta + line, i, sq, 0.0)[:, None],
     )
     slope, own = slopes, bias
     if slopes is not None:
         slope = tl.load(slopes + wide_b * slope_batch + head)
     if bias is not None:
-        own = bias + (wide_b * bias_batch + head * bias_head) * BiasAlign
-    numbers = (scale, cap, bias_i.to(tl.int64) * BiasAlign, bias_j, threshold, inverse)
-    window = (shift, left, right)
-    acc = tl.zeros((TileM, TileD), tl.float32)
-    total = tl.zeros((TileM,), tl.float32)
+        own = bias + (wide_b * bias_batch + head * bias_head) * Head.BiasAlign
+    numbers = Numbers(scale, cap, bias_i.to(tl.int64) * Head.BiasAlign, bias_j, threshold, inverse)
+    window = Window(shift, left, right)
+    acc = tl.zeros((Tile.M, Tile.D), tl.float32)
+    total = tl.zeros((Tile.M,), tl.float32)
     Totals: tl.constexpr = totals is not None
     if prefix_k is not None:
-        pk = prefix_k + (wide_b * pk_batch + kv_wide * pk_head) * Align
-        pv = prefix_v + (wide_b * pv_batch + kv_wide * pv_head) * Align
-        pk_rel = column[:, None] * (pk_row * Align) + d[None, :]
-        pv_rel = column[:, None] * (pv_row * Align) + d_v[None, :]
-        pk_walk = (pk, pk_row.to(tl.int64) * Align, pk_rel, column, d < Dim)
-        pv_walk = (pv, pv_row.to(tl.int64) * Align, pv_rel, column, d_v < DimV)
-        for n in range(0, P, TileN):
+        pk = prefix_k + (wide_b * pk_batch + kv_wide * pk_head) * Head.Align
+        pv = prefix_v + (wide_b * pv_batch + kv_wide * pv_head) * Head.Align
+        pk_rel = column[:, None] * (pk_row * Head.Align) + d[None, :]
+        pv_rel = column[:, None] * (pv_row * Head.Align) + d_v[None, :]
+        pk_walk = Walk(pk, pk_row.to(tl.int64) * Head.Align, pk_rel, column, d < Head.Dim)
+        pv_walk = Walk(pv, pv_row.to(tl.int64) * Head.Align, pv_rel, column, d_v < Head.DimV)
+        for n in range(0, P, Tile.N):
             acc, total = _queries_step(
                 acc, total, q_tile, g_tile, pk_walk, pv_walk, n, i[:, None], column, P, sq, numbers,
                 None, None, window, own_lse, own_delta, first, second, seed, 0, Form, Totals, "end",
             )  # fmt: skip
-    last = tl.minimum(m + TileM, sq) - 1
-    lo, edge, full, end, tail = visited(m, last, left - shift, shift + right, sk, TileN, Form[6])
+    last = tl.minimum(m + Tile.M, sq) - 1
+    lo, edge, full, end, tail = visited(m, last, left - shift, shift + right, sk, Tile.N, Form.Natural)
     for t in range(edge + tail):
-        n = masked_tile(t, lo, edge, end, TileN)
+        n = masked_tile(t, lo, edge, end, Tile.N)
         acc, total = _queries_step(
             acc, total, q_tile, g_tile, k_walk, v_walk, n, i[:, None], column, sk, sq, numbers,
             slope, own, window, own_lse, own_delta, first, second, seed, P, Form, Totals, "window",
         )  # fmt: skip
-    if not Form[6]:
-        for n in range(full, end, TileN):
+    if not Form.Natural:
+        for n in range(full, end, Tile.N):
             acc, total = _queries_step(
                 acc, total, q_tile, g_tile, k_walk, v_walk, n, i[:, None], column, sk, sq, numbers,
                 slope, own, window, own_lse, own_delta, first, second, seed, P, Form, Totals, "",
             )  # fmt: skip
     if totals is not None:
         tl.store(totals + line + i, total, mask=i < sq)
-    dq += ((place + m) * heads + head) * Dim
-    dq_rel = row[:, None] * (heads * Dim) + d[None, :]
-    inside = (row < sq - m)[:, None] & (d < Dim)[None, :]
+    dq += ((place + m) * heads + head) * Head.Dim
+    dq_rel = row[:, None] * (heads * Head.Dim) + d[None, :]
+    inside = (row < sq - m)[:, None] & (d < Head.Dim)[None, :]
     tl.store(dq + dq_rel, (acc * scaled).to(dq.dtype.element_ty), mask=inside)
 
 
@@ -382,57 +395,56 @@ def _bias_kernel(
     pk_batch, pk_row, pk_head, pv_batch, pv_row, pv_head,
     bias_batch, bias_head, bias_i, bias_j, slope_batch, g_batch, g_row, g_head, batch, batches, bias_heads,
     tiles,
-    Dim: tl.constexpr, DimV: tl.constexpr, Align: tl.constexpr, BiasAlign: tl.constexpr, Form: tl.constexpr,
-    SumI: tl.constexpr, SumJ: tl.constexpr,
-    TileM: tl.constexpr, TileN: tl.constexpr, TileD: tl.constexpr, TileDV: tl.constexpr,
+    Head, Form, Sum, Tile,
 ):  # fmt: skip
-    """dbias [batches, bias_heads, rows, columns]: rows are SQ, or if SumI tiles of them; columns are SK, or
-    if SumJ `tiles`. A program has one tile of it, and sums the heads and batches that share it."""
+    """dbias [batches, bias_heads, rows, columns]: rows are SQ, or if they are summed (Sum.I) tiles of
+    them; columns are SK, or if they are summed (Sum.J) `tiles`. A program has one tile of it, and sums the
+    heads and batches that share it."""
     pid = tl.program_id(0)
     tile_n, rest = pid % tiles, pid // tiles
-    row_tiles = tl.cdiv(SQ, TileM)
+    row_tiles = tl.cdiv(SQ, Tile.M)
     tile_m, rest = rest % row_tiles, rest // row_tiles
     own_head, own_batch = (rest % bias_heads).to(tl.int64), (rest // bias_heads).to(tl.int64)
-    m, n = tile_m * TileM, tile_n * TileN
+    m, n = tile_m * Tile.M, tile_n * Tile.N
     shift = (SK - SQ) * bottom
-    row, column = tl.arange(0, TileM), tl.arange(0, TileN)
-    d, d_v = tl.arange(0, TileD), tl.arange(0, TileDV)
+    row, column = tl.arange(0, Tile.M), tl.arange(0, Tile.N)
+    d, d_v = tl.arange(0, Tile.D), tl.arange(0, Tile.DV)
     i, j = m + row, n + column
-    q_stride, g_stride = q_row.to(tl.int64) * Align, g_row.to(tl.int64) * Align
-    k_stride, v_stride = k_row.to(tl.int64) * Align, v_row.to(tl.int64) * Align
-    k_rel = column[:, None] * (k_row * Align) + d[None, :]
-    v_rel = column[:, None] * (v_row * Align) + d_v[None, :]
-    q_rel = row[:, None] * (q_row * Align) + d[None, :]
-    g_rel = row[:, None] * (g_row * Align) + d_v[None, :]
-    numbers = (scale, cap, bias_i.to(tl.int64) * BiasAlign, bias_j, threshold, inverse)
-    window = (shift, left, right)
-    acc = tl.zeros((TileM, TileN), tl.float32)
+    q_stride, g_stride = q_row.to(tl.int64) * Head.Align, g_row.to(tl.int64) * Head.Align
+    k_stride, v_stride = k_row.to(tl.int64) * Head.Align, v_row.to(tl.int64) * Head.Align
+    k_rel = column[:, None] * (k_row * Head.Align) + d[None, :]
+    v_rel = column[:, None] * (v_row * Head.Align) + d_v[None, :]
+    q_rel = row[:, None] * (q_row * Head.Align) + d[None, :]
+    g_rel = row[:, None] * (g_row * Head.Align) + d_v[None, :]
+    numbers = Numbers(scale, cap, bias_i.to(tl.int64) * Head.BiasAlign, bias_j, threshold, inverse)
+    window = Window(shift, left, right)
+    acc = tl.zeros((Tile.M, Tile.N), tl.float32)
     sharing = heads // bias_heads
     count = sharing * (batch // batches)
     # a tile outside the window has nothing to sum
-    nearest, farthest = n - (tl.minimum(m + TileM, SQ) - 1) - shift, n + TileN - 1 - m - shift
+    nearest, farthest = n - (tl.minimum(m + Tile.M, SQ) - 1) - shift, n + Tile.N - 1 - m - shift
     count = tl.where((nearest <= right) & (farthest >= -left), count, 0)
     for which in range(count):
         head, b = own_head + which % sharing, own_batch + which // sharing
         kv_head = head // group
-        own_q = q + (b * q_batch + head * q_head) * Align
-        own_grad = grad + (b * g_batch + head * g_head) * Align
-        own_k = k + (b * k_batch + kv_head * k_head) * Align
-        own_v = v + (b * v_batch + kv_head * v_head) * Align
+        own_q = q + (b * q_batch + head * q_head) * Head.Align
+        own_grad = grad + (b * g_batch + head * g_head) * Head.Align
+        own_k = k + (b * k_batch + kv_head * k_head) * Head.Align
+        own_v = v + (b * v_batch + kv_head * v_head) * Head.Align
         line = (b * heads + head) * SQ
         slope = slopes
         if slopes is not None:
             slope = tl.load(slopes + b * slope_batch + head)
-        own = bias + (b * bias_batch + head * bias_head) * BiasAlign
-        q_tile = tile((own_q, q_stride, q_rel, row, d < Dim), m, SQ, True, Form[4])
-        key = tile((own_k, k_stride, k_rel, column, d < Dim), n, SK, True, Form[4])
+        own = bias + (b * bias_batch + head * bias_head) * Head.BiasAlign
+        q_tile = tile(Walk(own_q, q_stride, q_rel, row, d < Head.Dim), m, SQ, True, Form.Padded)
+        key = tile(Walk(own_k, k_stride, k_rel, column, d < Head.Dim), n, SK, True, Form.Padded)
         s = product(q_tile, key.T)
-        g_tile = tile((own_grad, g_stride, g_rel, row, d_v < DimV), m, SQ, True, Form[5])
-        value = tile((own_v, v_stride, v_rel, column, d_v < DimV), n, SK, True, Form[5])
+        g_tile = tile(Walk(own_grad, g_stride, g_rel, row, d_v < Head.DimV), m, SQ, True, Form.PaddedV)
+        value = tile(Walk(own_v, v_stride, v_rel, column, d_v < Head.DimV), n, SK, True, Form.PaddedV)
         dp = product(g_tile, value.T)
         first, second = row_keys(seed, line + i)
         own_lse, own_delta = (
-            _level(lse + line, i, SQ, Form[6])[:, None],
+            _level(lse + line, i, SQ, Form.Natural)[:, None],
             _row_of(delta + line, i, SQ, 0.0)[:, None],
         )
         _, dz, _ = _gradient(
@@ -441,17 +453,17 @@ def _bias_kernel(
         )  # fmt: skip
         acc += dz
     rows, columns = SQ, SK
-    if SumI:
+    if Sum.I:
         rows = row_tiles
-    if SumJ:
+    if Sum.J:
         columns = tiles
     dbias += (own_batch * bias_heads + own_head) * rows * columns
     kind: tl.constexpr = dbias.dtype.element_ty
-    if SumI and SumJ:
+    if Sum.I and Sum.J:
         tl.store(dbias + tile_m * columns + tile_n, tl.sum(tl.sum(acc, 1), 0))
-    elif SumI:
+    elif Sum.I:
         tl.store(dbias + tile_m.to(tl.int64) * columns + j, tl.sum(acc, 0), mask=j < SK)
-    elif SumJ:
+    elif Sum.J:
         tl.store(dbias + i.to(tl.int64) * columns + tile_n, tl.sum(acc, 1), mask=i < SQ)
     else:
         place = i.to(tl.int64)[:, None] * columns + j[None, :]
@@ -464,7 +476,7 @@ DELTA_ROWS = 64
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(kernel: str, dim: int, float_bytes: int, capability: int, plain: bool) -> Config:
+def choose(device: Device, kernel: str, dim: int, float_bytes: int, plain: bool) -> Config:
     """Tiles for heads of `dim`, the wider of q's and v's padded ones; kernel: "keys", "queries", "bias"
     or "fused", which is keys with dQ; plain: a logit is a scaled product, nothing is dropped.
 
@@ -477,14 +489,14 @@ def choose(kernel: str, dim: int, float_bytes: int, capability: int, plain: bool
     if float_bytes == 4:
         return Config(16, 16, 4, 1) if dim > 128 else Config(32, 32, 4, 1)
     if dim > 128:
-        if arch_of(capability).shared_operands:
+        if device.arch.shared_operands:
             return Config(64, 32, 4, 1) if kernel == "bias" else Config(64, 64, 8, 2)
         return Config(32, 32, 4, 1)
     if kernel == "bias":
         return Config(64, 64, 4, 1)
-    if kernel == "fused" and dim > 64 and not arch_of(capability).shared_operands:
+    if kernel == "fused" and dim > 64 and not device.arch.shared_operands:
         return Config(64, 64, 8, 2)
-    stages = 2 if plain or dim <= 64 or arch_of(capability).roomy else 1
+    stages = 2 if plain or dim <= 64 or device.arch.roomy else 1
     if kernel == "queries":
         return Config(128, 64, 8, stages)
     return Config(64 if stages == 2 else 32, 128, 8, stages)
@@ -493,15 +505,22 @@ def choose(kernel: str, dim: int, float_bytes: int, capability: int, plain: bool
 # the backend
 
 
+class Launch(NamedTuple):
+    """A plan, and tiles of all queries and of all keys."""
+
+    plan: Plan
+    row_tiles: int
+    column_tiles: int
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    device: Device, kernel: str, sq: int, sk: int, dim: int, dim_v: int, float_bytes: int, plain: bool,
-    kind: tuple[Any, ...], sums: tuple[bool, ...] = (),
-) -> Plan:  # fmt: skip
-    """The grid is of one head's tiles (`attention.launch`)."""
-    tile_d, tile_dv = padded(dim), padded(dim_v)
-    config = choose(kernel, max(tile_d, tile_dv), float_bytes, device.capability, plain)
-    tile_m, tile_n, warps, stages = config
+    device: Device, kernel: str, sq: int, sk: int, heads: Heads, form: Forms, dtype: torch.dtype, plain: bool,
+    kind: tuple[Any, ...], given: Any = None,
+) -> Launch:  # fmt: skip
+    """`given`: whether `queries` has totals; what `bias` sums. The grid is of one head's tiles."""
+    tile_d, tile_dv = padded(heads.Dim), padded(heads.DimV)
+    tile_m, tile_n, warps, stages = choose(device, kernel, max(tile_d, tile_dv), dtype.itemsize, plain)
     row_tiles, column_tiles = -(-sq // tile_m), -(-sk // tile_n)
     tiles = {
         "keys": column_tiles,
@@ -509,13 +528,19 @@ def _plan(
         "queries": row_tiles,
         "bias": row_tiles * column_tiles,
     }[kernel]
-    return Plan(
+    tile = Tiles(tile_m, tile_n, tile_d, tile_dv)
+    plan = planned(
+        device,
         {"queries": _queries_kernel, "bias": _bias_kernel}.get(kernel, _keys_kernel),
         (tiles, 1, 1),
-        (*(sums if kernel == "bias" else ()), tile_m, tile_n, tile_d, tile_dv),
-        dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
-        HANDLES.setdefault((device.number, "attention", kernel, kind, sums, config), {}),
+        (),
+        (heads, form, given, tile) if kernel == "bias" else (heads, form, tile),
+        (kernel, kind, given),
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
     )
+    return Launch(plan, row_tiles, column_tiles)
 
 
 def _delta(grad: Layout, out: torch.Tensor, grad_lse: torch.Tensor | None, packed: bool) -> torch.Tensor:
@@ -528,15 +553,12 @@ def _delta(grad: Layout, out: torch.Tensor, grad_lse: torch.Tensor | None, packe
     strides = tuple(s // align for x in (grad, of) for s in x[1:])
     dim = out.shape[-1]
     wide = tuple(s >= 2**31 for s in strides)
-    key = (device_of(out.device).number, "delta", out.dtype, dim, align, grad_lse is None, wide)
-    plan = Plan(
-        _delta_kernel,
-        (-(-rows // DELTA_ROWS), heads, batch),
-        (dim, align, DELTA_ROWS, padded(dim)),
-        dict(num_warps=4, enable_fp_fusion=True),
-        HANDLES.setdefault(key, {}),
-    )
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    plan = planned(
+        device_of(out.device), _delta_kernel, (-(-rows // DELTA_ROWS), heads, batch), (),
+        (DeltaTiles(DELTA_ROWS, padded(dim), dim, align),), (out.dtype, grad_lse is None, wide),
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    grad_lse = contiguous(grad_lse)
     inputs = (grad.tensor, of.tensor, grad_lse, delta, heads, rows, *strides)
     plan.launch(inputs, alignment_of(grad.tensor, of.tensor))
     return delta
@@ -593,7 +615,7 @@ def run(
         sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     elif wanted.q or of_sinks:
         totals = torch.empty_like(lse) if of_sinks else None
-        dq = _queries(p, q, v, lse, delta, totals, a)
+        dq = _queries(p, q, lse, delta, totals, a)
         made[0] = dq if wanted.q else made[0]
         if totals is not None and a.sinks is not None:
             made[4] = _sinks(a.sinks, lse, delta, grad_lse, totals)
@@ -601,7 +623,7 @@ def run(
         both = _keys(p, q, k, v, lse, delta, a, sums)
         made[1:3] = (t if want else m for t, want, m in zip(both, wanted[1:3], made[1:3], strict=True))
     if wanted.bias and a.bias is not None:
-        made[3] = _bias(p, q, v, lse, delta, a)
+        made[3] = _bias(p, q, lse, delta, a)
     of_prefix = sums is not None or wanted.prefix_k or wanted.prefix_v
     if of_prefix and a.prefix_k is not None and a.prefix_v is not None:
         alone = a._replace(
@@ -643,50 +665,47 @@ def _keys(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if p.sk and dk.numel():
-        kv_heads, dim, dim_v = k.shape[-2], k.shape[-1], v.shape[-1]
-        plan = _plan(
-            device_of(q.device), "keys" if sums is None else "fused", p.sq, p.sk, dim, dim_v,
-            q.dtype.itemsize, p.plain, p.kind,
-        )  # fmt: skip
+        kernel = "keys" if sums is None else "fused"
+        plan, _, tiles = _plan(
+            device_of(q.device), kernel, p.sq, p.sk, p.heads, p.form, q.dtype, p.plain, p.kind
+        )
         grad = p.others[0]
-        numbers = (*grad[1:], a.softmax_scale, plan.grid[0])
-        launch(plan, p, p.batch * kv_heads, (grad.tensor, lse, delta, dk, dv, sums), numbers)
+        numbers = (grad.batch, grad.row, grad.head, a.softmax_scale, tiles)
+        launch(plan, p, p.batch * k.shape[-2], (grad.tensor, lse, delta, dk, dv, sums), numbers)
     return dk, dv
 
 
 def _queries(
-    p: Problem, q: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
-    totals: torch.Tensor | None, a: AttentionArgs,
+    p: Problem, q: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, totals: torch.Tensor | None,
+    a: AttentionArgs,
 ) -> torch.Tensor:  # fmt: skip
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    heads, dim, dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
-    sums = (totals is not None,)
-    plan = _plan(
-        device_of(q.device), "queries", p.sq, p.sk, dim, dim_v, q.dtype.itemsize, p.plain, p.kind, sums
-    )
+    plan, tiles, _ = _plan(
+        device_of(q.device), "queries", p.sq, p.sk, p.heads, p.form, q.dtype, p.plain, p.kind,
+        totals is not None,
+    )  # fmt: skip
     grad = p.others[0]
-    numbers = (*grad[1:], a.softmax_scale, plan.grid[0])
-    launch(plan, p, p.batch * heads, (grad.tensor, lse, delta, dq, totals), numbers)
+    numbers = (grad.batch, grad.row, grad.head, a.softmax_scale, tiles)
+    launch(plan, p, p.batch * q.shape[-2], (grad.tensor, lse, delta, dq, totals), numbers)
     return dq
 
 
 def _bias(
-    p: Problem, q: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, a: AttentionArgs
+    p: Problem, q: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, a: AttentionArgs
 ) -> torch.Tensor:
     assert a.bias is not None
     batches, bias_heads, rows, columns = a.bias.shape
     if not p.sk:
         return torch.zeros_like(a.bias)
-    sums = (rows == 1 and p.sq > 1, columns == 1 and p.sk > 1)
-    dim, dim_v = q.shape[-1], v.shape[-1]
-    plan = _plan(device_of(q.device), "bias", p.sq, p.sk, dim, dim_v, q.dtype.itemsize, p.plain, p.kind, sums)
-    tile_m, tile_n = plan.arguments[2:4]
-    row_tiles, tiles = -(-p.sq // tile_m), -(-p.sk // tile_n)
-    shape = (batches, bias_heads, row_tiles if sums[0] else p.sq, tiles if sums[1] else p.sk)
+    sums = Summed(rows == 1 and p.sq > 1, columns == 1 and p.sk > 1)
+    plan, row_tiles, tiles = _plan(
+        device_of(q.device), "bias", p.sq, p.sk, p.heads, p.form, q.dtype, p.plain, p.kind, sums
+    )
+    shape = (batches, bias_heads, row_tiles if sums.I else p.sq, tiles if sums.J else p.sk)
     dtype = torch.float32 if any(sums) else a.bias.dtype
     dbias = torch.empty(shape, dtype=dtype, device=q.device)
     grad = p.others[0]
-    numbers = (*grad[1:], p.batch, batches, bias_heads, tiles)
+    numbers = (grad.batch, grad.row, grad.head, p.batch, batches, bias_heads, tiles)
     launch(plan, p, batches * bias_heads, (grad.tensor, lse, delta, dbias), numbers)
     over = [dimension for dimension, summed in zip((2, 3), sums, strict=True) if summed]
     return dbias.sum(over, keepdim=True).to(a.bias.dtype) if over else dbias

@@ -39,20 +39,9 @@ from ..core.decoding import BFLOAT, HALF, decode16
 from ..core.launch import HANDLES, Plan, alignment_of, jit
 from . import append_kv
 from .append_kv import as_bytes, page_of, page_tokens, slot_of, step, strides_of
-from .attention import (
-    LN_2,
-    LONGEST,
-    MAX_HEAD_DIM,
-    cap_kind,
-    dot,
-    in_unit,
-    left_scale,
-    logits,
-    padded,
-    power,
-    product,
-    unseen_hidden,
-)
+from .attention_logits import LN_2, dot, in_unit, left_scale, logits, power, product, unseen_hidden
+from .attention_problem import cap_kind
+from .layouts import LONGEST, MAX_HEAD_DIM, padded
 from .rope import rotary_numbers, rotary_tensors, turned
 
 try:

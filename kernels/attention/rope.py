@@ -18,7 +18,7 @@ import torch
 from ...core.device import Device, device_of
 from ...ops.attention.kv_cache import Rotary
 from ..core.launch import HANDLES, Plan, alignment_of, jit, refuse
-from .attention import FARTHEST, LONGEST, layout, padded, vector
+from .layouts import FARTHEST, LONGEST, layout, padded, vector
 
 try:
     import triton.language as tl
