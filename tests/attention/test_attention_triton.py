@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import Errors
 from backends import Target, targets
-from bitfuse.core.gpus import arch_of
+from bitfuse.core.device import Device
 from bitfuse.kernels.core.launch import HANDLES
 from bitfuse.ops.attention.attention import (
     Wanted,
@@ -157,15 +157,16 @@ def test_the_table_of_tiles() -> None:
     """The tiles that a program keeps in shared memory, and those on their way, fit it. A wgmma reads the last
     stage where it lies; mma.sync has it in registers by then, and needs no room for it."""
     for capability, most in ((80, 163), (86, 99), (89, 99), (90, 227), (120, 99)):
+        device = Device(0, capability, 132)
         for dim in (16, 64, 128, 256):
             for plain in (True, False):
                 for sq in (1, 64, 65, 4096):
-                    c = backend.choose(sq, dim, 2, capability, plain)
-                    there = c.stages if arch_of(capability).shared_operands else max(1, c.stages - 1)
+                    c = backend.choose(device, sq, dim, 2, plain)
+                    there = c.stages if device.arch.shared_operands else max(1, c.stages - 1)
                     assert 2 * dim * (c.tile_m + 2 * there * c.tile_n) <= most << 10
                 for kernel in ("keys", "fused", "queries", "bias"):
-                    c = backward.choose(kernel, dim, 2, capability, plain)
-                    there = c.stages if arch_of(capability).shared_operands else max(1, c.stages - 1)
+                    c = backward.choose(device, kernel, dim, 2, plain)
+                    there = c.stages if device.arch.shared_operands else max(1, c.stages - 1)
                     own, other = (c.tile_n, c.tile_m) if kernel in ("keys", "fused") else (c.tile_m, c.tile_n)
                     assert 4 * dim * (own + there * other) <= most << 10, (kernel, capability, dim, c)
 

@@ -93,10 +93,10 @@ def test_stretches_cross_sequences(
     q = torch.randn(7, 2, 12, 32).bfloat16()
     compare(target, q, cache, seqlens, DecodeArgs(0.2, right=0))
     for splits in (1, 3, 7, 40):
-        backend._plan.cache_clear()
+        backend._plans.cache_clear()
         monkeypatch.setattr(backend, "splits_of", lambda *args, n=splits: n)
         compare(target, q, cache, seqlens, DecodeArgs(0.2, 80, 0))
-    backend._plan.cache_clear()
+    backend._plans.cache_clear()
 
 
 @TARGETS
