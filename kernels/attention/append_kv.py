@@ -8,7 +8,7 @@ first group, which alone reads the tail, then writes what is left to it: a barri
 to be.
 
 Bound by bytes: in a prefill a row is read once (the second walk hits L1) and written once; a decode step
-writes some rows, and is the time of a launch. The arithmetic of codes is that of bitfuse/kv_cache.py,
+writes some rows, and is the time of a launch. The arithmetic of codes is that of ops/attention/kv_cache.py,
 operation for operation and never fused: no bit differs.
 
 Nothing waits for the device: a token past the end of its cache, or whose page is not there, is left out.
@@ -18,22 +18,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...core.device import Device, device_of
 from ...ops.attention.kv_cache import BITS, CacheTensors, Rotary
-from ..core.launch import HANDLES, Plan, alignment_of, jit, refuse
+from ..core.launch import Plan, alignment_of, constexpr, dtype_of, jit, planned, refuse, tl
 from .layouts import FARTHEST, LONGEST, padded
 from .rope import rotary_numbers, rotary_tensors, turned
 
-try:
-    import triton.language as tl
-
-    constexpr: Any = tl.constexpr
-except ImportError:  # supports() says why this backend is not used
-    tl, constexpr = None, float
 FP8_LARGEST, HALF_LARGEST = constexpr(448.0), constexpr(65504.0)
 INFINITE, HALF_NAN = constexpr(0x7F800000), constexpr(0x7E00)
 
@@ -89,10 +83,85 @@ def to_e4m3(x):
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
-_INTEGERS = [
-    "T", "kv_heads", "capacity", "pages", "most", "count", "at_batch", "nk_batch", "nk_row", "nk_head",
-    "nv_batch", "nv_row", "nv_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head", "page_size",
-]  # fmt: skip
+class Numbers(NamedTuple):
+    """Numbers of a call: fields are the kernels' parameters, in their order.
+
+    Attributes:
+        T, kv_heads: new tokens of a sequence, and their heads.
+        capacity: tokens that a sequence has room for.
+        pages, most: pages, and entries of the table a sequence.
+        count, at_batch: rows of cos, and elements of positions a batch.
+        nk_batch, ..., nv_head: elements between batches, tokens and heads of the new rows, over NewAlign.
+        k_page, ..., v_head: of the cache, over Align.
+    """
+
+    T: int
+    kv_heads: int
+    capacity: int
+    pages: int
+    most: int
+    count: int
+    at_batch: int
+    nk_batch: int
+    nk_row: int
+    nk_head: int
+    nv_batch: int
+    nv_row: int
+    nv_head: int
+    k_page: int
+    k_slot: int
+    k_head: int
+    v_page: int
+    v_slot: int
+    v_head: int
+
+
+class Rows(NamedTuple):
+    """Rows of keys and values, and where they go; constants.
+
+    Attributes:
+        Dim, DimV: widths of K's and V's.
+        NewAlign, Align: what strides of the new rows, and of the cache, are divided by.
+        Page: tokens of a page; 0 for no pages.
+        Half, Interleaved: half of K's channels that turn; whether pairs are neighbours.
+    """
+
+    Dim: int
+    DimV: int
+    NewAlign: int
+    Align: int
+    Page: int
+    Half: int
+    Interleaved: bool
+
+
+class Codes(NamedTuple):
+    """Bits of a code, tokens that share a scale of K, channels that share one of V; constants."""
+
+    Bits: int
+    Size: int
+    Channels: int
+
+
+class DenseTiles(NamedTuple):
+    """Tokens of a program, padded widths of K and V; constants."""
+
+    T: int
+    D: int
+    DV: int
+
+
+class CodeTiles(NamedTuple):
+    """Tokens at a time, the padded width of K, and powers of two that hold V's groups and the channels of
+    one; constants."""
+
+    T: int
+    D: int
+    G: int
+    C: int
+
+
+_INTEGERS = [*Numbers._fields, "page_size"]
 _SMALL = [
     "seqlens", "table", "positions", "k_scales", "k_offsets", "v_scales", "v_offsets", "k_tail",
     "v_tail",
@@ -113,30 +182,37 @@ def _put(to, x, scales, head, inside, d, Dim: tl.constexpr):
 def _dense_kernel(
     new_k, new_v, k, v, k_scales, v_scales, table, seqlens, cos, sin, positions, T, kv_heads, capacity, pages,
     most, count, at_batch, nk_batch, nk_row, nk_head, nv_batch, nv_row, nv_head, k_page, k_slot, k_head,
-    v_page, v_slot, v_head,
-    Dim: tl.constexpr, DimV: tl.constexpr, NewAlign: tl.constexpr, Align: tl.constexpr, Page: tl.constexpr,
-    Half: tl.constexpr, Interleaved: tl.constexpr, TileT: tl.constexpr, TileD: tl.constexpr,
-    TileDV: tl.constexpr,
+    v_page, v_slot, v_head, Row, Tile,
 ):  # fmt: skip
     """Rows of the queries' dtype, or e4m3 in uint8. Strides of new rows are in multiples of NewAlign
     elements, those of the cache of Align."""
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     wide = b.to(tl.int64)
     begin, end = _begin(seqlens, b, capacity, T)
-    i = tl.program_id(0) * TileT + tl.arange(0, TileT)
+    i = tl.program_id(0) * Tile.T + tl.arange(0, Tile.T)
     position = begin + i
     inside = position < end
     at, known = _turn(positions, b, i, position, inside, count, at_batch)
-    page, there = page_of(table, b, position, inside, pages, most, Page)
-    page, slot = page.to(tl.int64), slot_of(position, Page).to(tl.int64)
+    page, there = page_of(table, b, position, inside, pages, most, Row.Page)
+    page, slot = page.to(tl.int64), slot_of(position, Row.Page).to(tl.int64)
     far = i.to(tl.int64)
-    d, d_v = tl.arange(0, TileD), tl.arange(0, TileDV)
-    rows = new_k + (wide * nk_batch + far * nk_row + head * nk_head) * NewAlign
-    x = turned(rows, there, d, cos, sin, at, known, Dim, Half, Interleaved, False)
-    _put(k + (page * k_page + slot * k_slot + head * k_head) * Align, x, k_scales, head, there, d, Dim)
-    rows = new_v + (wide * nv_batch + far * nv_row + head * nv_head) * NewAlign
-    x = turned(rows, there, d_v, cos, sin, at, known, DimV, 0, False, False)
-    _put(v + (page * v_page + slot * v_slot + head * v_head) * Align, x, v_scales, head, there, d_v, DimV)
+    d, d_v = tl.arange(0, Tile.D), tl.arange(0, Tile.DV)
+    rows = new_k + (wide * nk_batch + far * nk_row + head * nk_head) * Row.NewAlign
+    x = turned(rows, there, d, cos, sin, at, known, Row.Dim, Row.Half, Row.Interleaved, False)
+    _put(
+        k + (page * k_page + slot * k_slot + head * k_head) * Row.Align, x, k_scales, head, there, d, Row.Dim
+    )
+    rows = new_v + (wide * nv_batch + far * nv_row + head * nv_head) * Row.NewAlign
+    x = turned(rows, there, d_v, cos, sin, at, known, Row.DimV, 0, False, False)
+    _put(
+        v + (page * v_page + slot * v_slot + head * v_head) * Row.Align,
+        x,
+        v_scales,
+        head,
+        there,
+        d_v,
+        Row.DimV,
+    )
 
 
 # codes
@@ -185,14 +261,14 @@ def _bytes(codes, Bits: tl.constexpr):
 
 
 @jit
-def as_matrix(
-    new, tail, b, position, begin, end, head, kv_heads, n_batch, n_row, n_head, NewAlign: tl.constexpr,
-    Size: tl.constexpr, Dim: tl.constexpr,
+def _rows(
+    new, tail, b, position, begin, end, head, kv_heads, n_batch, n_row, n_head, Row, Size: tl.constexpr,
+    Dim: tl.constexpr,
 ):  # fmt: skip
     """Where the rows of positions lie: those that are new, and those of the tail."""
     i = (position - begin).to(tl.int64)
     fresh = (position >= begin) & (position < end)
-    rows = new + (b * n_batch + i * n_row + head * n_head) * NewAlign
+    rows = new + (b * n_batch + i * n_row + head * n_head) * Row.NewAlign
     late = rows
     if tail is not None:
         late = tail + ((b * 2 * Size + position % (2 * Size)) * kv_heads + head) * Dim
@@ -202,17 +278,16 @@ def as_matrix(
 @jit
 def _keys(
     new_k, k_tail, cos, sin, positions, b, position, begin, end, head, kv_heads, d, count, at_batch, nk_batch,
-    nk_row, nk_head, Dim: tl.constexpr, NewAlign: tl.constexpr, Size: tl.constexpr, Half: tl.constexpr,
-    Interleaved: tl.constexpr,
+    nk_row, nk_head, Row, Size: tl.constexpr,
 ):  # fmt: skip
     """K's rows of positions of a group that is whole."""
-    rows, fresh, late = as_matrix(
-        new_k, k_tail, b, position, begin, end, head, kv_heads, nk_batch, nk_row, nk_head, NewAlign, Size, Dim
+    rows, fresh, late = _rows(
+        new_k, k_tail, b, position, begin, end, head, kv_heads, nk_batch, nk_row, nk_head, Row, Size, Row.Dim
     )
     at, known = _turn(positions, b, position - begin, position, fresh, count, at_batch)
-    x = turned(rows, fresh, d, cos, sin, at, known, Dim, Half, Interleaved, False).to(tl.float32)
+    x = turned(rows, fresh, d, cos, sin, at, known, Row.Dim, Row.Half, Row.Interleaved, False).to(tl.float32)
     if k_tail is not None:
-        mask = (position < begin)[:, None] & (d < Dim)[None, :]
+        mask = (position < begin)[:, None] & (d < Row.Dim)[None, :]
         old = tl.load(late[:, None] + d[None, :], mask=mask, other=0.0)
         x = tl.where(fresh[:, None], x, old.to(tl.float32))
     return x
@@ -222,61 +297,59 @@ def _keys(
 def _codes_kernel(
     new_k, new_v, k, v, k_scales, k_offsets, v_scales, v_offsets, k_tail, v_tail, table, seqlens, cos, sin,
     positions, T, kv_heads, capacity, pages, most, count, at_batch, nk_batch, nk_row, nk_head, nv_batch,
-    nv_row, nv_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_size,
-    Dim: tl.constexpr, DimV: tl.constexpr, NewAlign: tl.constexpr, Align: tl.constexpr, Page: tl.constexpr,
-    Half: tl.constexpr, Interleaved: tl.constexpr, Bits: tl.constexpr, Size: tl.constexpr,
-    Channels: tl.constexpr, TileT: tl.constexpr, TileD: tl.constexpr, TileG: tl.constexpr,
-    TileC: tl.constexpr,
+    nv_row, nv_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_size, Row, Code, Tile,
 ):  # fmt: skip
     """Codes and scales of the groups that become whole, and the tail, where there is one; strides as
-    `_dense_kernel` has them, in bytes for codes. V's channels are TileG groups of Channels."""
-    Levels: tl.constexpr = 2**Bits - 1
-    Groups: tl.constexpr = (DimV + Channels - 1) // Channels
+    `_dense_kernel` has them, in bytes for codes. V's channels are Tile.G groups of Channels."""
+    Levels: tl.constexpr = 2**Code.Bits - 1
+    Groups: tl.constexpr = (Row.DimV + Code.Channels - 1) // Code.Channels
     g, head, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     begin, end = _begin(seqlens, tl.program_id(2), capacity, T)
     if end <= begin:
         return
-    first = begin // Size * Size + g * Size
-    whole = end // Size * Size
-    token, d = tl.arange(0, TileT), tl.arange(0, TileD)
-    group, channel = tl.arange(0, TileG), tl.arange(0, TileC)
-    d_v = group[:, None] * Channels + channel[None, :]
-    of_v = ((channel < Channels)[None, :] & (d_v < DimV))[None, :, :]
+    first = begin // Code.Size * Code.Size + g * Code.Size
+    whole = end // Code.Size * Code.Size
+    token, d = tl.arange(0, Tile.T), tl.arange(0, Tile.D)
+    group, channel = tl.arange(0, Tile.G), tl.arange(0, Tile.C)
+    d_v = group[:, None] * Code.Channels + channel[None, :]
+    of_v = ((channel < Code.Channels)[None, :] & (d_v < Row.DimV))[None, :, :]
     if first < whole:
-        page, there = page_of(table, tl.program_id(2), first, first < whole, pages, most, Page)
-        page, slot = page.to(tl.int64), slot_of(first, Page).to(tl.int64)
-        low = tl.full((TileD,), float("inf"), tl.float32)
-        high = tl.full((TileD,), float("-inf"), tl.float32)
-        bad = tl.zeros((TileD,), tl.int32)
-        for t in range(0, Size, TileT):
+        page, there = page_of(table, tl.program_id(2), first, first < whole, pages, most, Row.Page)
+        page, slot = page.to(tl.int64), slot_of(first, Row.Page).to(tl.int64)
+        low = tl.full((Tile.D,), float("inf"), tl.float32)
+        high = tl.full((Tile.D,), float("-inf"), tl.float32)
+        bad = tl.zeros((Tile.D,), tl.int32)
+        for t in range(0, Code.Size, Tile.T):
             x = _keys(
                 new_k, k_tail, cos, sin, positions, b, first + t + token, begin, end, head, kv_heads, d,
-                count, at_batch, nk_batch, nk_row, nk_head, Dim, NewAlign, Size, Half, Interleaved,
+                count, at_batch, nk_batch, nk_row, nk_head, Row, Code.Size,
             )  # fmt: skip
             low = tl.minimum(low, tl.min(x, 0))
             high = tl.maximum(high, tl.max(x, 0))
             bad = tl.maximum(bad, tl.max(_not_finite(x), 0))
         scales, offsets, less, inverse = _grid(low, high, bad, Levels)
-        line = ((page * (page_size // Size) + slot // Size) * kv_heads + head) * Dim + d
-        tl.store(k_scales + line, scales, mask=there & (d < Dim))
-        tl.store(k_offsets + line, offsets, mask=there & (d < Dim))
-        byte = tl.arange(0, TileD * Bits // 8)
-        for t in range(0, Size, TileT):
+        line = ((page * (page_size // Code.Size) + slot // Code.Size) * kv_heads + head) * Row.Dim + d
+        tl.store(k_scales + line, scales, mask=there & (d < Row.Dim))
+        tl.store(k_offsets + line, offsets, mask=there & (d < Row.Dim))
+        byte = tl.arange(0, Tile.D * Code.Bits // 8)
+        for t in range(0, Code.Size, Tile.T):
             x = _keys(
                 new_k, k_tail, cos, sin, positions, b, first + t + token, begin, end, head, kv_heads, d,
-                count, at_batch, nk_batch, nk_row, nk_head, Dim, NewAlign, Size, Half, Interleaved,
+                count, at_batch, nk_batch, nk_row, nk_head, Row, Code.Size,
             )  # fmt: skip
-            codes = _bytes(_codes(x, less[None, :], inverse[None, :], Levels), Bits)
-            to = k + (page * k_page + (slot + t + token) * k_slot + head * k_head) * Align
-            tl.store(to[:, None] + byte[None, :], codes, mask=there & (byte < Dim * Bits // 8)[None, :])
-        byte = tl.arange(0, TileC * Bits // 8)
-        byte_v = group[:, None] * (Channels * Bits // 8) + byte[None, :]
-        of_byte = (byte < Channels * Bits // 8)[None, :] & (byte_v < DimV * Bits // 8)
-        for t in range(0, Size, TileT):
+            codes = _bytes(_codes(x, less[None, :], inverse[None, :], Levels), Code.Bits)
+            to = k + (page * k_page + (slot + t + token) * k_slot + head * k_head) * Row.Align
+            tl.store(
+                to[:, None] + byte[None, :], codes, mask=there & (byte < Row.Dim * Code.Bits // 8)[None, :]
+            )
+        byte = tl.arange(0, Tile.C * Code.Bits // 8)
+        byte_v = group[:, None] * (Code.Channels * Code.Bits // 8) + byte[None, :]
+        of_byte = (byte < Code.Channels * Code.Bits // 8)[None, :] & (byte_v < Row.DimV * Code.Bits // 8)
+        for t in range(0, Code.Size, Tile.T):
             position = first + t + token
-            rows, fresh, late = as_matrix(
-                new_v, v_tail, b, position, begin, end, head, kv_heads, nv_batch, nv_row, nv_head, NewAlign,
-                Size, DimV,
+            rows, fresh, late = _rows(
+                new_v, v_tail, b, position, begin, end, head, kv_heads, nv_batch, nv_row, nv_head, Row,
+                Code.Size, Row.DimV,
             )  # fmt: skip
             value = tl.load(
                 rows[:, None, None] + d_v[None, :, :], mask=fresh[:, None, None] & of_v, other=0.0
@@ -294,31 +367,31 @@ def _codes_kernel(
             line_v = line_v[:, None] + group[None, :]
             tl.store(v_scales + line_v, of_scale, mask=there & (group < Groups)[None, :])
             tl.store(v_offsets + line_v, of_offset, mask=there & (group < Groups)[None, :])
-            codes_v = _bytes(_codes(value, lowest[:, :, None], step[:, :, None], Levels), Bits)
-            to_v = v + (page * v_page + (slot + t + token) * v_slot + head * v_head) * Align
+            codes_v = _bytes(_codes(value, lowest[:, :, None], step[:, :, None], Levels), Code.Bits)
+            to_v = v + (page * v_page + (slot + t + token) * v_slot + head * v_head) * Row.Align
             tl.store(to_v[:, None, None] + byte_v[None, :, :], codes_v, mask=there & of_byte[None, :, :])
     if k_tail is not None:
         tl.debug_barrier()  # other lanes have read what is now overwritten
         if g == 0:
-            for p in range(tl.maximum(begin, whole - Size), end, TileT):
+            for p in range(tl.maximum(begin, whole - Code.Size), end, Tile.T):
                 position = p + token
                 x = _keys(
                     new_k, None, cos, sin, positions, b, position, begin, end, head, kv_heads, d, count,
-                    at_batch, nk_batch, nk_row, nk_head, Dim, NewAlign, Size, Half, Interleaved,
+                    at_batch, nk_batch, nk_row, nk_head, Row, Code.Size,
                 )  # fmt: skip
-                slots = (b * 2 * Size + position % (2 * Size)) * kv_heads + head
+                slots = (b * 2 * Code.Size + position % (2 * Code.Size)) * kv_heads + head
                 inside = position < end
                 tl.store(
-                    k_tail + slots[:, None] * Dim + d[None, :], x.to(k_tail.dtype.element_ty),
-                    mask=inside[:, None] & (d < Dim)[None, :],
+                    k_tail + slots[:, None] * Row.Dim + d[None, :], x.to(k_tail.dtype.element_ty),
+                    mask=inside[:, None] & (d < Row.Dim)[None, :],
                 )  # fmt: skip
-                rows, _, _ = as_matrix(
-                    new_v, None, b, position, begin, end, head, kv_heads, nv_batch, nv_row, nv_head, NewAlign,
-                    Size, DimV,
+                rows, _, _ = _rows(
+                    new_v, None, b, position, begin, end, head, kv_heads, nv_batch, nv_row, nv_head, Row,
+                    Code.Size, Row.DimV,
                 )  # fmt: skip
                 mask = inside[:, None, None] & of_v
                 value = tl.load(rows[:, None, None] + d_v[None, :, :], mask=mask, other=0.0)
-                tl.store(v_tail + slots[:, None, None] * DimV + d_v[None, :, :], value, mask=mask)
+                tl.store(v_tail + slots[:, None, None] * Row.DimV + d_v[None, :, :], value, mask=mask)
 
 
 # the backend
@@ -375,27 +448,27 @@ TILE = 4096  # elements
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    device: Device, tokens: int, heads: int, batch: int, dim: int, dim_v: int, format: str, size: int,
-    channels: int, kind: tuple[Any, ...],
-) -> Plan:  # fmt: skip
-    bits = BITS.get(format)
-    tile_d = padded(dim)
-    width = max(tile_d, padded(dim_v))
-    tiles: tuple[int, ...]
-    if bits is None:
+    device: Device, tokens: int, heads: int, batch: int, row: Rows, code: Codes | None, kind: tuple[Any, ...]
+) -> Plan:
+    """code: None for rows that are written as they are, or as e4m3."""
+    tile_d, tile_dv = padded(row.Dim), padded(row.DimV)
+    width = max(tile_d, tile_dv)
+    fixed: tuple[Any, ...]
+    if code is None:
         tile_t = min(max(1, TILE // width), 1 << (tokens - 1).bit_length())
-        tiles = (tile_t, tile_d, padded(dim_v))
-        grid, kernel = -(-tokens // tile_t), _dense_kernel
+        fixed = (row, DenseTiles(tile_t, tile_d, tile_dv))
+        programs, kernel = -(-tokens // tile_t), _dense_kernel
     else:
-        groups, tile_c = -(-dim_v // channels), 1 << (channels - 1).bit_length()
+        groups, tile_c = -(-row.DimV // code.Channels), 1 << (code.Channels - 1).bit_length()
         tile_g = 1 << (groups - 1).bit_length()
         width = max(width, tile_g * tile_c)
-        tile_t = min(size, TILE // width)
-        tiles = (bits, size, channels, tile_t, tile_d, tile_g, tile_c)
-        grid, kernel = -(-tokens // size), _codes_kernel
-    options = dict(num_warps=4 if tile_t * width >= 2048 else 1, num_stages=1, enable_fp_fusion=False)
-    handles = HANDLES.setdefault((device.number, "append", kind, tiles), {})
-    return Plan(kernel, (grid, heads, batch), tiles, options, handles)
+        tile_t = min(code.Size, TILE // width)
+        fixed = (row, code, CodeTiles(tile_t, tile_d, tile_g, tile_c))
+        programs, kernel = -(-tokens // code.Size), _codes_kernel
+    return planned(
+        device, kernel, (programs, heads, batch), (), fixed, kind,
+        num_warps=4 if tile_t * width >= 2048 else 1, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def run(
@@ -432,17 +505,15 @@ def run(
     )
     seqlens = None if cache_seqlens is None else cache_seqlens.contiguous()
     tensors = (new_k, new_v, to_k, to_v, *stored, table, seqlens, cos, sin, positions)
-    numbers = (
+    numbers = Numbers(
         tokens, heads, cache.capacity, to_k.shape[0], 0 if table is None else table.shape[1],
         *rotary_numbers(rotary), *strides_of(new_k, new_align), *strides_of(new_v, new_align),
-        *strides_of(to_k, align), *strides_of(to_v, align), *((to_k.shape[1],) if codes else ()),
+        *strides_of(to_k, align), *strides_of(to_v, align),
     )  # fmt: skip
-    constants = (dim, dim_v, new_align, align, page, half, rotary.interleaved)
-    kinds = tuple(None if t is None else t.dtype for t in tensors)
-    kind = (constants, kinds, tuple(n >= 2**31 for n in numbers))
-    plan = _plan(
-        device_of(device), tokens, heads, batch, dim, dim_v, cache.format, cache.group_size,
-        cache.channel_group, kind,
-    )  # fmt: skip
-    plan.launch((*tensors, *numbers, *constants), alignment_of(new_k, new_v, to_k, to_v, cos, sin))
+    row = Rows(dim, dim_v, new_align, align, page, half, rotary.interleaved)
+    code = Codes(BITS[cache.format], cache.group_size, cache.channel_group) if codes else None
+    kind = (tuple(dtype_of(t) for t in tensors), tuple(n >= 2**31 for n in numbers))
+    plan = _plan(device_of(device), tokens, heads, batch, row, code, kind)
+    page_size = (to_k.shape[1],) if codes else ()
+    plan.launch((*tensors, *numbers, *page_size), alignment_of(new_k, new_v, to_k, to_v, cos, sin))
     return None

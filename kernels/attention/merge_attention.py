@@ -7,30 +7,35 @@ outputs are read and one is written.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...core.device import Device, device_of
-from ..core.launch import HANDLES, Plan, alignment_of, jit, refuse
+from ..core.launch import Plan, alignment_of, jit, planned, refuse, tl
 from .layouts import FARTHEST, LONGEST, layout, padded, vector
 
-try:
-    import triton.language as tl
-except ImportError:  # supports() says why this backend is not used
-    tl = None
+
+class Tiles(NamedTuple):
+    """The width of a row and what strides are divided by; rows of a program, and their padded width;
+    constants."""
+
+    Dim: int
+    Align: int
+    R: int
+    D: int
+
 
 _INTEGERS = ["rows", "heads", "S", "batch1", "row1", "head1", "batch2", "row2", "head2"]
 
 
 @jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=["lse1", "lse2", "lse"])
 def _kernel(
-    o1, lse1, o2, lse2, out, lse, rows, heads, S, batch1, row1, head1, batch2, row2, head2,
-    Dim: tl.constexpr, Align: tl.constexpr, TileR: tl.constexpr, TileD: tl.constexpr,
+    o1, lse1, o2, lse2, out, lse, rows, heads, S, batch1, row1, head1, batch2, row2, head2, Tile
 ):  # fmt: skip
     """out [batch, S, heads, Dim] and lse [batch, heads, S]; strides are in multiples of Align elements."""
-    r = tl.program_id(0).to(tl.int64) * TileR + tl.arange(0, TileR)
-    d = tl.arange(0, TileD)
+    r = tl.program_id(0).to(tl.int64) * Tile.R + tl.arange(0, Tile.R)
+    d = tl.arange(0, Tile.D)
     inside = r < rows
     head, b, i = r % heads, r // heads // S, r // heads % S
     line = (b * heads + head) * S + i
@@ -42,18 +47,22 @@ def _kernel(
     total = w1 + w2
     tl.store(lse + line, top + tl.log(total), mask=inside)
     factor = tl.where(top == float("-inf"), 0.0, 1.0 / total)
-    there = inside[:, None] & (d < Dim)[None, :]
+    there = inside[:, None] & (d < Tile.Dim)[None, :]
     # what a set without keys has as output is not looked at: it may never have been written
     some1, some2 = (one != float("-inf"))[:, None] & there, (two != float("-inf"))[:, None] & there
     first = tl.load(
-        o1 + ((b * batch1 + i * row1 + head * head1) * Align)[:, None] + d[None, :], mask=some1, other=0.0
+        o1 + ((b * batch1 + i * row1 + head * head1) * Tile.Align)[:, None] + d[None, :],
+        mask=some1,
+        other=0.0,
     )
     second = tl.load(
-        o2 + ((b * batch2 + i * row2 + head * head2) * Align)[:, None] + d[None, :], mask=some2, other=0.0
+        o2 + ((b * batch2 + i * row2 + head * head2) * Tile.Align)[:, None] + d[None, :],
+        mask=some2,
+        other=0.0,
     )
     w1, w2 = (w1 * factor)[:, None], (w2 * factor)[:, None]
     both = first.to(tl.float32) * w1 + second.to(tl.float32) * w2
-    tl.store(out + r[:, None] * Dim + d[None, :], both.to(out.dtype.element_ty), mask=there)
+    tl.store(out + r[:, None] * Tile.Dim + d[None, :], both.to(out.dtype.element_ty), mask=there)
 
 
 ELEMENTS = 4096  # of a program
@@ -61,15 +70,10 @@ ELEMENTS = 4096  # of a program
 
 @functools.lru_cache(maxsize=1024)
 def _plan(device: Device, rows: int, dim: int, align: int, kind: tuple[Any, ...]) -> Plan:
-    tile_d = padded(dim)
-    tile_r = max(1, ELEMENTS // tile_d)
-    return Plan(
-        _kernel,
-        (-(-rows // tile_r), 1, 1),
-        (dim, align, tile_r, tile_d),
-        dict(num_warps=4, enable_fp_fusion=True),
-        HANDLES.setdefault((device.number, "merge", dim, align, kind), {}),
-    )
+    width = padded(dim)
+    tile = Tiles(dim, align, max(1, ELEMENTS // width), width)
+    programs = -(-rows // tile.R)
+    return planned(device, _kernel, (programs, 1, 1), (), (tile,), kind, num_warps=4, enable_fp_fusion=True)
 
 
 def supports(o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor) -> str | None:

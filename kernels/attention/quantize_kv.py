@@ -7,8 +7,7 @@ import torch
 
 from ...ops.attention.kv_cache import BITS, FP8, CacheTensors, Rotary, head_scales
 from . import append_kv
-
-MAX_HEAD_DIM = 256
+from .layouts import MAX_HEAD_DIM
 
 
 def supports(

@@ -11,19 +11,14 @@ Products are rounded before they are added, as torch does: the same bits whoever
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...core.device import Device, device_of
 from ...ops.attention.kv_cache import Rotary
-from ..core.launch import HANDLES, Plan, alignment_of, jit, refuse
+from ..core.launch import Plan, alignment_of, contiguous, jit, planned, refuse, tl
 from .layouts import FARTHEST, LONGEST, layout, padded, vector
-
-try:
-    import triton.language as tl
-except ImportError:  # supports() says why this backend is not used
-    tl = None
 
 
 @jit
@@ -65,51 +60,72 @@ def turned(
         return tl.where((d < 2 * Half)[None, :], whole.to(x.dtype), x)
 
 
+class Turn(NamedTuple):
+    """What is done to rows, and by a program; constants.
+
+    Attributes:
+        Dim, Align: the width of a row; what strides are divided by.
+        Half, Interleaved: half of the channels that turn; whether pairs are neighbours.
+        Inverse: whether they turn back.
+        R, D: rows of a program, and their padded width.
+    """
+
+    Dim: int
+    Align: int
+    Half: int
+    Interleaved: bool
+    Inverse: bool
+    R: int
+    D: int
+
+
 _INTEGERS = ["rows", "heads", "S", "count", "at_batch", "x_batch", "x_row", "x_head"]
 
 
 @jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=["positions"])
 def _kernel(
-    x, cos, sin, positions, out, rows, heads, S, count, at_batch, x_batch, x_row, x_head,
-    Dim: tl.constexpr, Align: tl.constexpr, Half: tl.constexpr, Interleaved: tl.constexpr,
-    Inverse: tl.constexpr, TileR: tl.constexpr, TileD: tl.constexpr,
+    x, cos, sin, positions, out, rows, heads, S, count, at_batch, x_batch, x_row, x_head, Fixed
 ):  # fmt: skip
     """out [batch, S, heads, Dim] of x, whose strides are in multiples of Align elements; positions [.., S]
     have at_batch elements a batch."""
-    r = tl.program_id(0).to(tl.int64) * TileR + tl.arange(0, TileR)
-    d = tl.arange(0, TileD)
+    r = tl.program_id(0).to(tl.int64) * Fixed.R + tl.arange(0, Fixed.R)
+    d = tl.arange(0, Fixed.D)
     inside = r < rows
     head, token = r % heads, r // heads
     b, i = token // S, token % S
-    place = x + (b * x_batch + i * x_row + head * x_head) * Align
+    place = x + (b * x_batch + i * x_row + head * x_head) * Fixed.Align
     at = i
     if positions is not None:
         at = tl.load(positions + b * at_batch + i, mask=inside, other=0)
     known = (at >= 0) & (at < count)
-    y = turned(place, inside, d, cos, sin, at, known & inside, Dim, Half, Interleaved, Inverse)
-    tl.store(out + r[:, None] * Dim + d[None, :], y, mask=inside[:, None] & (d < Dim)[None, :])
+    y = turned(
+        place,
+        inside,
+        d,
+        cos,
+        sin,
+        at,
+        known & inside,
+        Fixed.Dim,
+        Fixed.Half,
+        Fixed.Interleaved,
+        Fixed.Inverse,
+    )
+    tl.store(out + r[:, None] * Fixed.Dim + d[None, :], y, mask=inside[:, None] & (d < Fixed.Dim)[None, :])
 
 
 ELEMENTS = 4096  # of a program
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(device: Device, rows: int, dim: int, kind: tuple[Any, ...]) -> Plan:
-    tile_d = padded(dim)
-    tile_r = ELEMENTS // tile_d
-    return Plan(
-        _kernel,
-        (-(-rows // tile_r), 1, 1),
-        (*kind[0], tile_r, tile_d),
-        dict(num_warps=4, enable_fp_fusion=False),
-        HANDLES.setdefault((device.number, "rope", kind), {}),
-    )
+def _plan(device: Device, rows: int, fixed: Turn, kind: tuple[Any, ...]) -> Plan:
+    programs = -(-rows // fixed.R)
+    return planned(device, _kernel, (programs, 1, 1), (), (fixed,), kind, num_warps=4, enable_fp_fusion=False)
 
 
 def rotary_tensors(rotary: Rotary) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """cos, sin and positions, dense."""
-    cos, sin, positions = (None if t is None else t.contiguous() for t in rotary[:3])
-    return cos, sin, positions
+    return contiguous(rotary.cos), contiguous(rotary.sin), contiguous(rotary.positions)
 
 
 def rotary_numbers(rotary: Rotary) -> tuple[int, int]:
@@ -143,11 +159,13 @@ def run(x: torch.Tensor, rotary: Rotary, inverse: bool) -> torch.Tensor:
         align = vector((of,))
         strides = tuple(s // align for s in of[1:])
         cos, sin, positions = rotary_tensors(rotary)
-        constants = (dim, align, rotary.cos.shape[1], rotary.interleaved, inverse)
+        width = padded(dim)
+        half = rotary.cos.shape[1]
+        fixed = Turn(dim, align, half, rotary.interleaved, inverse, ELEMENTS // width, width)
         rows = batch * seq * heads
         wide = tuple(n >= 2**31 for n in (rows, *strides))
-        kind = (constants, x.dtype, rotary.cos.dtype, positions is None, wide)
-        plan = _plan(device_of(x.device), rows, dim, kind)
+        kind = (x.dtype, rotary.cos.dtype, positions is None, wide)
+        plan = _plan(device_of(x.device), rows, fixed, kind)
         numbers = (rows, heads, seq, *rotary_numbers(rotary), *strides)
         plan.launch((of.tensor, cos, sin, positions, out, *numbers), alignment_of(of.tensor, cos, sin, out))
     return out
