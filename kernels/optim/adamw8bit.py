@@ -13,25 +13,15 @@ csrc/cpu/optim/adamw8bit.cpp).
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
 from ...core.device import served
 from ...core.tensors import table
 from ...weights.blockwise import ZERO, blocks_of, segments
-
-try:
-    import triton
-    import triton.language as tl
-
-    jit: Any = triton.jit
-except ImportError:  # the package is whole without Triton; supports() says why this backend is not used
-    triton = tl = None
-
-    def jit(function: Any = None, **options: Any) -> Any:
-        return jit if function is None else function
-
+from ..core.launch import constants, jit, tl, triton
 
 TILE = 2048  # numbers a program: with 4 warps 16 a thread, as two moments some 50 registers
 ENTRIES = 16
@@ -84,19 +74,29 @@ def _store(x, codes, absmax, table, at, inside, rows, rows_inside, Signed: tl.co
     tl.store(codes + at, _encode(x * inverse[:, None], table, Signed, Zero), inside)
 
 
+class Tiles(NamedTuple):
+    """Blocks of a program and numbers of a block; the code of 0 in a signed map; constants."""
+
+    Rows: int
+    Block: int
+    SignedZero: int
+
+
 @jit
 def _kernel(
     p, g, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, signed, unsigned, count, blocks, beta1,
-    rest1, beta2, rest2, eps, decay, step_size, inverse_correction, Rows: tl.constexpr, Block: tl.constexpr,
-    SignedZero: tl.constexpr, ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * Rows
-    rows = first + tl.arange(0, Rows)
+    rest1, beta2, rest2, eps, decay, step_size, inverse_correction, Tile,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * Tile.Rows
+    rows = first + tl.arange(0, Tile.Rows)
     rows_inside = rows < blocks
-    at = first * Block + (tl.arange(0, Rows)[:, None] * Block + tl.arange(0, Block)[None, :])
+    at = first * Tile.Block + (
+        tl.arange(0, Tile.Rows)[:, None] * Tile.Block + tl.arange(0, Tile.Block)[None, :]
+    )
     inside = at < count
 
     grad = tl.load(g + at, inside, other=0).to(tl.float32)
-    m = _decode(tl.load(exp_avg + at, inside, other=SignedZero), signed, True, SignedZero)
+    m = _decode(tl.load(exp_avg + at, inside, other=Tile.SignedZero), signed, True, Tile.SignedZero)
     m = m * tl.load(exp_avg_absmax + rows, rows_inside, other=0)[:, None]
     v = _decode(tl.load(exp_avg_sq + at, inside, other=0), unsigned, False, 0)
     v = v * tl.load(exp_avg_sq_absmax + rows, rows_inside, other=0)[:, None]
@@ -106,7 +106,7 @@ def _kernel(
     change = m / (tl.sqrt_rn(v) * inverse_correction + eps)
     kept = decay * tl.load(p + at, inside, other=0).to(tl.float32)
     tl.store(p + at, (kept - step_size * change).to(p.dtype.element_ty), inside)
-    _store(m, exp_avg, exp_avg_absmax, signed, at, inside, rows, rows_inside, True, SignedZero)
+    _store(m, exp_avg, exp_avg_absmax, signed, at, inside, rows, rows_inside, True, Tile.SignedZero)
     _store(v, exp_avg_sq, exp_avg_sq_absmax, unsigned, at, inside, rows, rows_inside, False, 0)
 
 
@@ -125,6 +125,11 @@ def _table(signed: bool, device: str) -> torch.Tensor:
         rows[4][s] = segment.first + 0.5 - segment.base * scale  # rounded down: the nearest
         rows[5][s] = segment.last
     return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _tiles(block_size: int) -> Tiles:
+    return constants(Tiles(max(1, TILE // block_size), block_size, ZERO[True]))
 
 
 def supports(p: torch.Tensor, *args: Any) -> str | None:
@@ -161,12 +166,12 @@ def run(
                 p, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, lr, beta1, beta2, eps,
                 weight_decay, step, maximize, block_size,
             )  # fmt: skip
-    rows = max(1, TILE // block_size)
+    tiles = _tiles(block_size)
     blocks = blocks_of(p.numel(), block_size)
     device = str(p.device)
-    _kernel[(-(-blocks // rows),)](
+    _kernel[(-(-blocks // tiles.Rows.value),)](
         p, grad.contiguous(), exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, _table(True, device),
         _table(False, device), p.numel(), blocks, beta1, beta1 - 1 if maximize else 1 - beta1, beta2,
-        1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, rows,
-        block_size, ZERO[True], num_warps=4,
+        1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, tiles,
+        num_warps=4,
     )  # fmt: skip

@@ -25,9 +25,12 @@ program, some 4 us, and about eight exchanges of some 1.5 us.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
-from ..core.launch import jit, refuse, tl
+from ..core.launch import constants, jit, refuse, tl
 from ..core.teams import before, exchange, team
 
 TILE = 1024
@@ -74,8 +77,8 @@ def _listed(row, list, place, n, whole, begin):
 
 @jit
 def _search(
-    goal, low, high, row, list, n, top, temperature, min_p, room, count, phase, part, ByWeight: tl.constexpr,
-    Shift: tl.constexpr, Tile: tl.constexpr, Room: tl.constexpr, Parts: tl.constexpr,
+    goal, low, high, row, list, n, top, temperature, min_p, room, count, phase, part, Fixed,
+    ByWeight: tl.constexpr, Tile: tl.constexpr,
 ):  # fmt: skip
     """The largest key from which on the listed tokens, or their weights, sum to `goal` or more; from low,
     where they do, to high, where they do not."""
@@ -86,9 +89,9 @@ def _search(
         for first in range(0, n, Tile):
             _, z, inside = _listed(row, list, first + tl.arange(0, Tile), n, 0, 0)
             value = _weights(z, top, temperature, min_p, inside) if ByWeight else inside.to(tl.int32)
-            reached = _keys(z, Shift)[:, None] >= candidates[None, :]
+            reached = _keys(z, Fixed.Shift)[:, None] >= candidates[None, :]
             sums += tl.sum(tl.where(reached, value[:, None], 0), 0)
-        every = exchange(sums, room, count, phase, part, Parts, 16, Room)
+        every = exchange(sums, room, count, phase, part, Fixed.Parts, 16, Fixed.Room)
         phase += 1
         low += step * tl.sum((tl.sum(every, 0) >= goal).to(tl.int64), 0)
         high = tl.minimum(low + step, high)
@@ -122,16 +125,38 @@ def _around(
     return tl.where(i < 2, found, tl.where(i == 2, tl.sum(ties, 0), tl.sum(ties_weight, 0)))
 
 
+class Row(NamedTuple):
+    """How a row is read and shared; constants.
+
+    Attributes:
+        Align: what V and the stride are divided by.
+        Shift: bits of a key that say nothing.
+        Tile: columns at a time.
+        Room: numbers that a program of a team has room for.
+        Parts: programs of a team.
+    """
+
+    Align: int
+    Shift: int
+    Tile: int
+    Room: int
+    Parts: int
+
+
 _INTEGERS = ["stride", "V", "tiles"]
 _SMALL = ["uniforms", "temperatures", "top_ks", "top_ps", "min_ps", "ids"]
 
 
 @jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _kernel(
-    logits, uniforms, temperatures, top_ks, top_ps, min_ps, ids, lists, room, count, stride, V, tiles,
-    Align: tl.constexpr, Shift: tl.constexpr, Tile: tl.constexpr, Room: tl.constexpr, Parts: tl.constexpr,
+    logits, uniforms, temperatures, top_ks, top_ps, min_ps, ids, lists, room, count, stride, V, tiles, Fixed
 ):  # fmt: skip
-    """V and stride are in multiples of Align."""
+    """A token of each row of logits, to ids."""
+    Align: tl.constexpr = Fixed.Align
+    Shift: tl.constexpr = Fixed.Shift
+    Tile: tl.constexpr = Fixed.Tile
+    Room: tl.constexpr = Fixed.Room
+    Parts: tl.constexpr = Fixed.Parts
     b, part = (tl.program_id(0) // Parts).to(tl.int64), tl.program_id(0) % Parts
     V *= Align
     row = logits + b * (stride.to(tl.int64) * Align)
@@ -230,7 +255,7 @@ def _kernel(
             if some:
                 low, phase = _search(
                     goal, low, bound, row, own_list, n, top, temperature, min_p, room, count, phase, part,
-                    False, Shift, Tile // 4, Room, Parts,
+                    Fixed, False, Tile // 4,
                 )  # fmt: skip
                 around = _around(low, row, own_list, n, top, temperature, min_p, Shift, Tile // 4)
                 every = exchange(around, room, count, phase, part, Parts, 4, Room)
@@ -246,7 +271,7 @@ def _kernel(
                     bound = high
                 low, phase = _search(
                     goal, low, bound, row, own_list, n, top, temperature, min_p, room, count, phase, part,
-                    True, Shift, Tile // 4, Room, Parts,
+                    Fixed, True, Tile // 4,
                 )  # fmt: skip
                 around = _around(low, row, own_list, n, top, temperature, min_p, Shift, Tile // 4)
                 every = exchange(around, room, count, phase, part, Parts, 4, Room)
@@ -295,6 +320,11 @@ def supports(logits: torch.Tensor, *rest: torch.Tensor) -> str | None:
 _SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
+@functools.cache
+def _row(align: int, dtype: torch.dtype, parts: int) -> Row:
+    return constants(Row(align, _SHIFTS[dtype], TILE, ROOM, parts))
+
+
 def run(
     logits: torch.Tensor,
     uniforms: torch.Tensor,
@@ -320,7 +350,7 @@ def run(
     lists = logits.new_empty(rows, vocabulary, dtype=torch.int32)
     _kernel[(rows * who.parts,)](
         logits, *per_row, ids, lists, who.room, who.counts, stride // align, vocabulary // align, who.tiles,
-        align, _SHIFTS[logits.dtype], TILE, ROOM, who.parts,
+        _row(align, logits.dtype, who.parts),
         num_warps=8, maxnreg=128, enable_fp_fusion=False, **who.options,
     )  # fmt: skip
     return ids

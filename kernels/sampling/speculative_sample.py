@@ -17,11 +17,12 @@ shared by 32 programs is bound by latency: some 2 us an exchange, of which there
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
-from ..core.launch import jit, refuse, tl
+from ..core.launch import constants, jit, refuse, tl
 from ..core.teams import before, exchange, team
 
 TILE = 2048
@@ -80,6 +81,15 @@ def _total(own, room, count, phase, part, Parts: tl.constexpr):
     return tl.sum(tl.sum(every, 0), 0), tl.sum(before(every, part, Parts), 0)
 
 
+class Row(NamedTuple):
+    """What V and the strides of draft and target are divided by; tokens at a time; programs of a team;
+    constants."""
+
+    Align: int
+    Tile: int
+    Parts: int
+
+
 _INTEGERS = [
     "nodes", "rows", "V", "tiles", "d_batch", "d_row", "t_batch", "t_row", "i_batch", "i_node", "p_batch",
     "p_node", "r_batch", "r_node", "u_batch", "u_node", "replacement",
@@ -91,12 +101,12 @@ _SMALL = ["ids", "parents", "draft_rows", "uniforms", "tokens", "accepted", "pat
 def _kernel(
     draft, ids, parents, draft_rows, target, uniforms, tokens, accepted, path, room, count, refused,
     nodes, rows, V, tiles, d_batch, d_row, t_batch, t_row, i_batch, i_node, p_batch, p_node, r_batch, r_node,
-    u_batch, u_node, replacement, Align: tl.constexpr, Tile: tl.constexpr, Parts: tl.constexpr,
+    u_batch, u_node, replacement, Fixed,
 ):  # fmt: skip
-    """parents: None for a chain; draft_rows: None where node i's is row i; path: None if not wanted.
-
-    V and the strides of draft and target are in multiples of Align.
-    """
+    """parents: None for a chain; draft_rows: None where node i's is row i; path: None if not wanted."""
+    Align: tl.constexpr = Fixed.Align
+    Tile: tl.constexpr = Fixed.Tile
+    Parts: tl.constexpr = Fixed.Parts
     V *= Align
     d_batch, d_row = d_batch.to(tl.int64) * Align, d_row.to(tl.int64) * Align
     t_batch, t_row = t_batch.to(tl.int64) * Align, t_row.to(tl.int64) * Align
@@ -248,6 +258,11 @@ def run_tree(
     return ids, accepted, path
 
 
+@functools.cache
+def _row(align: int, parts: int) -> Row:
+    return constants(Row(align, TILE, parts))
+
+
 def _strides(t: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else (t.stride(0), t.stride(1))
 
@@ -280,8 +295,8 @@ def _run(
     _kernel[(batch * who.parts,)](
         p, drawn, parents, draft_rows, q, uniforms, ids, accepted, path, who.room, who.counts, refused,
         nodes, p.shape[1], length, who.tiles, *rows, *_strides(drawn),
-        *_strides(parents), *_strides(draft_rows), *_strides(uniforms), int(replacement), align, TILE,
-        who.parts,
+        *_strides(parents), *_strides(draft_rows), *_strides(uniforms), int(replacement),
+        _row(align, who.parts),
         num_warps=8, maxnreg=128, enable_fp_fusion=False, **who.options,
     )  # fmt: skip
     return ids, accepted, path
