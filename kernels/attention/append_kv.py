@@ -60,12 +60,12 @@ def _begin(seqlens, b, capacity, T):
 
 
 @jit
-def _turn(positions, b, i, position, inside, count, at_batch):
+def _turn(positions, b, i, position, inside, cos_rows, at_batch):
     """The row of cos for token i, and whether it is there."""
     at = position
     if positions is not None:
         at = tl.load(positions + b.to(tl.int64) * at_batch + i, mask=inside, other=0)
-    return at, inside & (at >= 0) & (at < count)
+    return at, inside & (at >= 0) & (at < cos_rows)
 
 
 @jit
@@ -90,7 +90,7 @@ class Numbers(NamedTuple):
         T, kv_heads: new tokens of a sequence, and their heads.
         capacity: tokens that a sequence has room for.
         pages, most: pages, and entries of the table a sequence.
-        count, at_batch: rows of cos, and elements of positions a batch.
+        cos_rows, at_batch: rows of cos, and elements of positions a batch.
         nk_batch, ..., nv_head: elements between batches, tokens and heads of the new rows, over NewAlign.
         k_page, ..., v_head: of the cache, over Align.
     """
@@ -100,7 +100,7 @@ class Numbers(NamedTuple):
     capacity: int
     pages: int
     most: int
-    count: int
+    cos_rows: int
     at_batch: int
     nk_batch: int
     nk_row: int
@@ -181,7 +181,7 @@ def _put(to, x, scales, head, inside, d, Dim: tl.constexpr):
 @jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _dense_kernel(
     new_k, new_v, k, v, k_scales, v_scales, table, seqlens, cos, sin, positions, T, kv_heads, capacity, pages,
-    most, count, at_batch, nk_batch, nk_row, nk_head, nv_batch, nv_row, nv_head, k_page, k_slot, k_head,
+    most, cos_rows, at_batch, nk_batch, nk_row, nk_head, nv_batch, nv_row, nv_head, k_page, k_slot, k_head,
     v_page, v_slot, v_head, Row, Tile,
 ):  # fmt: skip
     """Rows of the queries' dtype, or e4m3 in uint8. Strides of new rows are in multiples of NewAlign
@@ -192,7 +192,7 @@ def _dense_kernel(
     i = tl.program_id(0) * Tile.T + tl.arange(0, Tile.T)
     position = begin + i
     inside = position < end
-    at, known = _turn(positions, b, i, position, inside, count, at_batch)
+    at, known = _turn(positions, b, i, position, inside, cos_rows, at_batch)
     page, there = page_of(table, b, position, inside, pages, most, Row.Page)
     page, slot = page.to(tl.int64), slot_of(position, Row.Page).to(tl.int64)
     far = i.to(tl.int64)
@@ -277,14 +277,14 @@ def _rows(
 
 @jit
 def _keys(
-    new_k, k_tail, cos, sin, positions, b, position, begin, end, head, kv_heads, d, count, at_batch, nk_batch,
-    nk_row, nk_head, Row, Size: tl.constexpr,
+    new_k, k_tail, cos, sin, positions, b, position, begin, end, head, kv_heads, d, cos_rows, at_batch,
+    nk_batch, nk_row, nk_head, Row, Size: tl.constexpr,
 ):  # fmt: skip
     """K's rows of positions of a group that is whole."""
     rows, fresh, late = _rows(
         new_k, k_tail, b, position, begin, end, head, kv_heads, nk_batch, nk_row, nk_head, Row, Size, Row.Dim
     )
-    at, known = _turn(positions, b, position - begin, position, fresh, count, at_batch)
+    at, known = _turn(positions, b, position - begin, position, fresh, cos_rows, at_batch)
     x = turned(rows, fresh, d, cos, sin, at, known, Row.Dim, Row.Half, Row.Interleaved, False).to(tl.float32)
     if k_tail is not None:
         mask = (position < begin)[:, None] & (d < Row.Dim)[None, :]
@@ -296,7 +296,7 @@ def _keys(
 @jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _codes_kernel(
     new_k, new_v, k, v, k_scales, k_offsets, v_scales, v_offsets, k_tail, v_tail, table, seqlens, cos, sin,
-    positions, T, kv_heads, capacity, pages, most, count, at_batch, nk_batch, nk_row, nk_head, nv_batch,
+    positions, T, kv_heads, capacity, pages, most, cos_rows, at_batch, nk_batch, nk_row, nk_head, nv_batch,
     nv_row, nv_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_size, Row, Code, Tile,
 ):  # fmt: skip
     """Codes and scales of the groups that become whole, and the tail, where there is one; strides as
@@ -322,7 +322,7 @@ def _codes_kernel(
         for t in range(0, Code.Size, Tile.T):
             x = _keys(
                 new_k, k_tail, cos, sin, positions, b, first + t + token, begin, end, head, kv_heads, d,
-                count, at_batch, nk_batch, nk_row, nk_head, Row, Code.Size,
+                cos_rows, at_batch, nk_batch, nk_row, nk_head, Row, Code.Size,
             )  # fmt: skip
             low = tl.minimum(low, tl.min(x, 0))
             high = tl.maximum(high, tl.max(x, 0))
@@ -335,7 +335,7 @@ def _codes_kernel(
         for t in range(0, Code.Size, Tile.T):
             x = _keys(
                 new_k, k_tail, cos, sin, positions, b, first + t + token, begin, end, head, kv_heads, d,
-                count, at_batch, nk_batch, nk_row, nk_head, Row, Code.Size,
+                cos_rows, at_batch, nk_batch, nk_row, nk_head, Row, Code.Size,
             )  # fmt: skip
             codes = _bytes(_codes(x, less[None, :], inverse[None, :], Levels), Code.Bits)
             to = k + (page * k_page + (slot + t + token) * k_slot + head * k_head) * Row.Align
@@ -376,7 +376,7 @@ def _codes_kernel(
             for p in range(tl.maximum(begin, whole - Code.Size), end, Tile.T):
                 position = p + token
                 x = _keys(
-                    new_k, None, cos, sin, positions, b, position, begin, end, head, kv_heads, d, count,
+                    new_k, None, cos, sin, positions, b, position, begin, end, head, kv_heads, d, cos_rows,
                     at_batch, nk_batch, nk_row, nk_head, Row, Code.Size,
                 )  # fmt: skip
                 slots = (b * 2 * Code.Size + position % (2 * Code.Size)) * kv_heads + head

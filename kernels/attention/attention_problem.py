@@ -209,8 +209,8 @@ def problem_of(
     bias_strides = (bias.batch, bias.head, bias.row, bias.column)
     slope_batch = heads if a.alibi_slopes is not None and a.alibi_slopes.dim() == 2 else 0
     small = (a.alibi_slopes, a.sinks, a.seed if a.dropout_p else None, a.cu_seqlens_q, a.cu_seqlens_k)
-    tensors = Tensors(
-        *(None if x is None else x.tensor for x in layouts), bias.tensor, *(contiguous(t) for t in small)
+    tensors = Tensors._make(
+        (*(None if x is None else x.tensor for x in layouts), bias.tensor, *(contiguous(t) for t in small))
     )
     dim, dim_v = q.shape[-1], v.shape[-1]
     positive = scale > 0 and (a.prefix_k is None or (a.bias is None and a.alibi_slopes is None))

@@ -144,7 +144,7 @@ class Strides(NamedTuple):
 
     Attributes:
         pages, most, page_size: pages, entries of the table a sequence, and tokens of a page.
-        count, at_batch: rows of cos, and elements of positions a batch.
+        cos_rows, at_batch: rows of cos, and elements of positions a batch.
         tree_batch, slope_batch: elements of the tree and of the slopes a batch.
         q_batch, q_row, q_head: elements between batches, rows and heads of q.
         k_page, ..., v_head: of the cache, in multiples of its Align.
@@ -153,7 +153,7 @@ class Strides(NamedTuple):
     pages: int
     most: int
     page_size: int
-    count: int
+    cos_rows: int
     at_batch: int
     tree_batch: int
     slope_batch: int
@@ -260,7 +260,7 @@ def _attend(
 @jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_SMALL)
 def _decode_kernel(
     q, cache, table, seqlens, cos, sin, positions, tree, slopes, sums, levels, scale, cap,
-    batch, new, capacity, SQ, left, right, splits, kv_heads, group, m_tiles, pages, most, page_size, count,
+    batch, new, capacity, SQ, left, right, splits, kv_heads, group, m_tiles, pages, most, page_size, cos_rows,
     at_batch, tree_batch, slope_batch, q_batch, q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head,
     Head, Form, Cache, Tile,
 ):  # fmt: skip
@@ -325,7 +325,7 @@ def _decode_kernel(
         if positions is not None:
             at = tl.load(positions + wide_b * at_batch + i, mask=inside, other=0)
         q_rows = q + wide_b * q_batch + i.to(tl.int64) * q_row + head.to(tl.int64) * q_head
-        known = inside & (at >= 0) & (at < count)
+        known = inside & (at >= 0) & (at < cos_rows)
         q_tile = turned(q_rows, inside, d, cos, sin, at, known, Head.Dim, Head.Half, Head.Interleaved, False)
         slope = slopes
         if slopes is not None:

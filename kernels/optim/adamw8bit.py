@@ -128,8 +128,10 @@ def _table(signed: bool, device: str) -> torch.Tensor:
 
 
 @functools.cache
-def _tiles(block_size: int) -> Tiles:
-    return constants(Tiles(max(1, TILE // block_size), block_size, ZERO[True]))
+def _tiles(block_size: int) -> tuple[int, Tiles]:
+    """Blocks of a program, and its constants."""
+    rows = max(1, TILE // block_size)
+    return rows, constants(Tiles(rows, block_size, ZERO[True]))
 
 
 def supports(p: torch.Tensor, *args: Any) -> str | None:
@@ -166,10 +168,10 @@ def run(
                 p, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, lr, beta1, beta2, eps,
                 weight_decay, step, maximize, block_size,
             )  # fmt: skip
-    tiles = _tiles(block_size)
+    rows, tiles = _tiles(block_size)
     blocks = blocks_of(p.numel(), block_size)
     device = str(p.device)
-    _kernel[(-(-blocks // tiles.Rows.value),)](
+    _kernel[(-(-blocks // rows),)](
         p, grad.contiguous(), exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, _table(True, device),
         _table(False, device), p.numel(), blocks, beta1, beta1 - 1 if maximize else 1 - beta1, beta2,
         1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, tiles,
