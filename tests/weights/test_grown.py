@@ -180,7 +180,7 @@ def test_where_a_weight_can_be_cut() -> None:
         (dict(format="fp8", group_size=128, scale_rows=128), 128, 128),
         (dict(format="int4", group_size=32, g_idx=ACT_ORDER), 1, 256),
     ):
-        w = bitfuse.quantize(dense, **options)  # type: ignore[arg-type]
+        w = bitfuse.quantize(dense, **options)
         assert (w.cut_multiple(0), w.cut_multiple(-1)) == (rows, columns), options
     w = bitfuse.quantize(dense, "int4")
     with pytest.raises(IndexError, match="dim is 2, expected -2 to 1"):
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ((x, w, torch.randn(16)), r"bias has shape \[16\], expected \[3, ...\], one for each matrix of w"),
     ):
         with pytest.raises(ValueError, match=words):
-            bitfuse.lowbit_linear(*args)  # type: ignore[arg-type]
+            bitfuse.lowbit_linear(*args)
     a, b = torch.randn(4, 128), torch.randn(16, 4)
     for refused in (
         lambda: Linear.from_weight(w),

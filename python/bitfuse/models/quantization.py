@@ -190,7 +190,7 @@ def quantize_(
 
 def _layer_report(name: str, w: LowBitWeight, weight: torch.Tensor) -> LayerReport:
     error = math.nan if weight.is_meta else w.relative_error(weight.detach())
-    return LayerReport(name, w.shape, str(w.format), weight.nbytes, w.nbytes, error)
+    return LayerReport(name, (w.shape[0], w.shape[1]), str(w.format), weight.nbytes, w.nbytes, error)
 
 
 def _choose(

@@ -85,8 +85,10 @@ def weight_tensors(
     tensors: Iterable[Any], format: str, group_size: int, scale_rows: int = 1
 ) -> WeightTensors:
     """A weight from `WeightTensors.tensors()` and `how()`."""
-    *five, offsets = tensors
-    return WeightTensors(*five, format, group_size, offsets, scale_rows)
+    qweight, scales, zeros, scale_scales, scale_offset, offsets = tensors
+    return WeightTensors(
+        qweight, scales, zeros, scale_scales, scale_offset, format, group_size, offsets, scale_rows
+    )
 
 
 @dataclass(frozen=True, eq=False)

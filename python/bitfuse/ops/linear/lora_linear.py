@@ -161,21 +161,20 @@ _SLOTS = TENSORS + 6
 
 def _flatten(projections: tuple[LoraArgs, ...]) -> tuple[Any, ...]:
     slots: list[torch.Tensor | None] = []
-    formats, group_sizes, scale_rows = [], [], []
+    hows: list[tuple[str, int, int]] = []
     for p in projections:
         if isinstance(p.weight, WeightTensors):
             slots += p.weight.tensors()
-            how = p.weight.how()
+            hows.append(p.weight.how())
         else:
             slots += [p.weight, *[None] * (TENSORS - 1)]
-            how = _DENSE, 0, 1
-        for kept, one in zip((formats, group_sizes, scale_rows), how, strict=True):
-            kept.append(one)
+            hows.append((_DENSE, 0, 1))
         slots += [p.lora_A, p.lora_B, p.scale_by, p.bias, p.out_scale, p.seed]
     given = [int(t is not None) for t in slots]
     scaling = [p.scaling for p in projections]
     tensors = [t for t in slots if t is not None]
-    return tensors, given, "\n".join(formats), group_sizes, scale_rows, scaling
+    formats = "\n".join([how[0] for how in hows])
+    return tensors, given, formats, [how[1] for how in hows], [how[2] for how in hows], scaling
 
 
 def _unflatten(
