@@ -22,7 +22,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/contract.h"
 #include "cpu/linear/matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -36,15 +36,7 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 BITFUSE_INLINE Floats floats(Vf a) { return (Floats)a; }
 BITFUSE_INLINE Dwords bits(Floats a) { return (Dwords)a; }
 
-BITFUSE_INLINE Floats square_root(Floats a) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_sqrt_ps((Vf)a);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_sqrt_ps((Vf)a);
-#else
-  return Floats{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])};
-#endif
-}
+BITFUSE_INLINE Floats square_root(Floats a) { return (Floats)square_root((Vf)a); }
 
 constexpr int kSegments = 9;
 constexpr int kQuarterOffset = 15;  // exponent field & 15 of a float in [1, 2)
