@@ -641,7 +641,7 @@ for format in CACHE_FORMATS:
 """
 
 
-@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
+@pytest.mark.parametrize("level", LEVELS[:-1])  # the widest is the default
 def test_every_level(level: str) -> None:
     here = Path(__file__).parent
     path = [str(here), str(here.parent / "python"), os.environ.get("PYTHONPATH", "")]

@@ -1,6 +1,7 @@
 // What the binding hands to attention and to its backward.
 #pragma once
 
+#include "cpu/isa/levels.h"
 #include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse {
@@ -60,15 +61,12 @@ struct AttentionBackwardCall : AttentionCall {
   float* grad_sinks;
 };
 
-#define BITFUSE_DECLARE_LEVEL(level)                          \
+#define BITFUSE_DECLARE_LEVEL(level, ...)                     \
   namespace level {                                           \
   void attention(const AttentionCall& call);                  \
   void attention_backward(const AttentionBackwardCall& call); \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

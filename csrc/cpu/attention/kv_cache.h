@@ -2,6 +2,7 @@
 // where and what codes mean.
 #pragma once
 
+#include "cpu/isa/levels.h"
 #include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse {
@@ -102,7 +103,7 @@ struct MergeCall {
   float* lse;
 };
 
-#define BITFUSE_DECLARE_LEVEL(level)             \
+#define BITFUSE_DECLARE_LEVEL(level, ...)        \
   namespace level {                              \
   void append_kv(const AppendCall& call);        \
   void quantize_kv(const QuantizeCall& call);    \
@@ -110,10 +111,7 @@ struct MergeCall {
   void decode_attention(const DecodeCall& call); \
   void merge_attention(const MergeCall& call);   \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

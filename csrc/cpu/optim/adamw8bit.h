@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/isa/levels.h"
 #include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse {
@@ -28,17 +29,11 @@ struct AdamW8bitCall {
   float inverse_correction;  // 1 / sqrt(1 - beta2^step)
 };
 
-namespace portable {
-void adamw8bit(const AdamW8bitCall& call);
-}
-namespace avx2 {
-void adamw8bit(const AdamW8bitCall& call);
-}
-namespace avx512 {
-void adamw8bit(const AdamW8bitCall& call);
-}
-namespace avx512bf16 {
-void adamw8bit(const AdamW8bitCall& call);
-}
+#define BITFUSE_DECLARE_LEVEL(level, ...)    \
+  namespace level {                          \
+  void adamw8bit(const AdamW8bitCall& call); \
+  }
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
+#undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

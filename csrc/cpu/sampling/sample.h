@@ -1,6 +1,7 @@
 // What the binding hands to sample.
 #pragma once
 
+#include "cpu/isa/levels.h"
 #include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse {
@@ -16,14 +17,11 @@ struct SampleCall {
   int64_t* ids;
 };
 
-#define BITFUSE_DECLARE_LEVEL(level)   \
-  namespace level {                    \
-  void sample(const SampleCall& call); \
+#define BITFUSE_DECLARE_LEVEL(level, ...) \
+  namespace level {                       \
+  void sample(const SampleCall& call);    \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

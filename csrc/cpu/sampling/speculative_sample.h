@@ -1,6 +1,7 @@
 // What the binding hands to speculative_sample.
 #pragma once
 
+#include "cpu/isa/levels.h"
 #include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse {
@@ -27,14 +28,11 @@ struct SpeculativeCall {
   int64_t* path;              // [batch, nodes], or null
 };
 
-#define BITFUSE_DECLARE_LEVEL(level)                    \
+#define BITFUSE_DECLARE_LEVEL(level, ...)               \
   namespace level {                                     \
   void speculative_sample(const SpeculativeCall& call); \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse
