@@ -53,7 +53,7 @@ BITFUSE_INLINE Vf maximum(Vf a, Vf b);
 BITFUSE_INLINE Vf absolute(Vf a);
 // a in the lanes where sign has none, b where it is negative (-0 is).
 BITFUSE_INLINE Vf by_sign(Vf sign, Vf a, Vf b);
-// p * 2^n, for whole n from -2^22 to 2^22; to 0 and to infinity too.
+// p * 2^n, rounded once, for p from 1/2 to 2 and whole n from -2^22 to 2^22; to 0 and to infinity too.
 BITFUSE_INLINE Vf scale_by_power(Vf p, Vf n);
 // low in the first 8 lanes, high in the others.
 BITFUSE_INLINE Vf set_halves(float low, float high);
@@ -108,7 +108,7 @@ BITFUSE_INLINE Vf load_bfloat_first(const uint16_t* p, int count);
 BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p);
 // Dword i of the result is byte i at p.
 BITFUSE_INLINE Vi spread_bytes(const uint8_t* p);
-// Byte `Byte` of each dword, as a float less zero, rounded once.
+// Byte `Byte` of each dword, as a float less zero, a whole number.
 template <int Byte>
 BITFUSE_INLINE Vf byte_less(Vi a, Vf zero);
 // The e4m3fn number of byte `Byte` of each dword. Codes 0x7f and 0xff, which are NaN, come out as some number
@@ -151,7 +151,7 @@ BITFUSE_INLINE Vf less_nearest(Vf a);
 BITFUSE_INLINE Vi words_to_nearest(Vf low, Vf high);
 // The whole number a, 0 to 32767, in both words of its dword.
 BITFUSE_INLINE Vi in_both_words(Vf a);
-// The larger of |a| and |b|.
+// The larger of |a| and |b|; of lanes that are no NaN.
 BITFUSE_INLINE Vf larger_magnitude(Vf a, Vf b);
 // Lane i: the largest of the `size` floats from p + i * size on. size: 1, 2, 4, 8 or 16.
 BITFUSE_INLINE Vf group_maxima(const float* p, int64_t size);

@@ -36,8 +36,6 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 BITFUSE_INLINE Floats floats(Vf a) { return (Floats)a; }
 BITFUSE_INLINE Dwords bits(Floats a) { return (Dwords)a; }
 
-BITFUSE_INLINE Floats square_root(Floats a) { return (Floats)square_root((Vf)a); }
-
 constexpr int kSegments = 9;
 constexpr int kQuarterOffset = 15;  // exponent field & 15 of a float in [1, 2)
 
@@ -198,7 +196,7 @@ BITFUSE_INLINE void update_block(const AdamW8bitCall& call, const Map<true>& m_m
     store(v_kept + i, v);
     m_most = larger(m_most, floats(m));
     v_most = larger(v_most, floats(v));
-    const Floats denominator = square_root(floats(v)) * call.inverse_correction + call.eps;
+    const Floats denominator = floats(square_root(v)) * call.inverse_correction + call.eps;
     const Vf change = (Vf)(floats(m) / denominator);
     Element<P>::put(p + i, fma(set1(-call.step_size), change, mul(set1(call.decay), Element<P>::get(p + i))));
   }
