@@ -20,6 +20,7 @@ from accuracy import assert_accurate
 from bitfuse.ops.attention import attention_cpu as cpp
 from bitfuse.ops.attention.attention import Wanted, _reference, _reference_backward
 from bitfuse.ops.attention.attention_args import AttentionArgs
+from levels import LEVELS
 
 pytestmark = pytest.mark.skipif(cpp._cpu is None, reason="bitfuse._cpu is not built")
 
