@@ -20,6 +20,7 @@ inline void bind_common(py::module_& module) {
       .value("INT8", Dtype::kInt8)
       .value("INT32", Dtype::kInt32)
       .value("INT64", Dtype::kInt64)
+      .value("FLOAT64", Dtype::kFloat64)
       .value("BOOL", Dtype::kBool)
       .value("E4M3", Dtype::kE4m3)
       .value("E8M0", Dtype::kE8m0)

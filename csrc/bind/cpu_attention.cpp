@@ -1,38 +1,13 @@
-#include <pybind11/stl.h>
-
-#include <array>
 #include <vector>
 
-#include "bind/cpu_calls.h"
+#include "bind/attention_args.h"
+#include "bind/cpu.h"
 #include "cpu/attention/attention.h"
 
 namespace bitfuse {
 namespace {
 
-constexpr int64_t kMostBound = int64_t(1) << 40;  // of a window, so that positions never overflow
-
-using View = std::array<int64_t, 4>;  // address; strides of batch, row and head
-
-// [batch, rows, heads, dim]
-HeadsView heads_view(const char* name, const View& given, Dtype dtype, int64_t batch, int64_t rows,
-                     int64_t heads, int64_t dim) {
-  const int64_t counts[] = {batch, rows, heads};
-  int64_t last = dim;  // past the furthest element
-  for (int i = 0; i < 3; ++i) {
-    require(counts[i] >= 0, name, counts[i], "sizes of 0 or more");
-    require(given[i + 1] >= 0, name, given[i + 1], "strides of 0 or more");
-    int64_t reach;
-    if (__builtin_mul_overflow(counts[i], given[i + 1], &reach) || __builtin_add_overflow(last, reach, &last))
-      refuse(name, "larger than memory", "strides whose reach is below 2^63");
-  }
-  check_bytes(name, {last, size_of(dtype)});
-  check_bytes(name, {batch, rows, heads, dim, 16});
-  const bool any = batch > 0 && rows > 0 && heads > 0;
-  return {address<const void>(name, uintptr_t(given[0]), uintptr_t(size_of(dtype)), any), given[1], given[2],
-          given[3]};
-}
-
-void check_sequences(const char* name, const int32_t* offsets, int64_t batch, int64_t total) {
+void check_offsets(const char* name, const int32_t* offsets, int64_t batch, int64_t total) {
   for (int64_t b = 0; b <= batch; ++b)
     if (offsets[b] < 0 || offsets[b] > total || (b && offsets[b] < offsets[b - 1]) || (!b && offsets[0]))
       refuse(name, std::to_string(offsets[b]) + " at " + std::to_string(b),
@@ -40,155 +15,128 @@ void check_sequences(const char* name, const int32_t* offsets, int64_t batch, in
   require(offsets[batch] == total, name, offsets[batch], "an end at " + std::to_string(total));
 }
 
-// Fills `call`, and `sequences`, which it points to.
-void make_call(AttentionCall& call, std::vector<AttentionSequence>& sequences,
-               const std::array<int64_t, 9>& sizes, const View& q, const View& k, const View& v,
-               const View& prefix_k, const View& prefix_v, uintptr_t cu_q, uintptr_t cu_k, double scale,
-               double softcap, int64_t left, int64_t right, bool top_left, double dropout_p, int64_t seed,
-               const std::array<int64_t, 6>& bias, uintptr_t alibi, bool alibi_batched, uintptr_t sinks) {
-  call.dtype = make_dtype("dtype", int(sizes[0]));
-  call.batch = sizes[1];
-  call.heads = sizes[2];
-  call.kv_heads = sizes[3];
-  call.dim = sizes[4];
-  call.dim_v = sizes[5];
-  call.rows = sizes[6];
-  call.keys = sizes[7];
-  call.prefix = sizes[8];
-  require(call.batch >= 0, "batch", call.batch, "0 or more");
-  require(call.kv_heads > 0, "kv_heads", call.kv_heads, "1 or more");
-  require(call.heads >= 0 && call.heads % call.kv_heads == 0, "heads", call.heads,
-          "a multiple of " + std::to_string(call.kv_heads));
-  const std::string dims = "1 to " + std::to_string(kMaxHeadDim);
-  require(call.dim > 0 && call.dim <= kMaxHeadDim, "dim", call.dim, dims);
-  require(call.dim_v > 0 && call.dim_v <= kMaxHeadDim, "dim_v", call.dim_v, dims);
-  require(call.rows >= 0 && call.rows < kMostBound, "rows", call.rows, "0 to 2^40");
-  require(call.keys >= 0 && call.keys < kMostBound, "keys", call.keys, "0 to 2^40");
-  require(call.prefix >= 0 && call.prefix < kMostBound, "prefix", call.prefix, "0 to 2^40");
-  check_bytes("rows", {call.batch, call.rows, call.heads, kMaxHeadDim, 8});
-
-  call.packed = cu_q != 0;
-  const int64_t outer = call.packed ? 1 : call.batch;
-  const bool some_q = call.heads > 0;
-  call.q = heads_view("q", q, call.dtype, some_q ? outer : 0, call.rows, call.heads, call.dim);
-  call.k = heads_view("k", k, call.dtype, outer, call.keys, call.kv_heads, call.dim);
-  call.v = heads_view("v", v, call.dtype, outer, call.keys, call.kv_heads, call.dim_v);
-  if (call.prefix) {
-    call.prefix_k =
-        heads_view("prefix_k", prefix_k, call.dtype, call.batch, call.prefix, call.kv_heads, call.dim);
-    call.prefix_v =
-        heads_view("prefix_v", prefix_v, call.dtype, call.batch, call.prefix, call.kv_heads, call.dim_v);
-  }
-  sequences.resize(size_t(call.batch));
-  if (call.packed) {
-    const auto* of_q = address<const int32_t>("cu_seqlens_q", cu_q, 4);
-    const auto* of_k = address<const int32_t>("cu_seqlens_k", cu_k, 4);
+// Where each sequence is, which `args` then points to. Of packed ones the offsets are checked.
+std::vector<AttentionSequence> find_sequences(AttentionArgs& args) {
+  std::vector<AttentionSequence> sequences(size_t(args.batch));
+  if (args.packed) {
     // a copy: what is checked is what is used, whoever writes to the tensors meanwhile
-    const std::vector<int32_t> own_q(of_q, of_q + call.batch + 1), own_k(of_k, of_k + call.batch + 1);
-    check_sequences("cu_seqlens_q", own_q.data(), call.batch, call.rows);
-    check_sequences("cu_seqlens_k", own_k.data(), call.batch, call.keys);
+    const std::vector<int32_t> of_q(args.cu_seqlens_q, args.cu_seqlens_q + args.batch + 1);
+    const std::vector<int32_t> of_k(args.cu_seqlens_k, args.cu_seqlens_k + args.batch + 1);
+    check_offsets("cu_seqlens_q", of_q.data(), args.batch, args.rows);
+    check_offsets("cu_seqlens_k", of_k.data(), args.batch, args.keys);
     for (size_t b = 0; b < sequences.size(); ++b)
-      sequences[b] = {own_q[b], own_q[b + 1] - own_q[b], own_k[b], own_k[b + 1] - own_k[b]};
+      sequences[b] = {of_q[b], of_q[b + 1] - of_q[b], of_k[b], of_k[b + 1] - of_k[b]};
   } else {
-    for (auto& s : sequences) s = {0, call.rows, 0, call.keys};
+    for (auto& s : sequences) s = {0, args.rows, 0, args.keys};
   }
-  call.sequences = sequences.data();
-
-  if (!(dropout_p >= 0 && dropout_p < 1))
-    refuse("dropout_p", std::to_string(dropout_p), "0 <= dropout_p < 1");
-  if (!(softcap >= 0)) refuse("softcap", std::to_string(softcap), "0 or more");
-  call.scale = float(scale);
-  call.softcap = float(softcap);
-  call.left = left < kMostBound ? left : kMostBound;
-  call.right = right < kMostBound ? right : kMostBound;
-  call.top_left = top_left;
-  call.dropout = {dropout_p, static_cast<uint64_t>(seed)};
-  if (bias[0]) {
-    require(!call.packed, "bias", bias[0], "none with packed sequences");
-    call.bias.mask = bias[1] == 3;
-    call.bias.dtype = call.bias.mask ? Dtype::kFloat32 : make_dtype("bias dtype", int(bias[1]));
-    const int64_t size = call.bias.mask ? 1 : size_of(call.bias.dtype);
-    const int64_t counts[] = {call.batch, call.heads, call.rows, call.keys};
-    for (int i = 0; i < 4; ++i) {
-      require(bias[size_t(i) + 2] >= 0, "bias", bias[size_t(i) + 2], "strides of 0 or more");
-      check_bytes("bias", {counts[i], bias[size_t(i) + 2], 16});  // 16: of four such, the sum too
-    }
-    call.bias.data = address<const void>("bias", uintptr_t(bias[0]), uintptr_t(size));
-    call.bias.batch = bias[2];
-    call.bias.head = bias[3];
-    call.bias.row = bias[4];
-    call.bias.column = bias[5];
-  }
-  call.alibi = address<const float>("alibi_slopes", alibi, 4, false);
-  call.alibi_batch = alibi_batched ? call.heads : 0;
-  call.sinks = address<const float>("sinks", sinks, 4, false);
+  args.sequences = sequences.data();
+  return sequences;
 }
 
-void forward(const std::array<int64_t, 9>& sizes, const View& q, const View& k, const View& v,
-             const View& prefix_k, const View& prefix_v, uintptr_t cu_q, uintptr_t cu_k, double scale,
-             double softcap, int64_t left, int64_t right, bool top_left, double dropout_p, int64_t seed,
-             const std::array<int64_t, 6>& bias, uintptr_t alibi, bool alibi_batched, uintptr_t sinks,
-             uintptr_t out, uintptr_t lse) {
-  AttentionCall call{};
-  std::vector<AttentionSequence> sequences;
-  make_call(call, sequences, sizes, q, k, v, prefix_k, prefix_v, cu_q, cu_k, scale, softcap, left, right,
-            top_left, dropout_p, seed, bias, alibi, alibi_batched, sinks);
-  const bool any = call.batch > 0 && call.rows > 0 && call.heads > 0;
-  call.out = address<void>("out", out, uintptr_t(size_of(call.dtype)), any);
-  call.lse = address<float>("lse", lse, 4, any);
-  if (!any) return;
+void forward(py::handle q_, py::handle k_, py::handle v_, py::handle a, py::handle out_, py::handle lse_) {
+  const Tensor q = read("q", q_), k = read("k", k_), v = read("v", v_);
+  require_device("q", q, kHost);
+  AttentionArgs args = read_attention(q, k, v, a);
+  args.out = attention_out("out", read("out", out_), q, args);
+  args.lse = attention_lse("lse", read("lse", lse_), q, args);
+  const auto sequences = find_sequences(args);
+  if (!any_rows(args)) return;
   py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(attention)(call);
+  BITFUSE_OF_LEVEL(attention)(args);
 }
 
-// grads: addresses of the gradients of q, k, v, bias, sinks, prefix_k and prefix_v; 0 for one not wanted.
-void backward(const std::array<int64_t, 9>& sizes, const View& q, const View& k, const View& v,
-              const View& prefix_k, const View& prefix_v, uintptr_t cu_q, uintptr_t cu_k, double scale,
-              double softcap, int64_t left, int64_t right, bool top_left, double dropout_p, int64_t seed,
-              const std::array<int64_t, 6>& bias, uintptr_t alibi, bool alibi_batched, uintptr_t sinks,
-              const View& grad, const View& out, uintptr_t lse, uintptr_t grad_lse,
-              const std::array<int64_t, 4>& bias_sizes, const std::array<uintptr_t, 7>& grads) {
-  AttentionBackwardCall call{};
-  std::vector<AttentionSequence> sequences;
-  make_call(call, sequences, sizes, q, k, v, prefix_k, prefix_v, cu_q, cu_k, scale, softcap, left, right,
-            top_left, dropout_p, seed, bias, alibi, alibi_batched, sinks);
-  const bool any = call.batch > 0 && call.rows > 0 && call.heads > 0;
-  const int64_t outer = call.packed ? 1 : call.batch;
-  call.grad = heads_view("grad", grad, call.dtype, outer, call.rows, call.heads, call.dim_v);
-  call.output = heads_view("out", out, call.dtype, outer, call.rows, call.heads, call.dim_v);
-  call.lse = address<float>("lse", lse, 4, any);
-  call.grad_lse = address<const float>("grad_lse", grad_lse, 4, false);
-  const auto size = uintptr_t(size_of(call.dtype));
-  call.grad_q = address<void>("grad_q", grads[0], size, false);
-  call.grad_k = address<void>("grad_k", grads[1], size, false);
-  call.grad_v = address<void>("grad_v", grads[2], size, false);
-  if (grads[3]) {
-    require(call.bias.data && !call.bias.mask, "grad_bias", int64_t(grads[3]), "none without a float bias");
-    const int64_t full[] = {call.batch, call.heads, call.rows, call.keys};
-    for (size_t i = 0; i < 4; ++i) {
-      require(bias_sizes[i] == full[i] || bias_sizes[i] == 1, "bias_sizes", bias_sizes[i],
-              "1 or " + std::to_string(full[i]));
-      call.bias_sizes[i] = bias_sizes[i];
-    }
-    check_bytes("grad_bias", {bias_sizes[0], bias_sizes[1], bias_sizes[2], bias_sizes[3], 4});
-    call.grad_bias = address<void>("grad_bias", grads[3], uintptr_t(size_of(call.bias.dtype)));
+// The address of a gradient of the shape of what it is of, null where it is not wanted: None.
+void* gradient(const char* name, py::handle object, const Tensor& of) {
+  if (object.is_none()) return nullptr;
+  const Tensor t = read(name, object);
+  require_dtype(name, t, of.dtype);
+  require_device(name, t, of.device);
+  bool fits = t.dims == of.dims;
+  for (int i = 0; fits && i < t.dims; ++i) fits = t.shape[i] == of.shape[i];
+  if (!fits) refuse(name, "of shape " + shape_of(t), shape_of(of));
+  if (!is_dense(t)) refuse(name, "of strides " + text_of(t.strides, t.dims), "a contiguous tensor");
+  return t.data;
+}
+
+// `grads`: Gradients of python/bitfuse/ops/attention/attention_cpu.py.
+void backward(py::handle grad_, py::handle grad_lse_, py::handle q_, py::handle k_, py::handle v_,
+              py::handle out_, py::handle lse_, py::handle a, py::handle grads) {
+  struct Names {
+    Name q{"q"}, k{"k"}, v{"v"}, bias{"bias"}, sinks{"sinks"}, prefix_k{"prefix_k"}, prefix_v{"prefix_v"};
+  };
+  static const Names& names = *new Names;
+  const Tensor q = read("q", q_), k = read("k", k_), v = read("v", v_);
+  require_device("q", q, kHost);
+  AttentionBackwardArgs args;
+  static_cast<AttentionArgs&>(args) = read_attention(q, k, v, a);
+  const int64_t outer = args.packed ? 1 : args.batch;
+  auto rows_like_out = [&](const char* name, py::handle object) {
+    return head_rows(name, read(name, object), q, outer, args.rows, args.heads, args.dim_v);
+  };
+  args.grad = rows_like_out("grad", grad_);
+  args.output = rows_like_out("out", out_);
+  args.lse = attention_lse("lse", read("lse", lse_), q, args);
+  if (!grad_lse_.is_none()) args.grad_lse = attention_lse("grad_lse", read("grad_lse", grad_lse_), q, args);
+  args.grad_q = gradient("grad_q", names.q.of(grads), q);
+  args.grad_k = gradient("grad_k", names.k.of(grads), k);
+  args.grad_v = gradient("grad_v", names.v.of(grads), v);
+  if (const py::object wanted = names.bias.of(grads); !wanted.is_none()) {
+    const std::optional<Tensor> bias = names.bias.tensor_or_none(a);
+    if (!bias || args.bias.mask) refuse("grad_bias", "given", "none without a float bias");
+    args.grad_bias = gradient("grad_bias", wanted, *bias);
+    for (int i = 0; i < 4; ++i) args.bias_sizes[i] = bias->shape[i];
   }
-  if (grads[4]) {
-    require(call.sinks, "grad_sinks", int64_t(grads[4]), "none without sinks");
-    call.grad_sinks = address<float>("grad_sinks", grads[4], 4);
+  if (const py::object wanted = names.sinks.of(grads); !wanted.is_none()) {
+    const std::optional<Tensor> sinks = names.sinks.tensor_or_none(a);
+    if (!sinks) refuse("grad_sinks", "given", "none without sinks");
+    args.grad_sinks = static_cast<float*>(gradient("grad_sinks", wanted, *sinks));
   }
-  call.grad_prefix_k = address<void>("grad_prefix_k", grads[5], size, false);
-  call.grad_prefix_v = address<void>("grad_prefix_v", grads[6], size, false);
-  if (!any) return;
+  if (args.prefix) {
+    args.grad_prefix_k = gradient("grad_prefix_k", names.prefix_k.of(grads), names.prefix_k.tensor(a));
+    args.grad_prefix_v = gradient("grad_prefix_v", names.prefix_v.of(grads), names.prefix_v.tensor(a));
+  }
+  const auto sequences = find_sequences(args);
+  if (!any_rows(args)) return;
   py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(attention_backward)(call);
+  BITFUSE_OF_LEVEL(attention_backward)(args);
+}
+
+// A tensor of torch's own classes whose memory is what it seems.
+bool plain_layout(py::handle object, Tensor& t) {
+  if (!is_plain(object.ptr())) return false;
+  const py::object negated =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg));
+  if (negated.ptr() == Py_False && layout_of(object.ptr(), t)) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool fits(py::handle q_, py::handle k_, py::handle v_) {
+  Tensor q, k, v;
+  if (!plain_layout(q_, q) || !plain_layout(k_, k) || !plain_layout(v_, v)) return false;
+  if (q.dims != 4 || k.dims != 4 || v.dims != 4) return false;
+  const bool same = is_float(q.dtype) && q.dtype == k.dtype && q.dtype == v.dtype && q.device == k.device &&
+                    q.device == v.device;
+  const bool sized = k.shape[0] == q.shape[0] && k.shape[3] == q.shape[3] && v.shape[0] == k.shape[0] &&
+                     v.shape[1] == k.shape[1] && v.shape[2] == k.shape[2];
+  auto head = [](int64_t dim) { return dim > 0 && dim <= kMaxHeadDim; };
+  return same && sized && k.shape[2] > 0 && q.shape[2] % k.shape[2] == 0 && head(q.shape[3]) &&
+         head(v.shape[3]);
 }
 
 }  // namespace
 
 void bind_attention(py::module_& module) {
-  module.def("attention", forward);
-  module.def("attention_backward", backward);
+  module.def("attention", forward, "q, k, v, AttentionArgs, and where the output and lse go.", py::arg("q"),
+             py::arg("k"), py::arg("v"), py::arg("args"), py::arg("out"), py::arg("lse"));
+  module.def("attention_backward", backward,
+             "What the forward had and gave, its gradients, and Gradients, where they go.", py::arg("grad"),
+             py::arg("grad_lse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+             py::arg("args"), py::arg("grads"));
+  module.def("attention_fits", fits,
+             "True of plain tensors [batch, seq, heads, head_dim] of one dtype and device that meet: what "
+             "nearly every call has, and the op's check need not look at.",
+             py::arg("q"), py::arg("k"), py::arg("v"));
 }
 
 }  // namespace bitfuse

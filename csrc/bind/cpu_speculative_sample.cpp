@@ -1,88 +1,91 @@
-#include "bind/cpu_calls.h"
+#include "bind/cpu.h"
+#include "bind/tensors.h"
 #include "cpu/sampling/speculative_sample.h"
 
 namespace bitfuse {
 namespace {
 
-constexpr int64_t kMaxNodes = int64_t(1) << 20;
-constexpr int64_t kMaxVocabulary = int64_t(1) << 20;  // of which 42 bits each sum below 2^62
-
-ProbabilityRows make_rows(const char* name, int dtype, uintptr_t data, int64_t batch_stride, int64_t stride,
-                          int64_t batch, int64_t rows, int64_t vocabulary) {
-  ProbabilityRows made{make_dtype(name, dtype), nullptr, batch_stride, stride};
-  require(batch_stride >= 0, name, batch_stride, "a batch stride of 0 or more");
-  require(stride >= 0, name, stride, "a row stride of 0 or more");
-  check_bytes(name, {batch, batch_stride + 1, 4});
-  check_bytes(name, {rows, stride + 1, 4});
-  made.data = address<const void>(name, data, uintptr_t(size_of(made.dtype)), batch > 0 && rows > 0);
-  return made;
+// [batch, rows, vocabulary]
+ProbabilityRows probabilities(const char* name, const Tensor& t, int64_t batch, int64_t rows,
+                              int64_t vocabulary) {
+  require_device(name, t, kHost);
+  require_float(name, t);
+  const int64_t sizes[] = {batch, rows, vocabulary};
+  if (t.dims != 3 || t.shape[0] != batch || t.shape[1] != rows || t.shape[2] != vocabulary)
+    refuse(name, "of shape " + shape_of(t), text_of(sizes, 3));
+  if (vocabulary > 1 && t.strides[2] != 1)
+    refuse(name, "of strides " + text_of(t.strides, 3), "a dense last dimension");
+  return {t.dtype, t.data, t.strides[0], t.strides[1]};
 }
 
-// What both forms have: sizes, the target, the uniforms and where the results go.
-SpeculativeCall make_call(int64_t batch, int64_t nodes, int64_t rows, int64_t vocabulary, int draft_dtype,
-                          uintptr_t draft, int64_t draft_batch_stride, int64_t draft_stride,
-                          uintptr_t draft_ids, int target_dtype, uintptr_t target,
-                          int64_t target_batch_stride, int64_t target_stride, uintptr_t uniforms,
-                          uintptr_t ids, uintptr_t accepted) {
-  require(batch >= 0, "batch", batch, "0 or more");
-  require(nodes >= 0 && nodes <= kMaxNodes, "drafted", nodes, "0 to 2^20");
-  require(rows >= 0, "draft_probs", rows, "0 rows or more");
-  require(vocabulary >= 1 && vocabulary <= kMaxVocabulary, "vocabulary", vocabulary, "1 to 2^20");
-  check_bytes("ids", {batch, nodes + 1, 8});
-  check_bytes("target_probs", {batch, vocabulary, 8});
-  SpeculativeCall call{};
-  call.batch = batch;
-  call.nodes = nodes;
-  call.rows = rows;
-  call.vocabulary = vocabulary;
-  call.draft =
-      make_rows("draft_probs", draft_dtype, draft, draft_batch_stride, draft_stride, batch, rows, vocabulary);
-  call.target = make_rows("target_probs", target_dtype, target, target_batch_stride, target_stride, batch,
-                          nodes + 1, vocabulary);
-  call.draft_ids = address<const int64_t>("draft_ids", draft_ids, 8, batch > 0 && nodes > 0);
-  call.uniforms = address<const double>("uniforms", uniforms, 8, batch > 0);
-  call.ids = address<int64_t>("ids", ids, 8, batch > 0);
-  call.accepted = address<int64_t>("accepted", accepted, 8, batch > 0);
-  return call;
+int64_t* integers(const char* name, py::handle object, std::initializer_list<int64_t> shape) {
+  const Tensor t = read(name, object);
+  require_device(name, t, kHost);
+  return dense<int64_t>(name, t, Dtype::kInt64, shape);
 }
 
-void serve(const SpeculativeCall& call) {
-  if (call.batch == 0) return;
+// What both forms have: sizes, probabilities, the uniforms and where the results go.
+SpeculativeSampleArgs read_common(py::handle draft_probs, py::handle draft_ids, py::handle target_probs,
+                                  py::handle uniforms, py::handle ids, py::handle accepted) {
+  const Tensor draft = read("draft_probs", draft_probs), target = read("target_probs", target_probs);
+  if (draft.dims != 3) refuse("draft_probs", "of shape " + shape_of(draft), "[batch, rows, vocabulary]");
+  if (target.dims != 3)
+    refuse("target_probs", "of shape " + shape_of(target), "[batch, nodes + 1, vocabulary]");
+  SpeculativeSampleArgs args;
+  args.batch = target.shape[0];
+  args.nodes = target.shape[1] - 1;
+  args.rows = draft.shape[1];
+  args.vocabulary = target.shape[2];
+  require(args.nodes >= 0 && args.nodes <= kMaxDrafted, "drafted", args.nodes, "0 to 2^20");
+  require(args.vocabulary >= 1 && args.vocabulary <= kMaxVocabulary, "vocabulary", args.vocabulary,
+          "1 to 2^20");
+  args.draft = probabilities("draft_probs", draft, args.batch, args.rows, args.vocabulary);
+  args.target = probabilities("target_probs", target, args.batch, args.nodes + 1, args.vocabulary);
+  args.draft_ids = integers("draft_ids", draft_ids, {args.batch, args.nodes});
+  const Tensor u = read("uniforms", uniforms);
+  require_device("uniforms", u, kHost);
+  args.uniforms = dense<const double>("uniforms", u, Dtype::kFloat64, {args.batch, args.nodes + 1});
+  args.ids = integers("ids", ids, {args.batch, args.nodes + 1});
+  args.accepted = integers("accepted", accepted, {args.batch});
+  return args;
+}
+
+void serve(const SpeculativeSampleArgs& args) {
+  if (args.batch == 0) return;
   py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(speculative_sample)(call);
+  BITFUSE_OF_LEVEL(speculative_sample)(args);
 }
 
-void speculative_sample(int64_t batch, int64_t drafted, int64_t vocabulary, int draft_dtype, uintptr_t draft,
-                        int64_t draft_batch_stride, int64_t draft_stride, uintptr_t draft_ids,
-                        int target_dtype, uintptr_t target, int64_t target_batch_stride,
-                        int64_t target_stride, uintptr_t uniforms, uintptr_t ids, uintptr_t accepted) {
-  serve(make_call(batch, drafted, drafted, vocabulary, draft_dtype, draft, draft_batch_stride, draft_stride,
-                  draft_ids, target_dtype, target, target_batch_stride, target_stride, uniforms, ids,
-                  accepted));
+void speculative_sample(py::handle draft_probs, py::handle draft_ids, py::handle target_probs,
+                        py::handle uniforms, py::handle ids, py::handle accepted) {
+  const SpeculativeSampleArgs args =
+      read_common(draft_probs, draft_ids, target_probs, uniforms, ids, accepted);
+  require(args.rows == args.nodes, "draft_probs", args.rows, std::to_string(args.nodes) + " rows");
+  serve(args);
 }
 
-void speculative_sample_tree(int64_t batch, int64_t nodes, int64_t rows, int64_t vocabulary, int draft_dtype,
-                             uintptr_t draft, int64_t draft_batch_stride, int64_t draft_stride,
-                             uintptr_t draft_ids, uintptr_t parents, uintptr_t draft_rows, bool replacement,
-                             int target_dtype, uintptr_t target, int64_t target_batch_stride,
-                             int64_t target_stride, uintptr_t uniforms, uintptr_t ids, uintptr_t accepted,
-                             uintptr_t path) {
-  SpeculativeCall call =
-      make_call(batch, nodes, rows, vocabulary, draft_dtype, draft, draft_batch_stride, draft_stride,
-                draft_ids, target_dtype, target, target_batch_stride, target_stride, uniforms, ids, accepted);
-  const bool any = batch > 0 && nodes > 0;
-  call.parents = address<const int64_t>("parents", parents, 8, any);
-  call.draft_rows = address<const int64_t>("draft_rows", draft_rows, 8, false);
-  call.path = address<int64_t>("path", path, 8, any);
-  call.replacement = replacement;
-  serve(call);
+void speculative_sample_tree(py::handle draft_probs, py::handle draft_ids, py::handle parents,
+                             py::handle draft_rows, py::handle target_probs, py::handle uniforms,
+                             bool replacement, py::handle ids, py::handle accepted, py::handle path) {
+  SpeculativeSampleArgs args = read_common(draft_probs, draft_ids, target_probs, uniforms, ids, accepted);
+  args.parents = integers("parents", parents, {args.batch, args.nodes});
+  if (!draft_rows.is_none()) args.draft_rows = integers("draft_rows", draft_rows, {args.batch, args.nodes});
+  args.path = integers("path", path, {args.batch, args.nodes});
+  args.replacement = replacement;
+  serve(args);
 }
 
 }  // namespace
 
 void bind_speculative_sample(py::module_& module) {
-  module.def("speculative_sample", speculative_sample);
-  module.def("speculative_sample_tree", speculative_sample_tree);
+  module.def("speculative_sample", speculative_sample, "Tokens to ids, and how many were accepted.",
+             py::arg("draft_probs"), py::arg("draft_ids"), py::arg("target_probs"), py::arg("uniforms"),
+             py::arg("ids"), py::arg("accepted"));
+  module.def("speculative_sample_tree", speculative_sample_tree,
+             "Tokens to ids, how many were accepted, and which nodes.", py::arg("draft_probs"),
+             py::arg("draft_ids"), py::arg("parents"), py::arg("draft_rows"), py::arg("target_probs"),
+             py::arg("uniforms"), py::arg("replacement"), py::arg("ids"), py::arg("accepted"),
+             py::arg("path"));
 }
 
 }  // namespace bitfuse

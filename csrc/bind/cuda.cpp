@@ -3,7 +3,7 @@
 // dtypes were checked by the op. The GIL is released while a kernel is queued.
 #include "bind/cuda.h"
 
-#include "cuda/linear/lowbit_linear.h"
+#include "bind/common.h"
 
 PYBIND11_MODULE(_cuda, module) {
   using namespace bitfuse;
@@ -21,6 +21,7 @@ PYBIND11_MODULE(_cuda, module) {
       py::arg("index"),
       "Multiprocessors, bytes of shared memory of a block and of a multiprocessor, compute capability as "
       "90.");
+  bind_common(module);
   bind_decode_attention(module);
   bind_multi_lora_linear(module);
   bind_lowbit_linear(module);

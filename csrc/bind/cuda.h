@@ -3,8 +3,8 @@
 
 #include <limits>
 
-#include "bind/bind.h"
-#include "cuda/linear/adapter.h"
+#include "bind/tensors.h"
+#include "cuda/linear/lowbit_linear.h"
 
 namespace bitfuse {
 
@@ -18,6 +18,13 @@ template <typename E>
 E choice(int value, int count, const char* name) {
   require(value >= 0 && value < count, name, value, "0 to " + std::to_string(count - 1));
   return static_cast<E>(value);
+}
+
+// Of what tensor cores take.
+inline Float float_type(const char* name, Dtype dtype) {
+  if (dtype != Dtype::kFloat16 && dtype != Dtype::kBfloat16)
+    refuse(name, name_of(dtype), "float16 or bfloat16");
+  return dtype == Dtype::kFloat16 ? Float::Float16 : Float::BFloat16;
 }
 
 // What bind_multi_lora_linear makes of integers and checks, and lora_linear takes too.

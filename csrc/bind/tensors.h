@@ -72,6 +72,8 @@ inline Dtype dtype_of(dlpack::Type t) {
       return Dtype::kInt32;
     case dlpack::kInt << 8 | 64:
       return Dtype::kInt64;
+    case dlpack::kFloat << 8 | 64:
+      return Dtype::kFloat64;
     case dlpack::kBool << 8 | 8:
       return Dtype::kBool;
     case dlpack::kE4m3fn << 8 | 8:
@@ -190,9 +192,9 @@ inline Tensor read_or_none(const char* name, py::handle object) {
 }
 
 inline const char* name_of(Dtype dtype) {
-  constexpr const char* kNames[] = {"float32",       "float16",        "bfloat16", "uint8",
-                                    "int8",          "int32",          "int64",    "bool",
-                                    "float8_e4m3fn", "float8_e8m0fnu", "another"};
+  constexpr const char* kNames[] = {"float32", "float16",       "bfloat16",       "uint8",
+                                    "int8",    "int32",         "int64",          "float64",
+                                    "bool",    "float8_e4m3fn", "float8_e8m0fnu", "another"};
   return kNames[int(dtype)];
 }
 

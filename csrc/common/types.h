@@ -19,6 +19,7 @@ enum class Dtype : int {
   kInt8,
   kInt32,
   kInt64,
+  kFloat64,
   kBool,
   kE4m3,  // torch.float8_e4m3fn
   kE8m0,  // torch.float8_e8m0fnu
@@ -37,6 +38,7 @@ BITFUSE_CONSTEXPR int64_t size_of(Dtype dtype) {
     case Dtype::kBfloat16:
       return 2;
     case Dtype::kInt64:
+    case Dtype::kFloat64:
       return 8;
     case Dtype::kOther:
       return 0;

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitfuse
 import pytest
@@ -20,7 +20,7 @@ from accuracy import assert_accurate
 from bitfuse.ops.attention import attention_cpu as cpp
 from bitfuse.ops.attention.attention import Wanted, _reference, _reference_backward
 from bitfuse.ops.attention.attention_args import AttentionArgs
-from levels import LEVELS
+from descriptors import described
 
 pytestmark = pytest.mark.skipif(cpp._cpu is None, reason="bitfuse._cpu is not built")
 
@@ -39,7 +39,7 @@ print(_cpu.isa())
 """
 
 
-@pytest.mark.parametrize("level", LEVELS[:-1])  # the widest is the default
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_level_meets_the_accuracy_rule(level: str) -> None:
     path = [str(Path(bitfuse.__file__).parent.parent), str(Path(__file__).parent), *sys.path]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "BITFUSE_CPU_ISA": level}
@@ -186,38 +186,51 @@ def test_a_last_dimension_that_is_not_dense() -> None:
     assert all(torch.equal(x, y) for x, y in zip(dense, strided, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("place", "value", "words"),
-    [
-        (0, (7, 1, 2, 2, 16, 16, 4, 4, 0), "dtype is 7"),
-        (0, (0, -1, 2, 2, 16, 16, 4, 4, 0), "batch is -1"),
-        (0, (0, 1, 3, 2, 16, 16, 4, 4, 0), "heads is 3, expected a multiple of 2"),
-        (0, (0, 1, 2, 0, 16, 16, 4, 4, 0), "kv_heads is 0"),
-        (0, (0, 1, 2, 2, 513, 16, 4, 4, 0), "dim is 513, expected 1 to 512"),
-        (0, (0, 1, 2, 2, 16, 0, 4, 4, 0), "dim_v is 0"),
-        (0, (0, 1, 2, 2, 16, 16, -4, 4, 0), "rows is -4"),
-        (0, (0, 1, 2, 2, 16, 16, 4, 4, 3), "prefix_k is null"),
-        (0, (0, 1 << 40, 2, 2, 16, 16, 1 << 30, 4, 0), "larger than memory"),
-        (1, (0, 128, 32, 16), "q is null"),
-        (1, (2, 128, 32, 16), "q is 2, expected a multiple of 4"),
-        (2, (64, -128, 32, 16), "k is -128"),
-        (2, (64, 1 << 62, 1 << 62, 16), "k is larger than memory"),
-        (9, float("nan"), "softcap is nan"),
-        (13, 1.0, "dropout_p is 1.0"),
-        (15, (4, 9, 0, 0, 0, 1), "bias dtype is 9"),
-        (15, (4, 0, 0, 0, -4, 1), "bias is -4"),
-        (19, 0, "out is null"),
-        (20, 0, "lse is null"),
-    ],
-)
-def test_the_binding_refuses_wrong_integers(place: int, value: Any, words: str) -> None:
+def test_the_binding_refuses_wrong_integers() -> None:
     q, k, v, out = inputs(torch.float32, 1, 4, 4, 2, 2, 16, 16)
-    lse = torch.empty(1, 2, 4)
-    arguments, _ = cpp._common(q, k, v, AttentionArgs(0.25))
-    given: list[Any] = [*arguments, out.data_ptr(), lse.data_ptr()]
-    given[place] = value
-    with pytest.raises(ValueError, match=words):
-        cpp._cpu.attention(*given)
+    native, lse, a = cpp._cpu, torch.empty(1, 2, 4), AttentionArgs(0.25)
+    bias = torch.zeros(1, 2, 4, 4)
+    native.attention(q, k, v, a, out, lse)
+    shape = tuple(q.shape)
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("q", dict(dtype="UINT8"), "q is of dtype uint8"),
+        ("q", dict(shape=(-1, *shape[1:])), "q is -1"),
+        ("q", dict(shape=(1, 4, 3, 16)), "heads is 3, expected a multiple of 2"),
+        ("k", dict(shape=(1, 4, 0, 16)), "kv_heads is 0"),
+        ("q", dict(shape=(1, 4, 2, 513)), "dim is 513, expected 1 to 512"),
+        ("v", dict(shape=(1, 4, 2, 0)), "dim_v is 0"),
+        ("q", dict(shape=(1, -4, 2, 16)), "q is -4"),
+        ("q", dict(shape=(1 << 40, 1 << 30, 2, 16)), "larger than memory"),
+        ("k", dict(shape=(1, 5, 2, 16)), "v is of shape"),
+        ("v", dict(dtype="FLOAT16"), "v is of dtype float16, expected float32"),
+        ("q", dict(address=0), "q is null"),
+        ("q", dict(address=2), "q is 2, expected a multiple of 4"),
+        ("q", dict(strides=(128, 32, 16, 2)), "q is of strides"),
+        ("k", dict(strides=(64, -128, 32, 1)), "k is -128"),
+        ("k", dict(strides=(64, 1 << 62, 1 << 62, 1)), "k is larger than memory"),
+        ("out", dict(address=0), "out is null"),
+        ("out", dict(shape=(1, 4, 2, 15)), "out is of shape"),
+        ("lse", dict(address=0), "lse is null"),
+        ("lse", dict(shape=(1, 4, 2)), "lse is of shape"),
+    ]
+    for name, changes, words in wrong:
+        given = dict(q=q, k=k, v=v, args=a, out=out, lse=lse)
+        given[name] = described(native, cast(torch.Tensor, given[name]), **changes)
+        with pytest.raises(ValueError, match=words):
+            native.attention(**given)
+    for options, words in (
+        (dict(softcap=float("nan")), "softcap is nan"),
+        (dict(dropout_p=1.0), "dropout_p is 1.0"),
+        (dict(prefix_k=k), "prefix_v is missing"),
+        (dict(prefix_k=described(native, k, address=0), prefix_v=v), "prefix_k is null"),
+        (dict(bias=described(native, bias, dtype="INT32")), "bias is of dtype int32"),
+        (dict(bias=described(native, bias, strides=(32, 16, -4, 1))), "bias is -4"),
+        (dict(bias=described(native, bias, shape=(1, 2, 4, 3))), "bias is of shape"),
+        (dict(sinks=torch.zeros(3)), "sinks is of shape"),
+        (dict(cu_seqlens_q=torch.zeros(2, dtype=torch.int32)), "q is of shape"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            native.attention(q, k, v, a._replace(**cast(Any, options)), out, lse)
 
 
 def test_offsets_are_checked_where_they_are_used() -> None:

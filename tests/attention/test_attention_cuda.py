@@ -20,6 +20,7 @@ from bitfuse.core import cuda as counters
 from bitfuse.ops.attention import attention_cuda as cuda
 from bitfuse.ops.attention.attention import _reference, attention_op
 from bitfuse.ops.attention.attention_args import AttentionArgs
+from descriptors import described
 from test_attention import Errors
 
 native = pytest.importorskip("bitfuse._cuda")
@@ -272,54 +273,63 @@ def test_reasons(target: Target) -> None:
             assert cuda.supports(x, x, x, plain) == "the compute capability is 8.0, not 9.0"
 
 
-# of the binding, in its order
-NAMES = [
-    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "sinks", "counters", "q_batch", "q_row",
-    "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "batch", "heads", "kv_heads", "dim",
-    "sq", "sk", "total_q", "total_k", "left", "right", "top_left", "scale", "softcap", "type",
-    "multiprocessors", "device", "stream",
-]  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("q", dict(address=0), "q is null"),
+        ("k", dict(address=8), "k is 8, expected a multiple of 16"),
+        ("out", dict(address=24), "out is 24"),
+        ("lse", dict(address=2), "lse is 2"),
+        ("counters", dict(address=0), "counters is null"),
+        ("counters", dict(shape=(1,), strides=(1,)), "counters is 1, expected 2 or more"),
+        ("q", dict(strides=(1024, 0, 64, 1)), "q's stride is 0"),
+        ("k", dict(strides=(1024, 128, 60, 1)), "k's stride is 60, expected a multiple of 8"),
+        ("v", dict(strides=(2**40, 128, 64, 1)), "v's stride is 1099511627776"),
+        ("q", dict(shape=(2, 8, 3, 64)), "heads is 3, expected a multiple of 2"),
+        ("q", dict(shape=(2, 8, 2, 96)), "k is of shape [2, 8, 2, 64], expected [2, 8, 2, 96]"),
+        ("q", dict(shape=(2, 0, 2, 64)), "sq is 0"),
+        ("k", dict(shape=(2, 2**28, 2, 64)), "v is of shape"),
+        ("q", dict(shape=(2, -1, 2, 64)), "q is -1"),
+        ("q", dict(dtype="FLOAT32"), "k is of dtype float16, expected float32"),
+    ],
+)
+def test_the_binding_trusts_no_tensor(name: str, changes: dict[str, Any], message: str) -> None:
+    given = _given()
+    if "shape" in changes and name != "counters":
+        given["out"] = described(native, given["out"], shape=changes["shape"])
+        rows = (2, changes["shape"][2], changes["shape"][1])
+        given["lse"] = described(native, given["lse"], shape=rows, strides=(16, 8, 1))
+    given[name] = described(native, _given()[name], **changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        native.attention_sm90(**given)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(q=0), "q is null"),
-        (dict(k=8), "k is 8, expected a multiple of 16"),
-        (dict(out=24), "out is 24"),
-        (dict(lse=2), "lse is 2"),
-        (dict(cu_seqlens_q=64), "cu_seqlens_k is given or not, expected as cu_seqlens_q"),
-        (dict(sinks=6), "sinks is 6"),
-        (dict(counters=0), "counters is null"),
-        (dict(q_row=0), "q's stride is 0"),
-        (dict(k_head=60), "k's stride is 60, expected a multiple of 8"),
-        (dict(v_batch=2**40), "v's stride is 1099511627776"),
-        (dict(heads=3, kv_heads=2), "kv_heads is 2, expected a divisor"),
-        (dict(dim=96), "dim is 96, expected 64, 128 or 256"),
-        (dict(sq=0), "sq is 0"),
-        (dict(sk=2**28), "rows is 268435456"),
-        (dict(total_k=-1), "total_k is -1"),
-        (dict(batch=2**25, sq=2**20), "batch is 33554432"),
-        (dict(left=-1), "left is -1"),
-        (dict(right=2**30), "right is 1073741824"),
-        (dict(scale=0.0), "scale is 0"),
-        (dict(scale=math.nan), "scale is"),
+        (dict(cu_seqlens_q=torch.zeros(3, dtype=torch.int32)), "q is of shape"),
+        (dict(sinks=torch.zeros(3)), "sinks is of shape [3], expected [2]"),
+        (dict(bias=torch.zeros(1, 1, 8, 8)), "args is with a bias"),
+        (dict(softmax_scale=0.0), "softmax_scale is 0"),
+        (dict(softmax_scale=math.nan), "softmax_scale is"),
         (dict(softcap=-1.0), "softcap is -1"),
-        (dict(type=2), "type is 2"),
-        (dict(multiprocessors=0), "multiprocessors is 0"),
-        (dict(device=-1), "device is -1"),
     ],
-    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
-def test_the_binding_trusts_no_integer(changes: dict[str, Any], message: str) -> None:
-    good: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", "lse", "counters"), 1 << 12)
-    good |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "sinks", "type", "device", "stream"), 0)
-    good |= dict.fromkeys((n for n in NAMES if n[1:2] == "_"), 64)
-    good |= dict(batch=1, heads=1, kv_heads=1, dim=64, sq=8, sk=8, total_q=8, total_k=8, left=0, right=0)
-    good |= dict(top_left=False, scale=1.0, softcap=0.0, multiprocessors=4)
-    given = good | changes
+def test_the_binding_trusts_no_argument(changes: dict[str, Any], message: str) -> None:
+    given = _given()
+    given["args"] = given["args"]._replace(**changes)
     with pytest.raises(ValueError, match=re.escape(message)):
-        native.attention_sm90(*(given[n] for n in NAMES))
+        native.attention_sm90(**given)
+    with pytest.raises(ValueError, match="multiprocessors is 0"):
+        native.attention_sm90(**_given() | dict(multiprocessors=0))
+
+
+def _given() -> dict[str, Any]:
+    x = torch.zeros(2, 8, 2, 64, dtype=torch.float16)
+    return dict(
+        q=x, k=x, v=x, args=AttentionArgs(0.125), out=torch.zeros_like(x), lse=torch.zeros(2, 2, 8),
+        counters=torch.zeros(2, dtype=torch.int32), multiprocessors=4, stream=0,
+    )  # fmt: skip
 
 
 @TARGETS

@@ -17,6 +17,7 @@ from accuracy import assert_accurate
 from backends import Target, targets
 from bitfuse.ops.attention.decode_attention import _reference, decode_attention_op
 from bitfuse.ops.attention.kv_cache import CACHE_FORMATS, CacheTensors, DecodeArgs, Rotary
+from descriptors import described
 from test_attention import Errors
 from test_decode_attention import DTYPES, KINDS, Draw, check, draw, exact
 
@@ -248,7 +249,7 @@ def test_refuses(target: Target) -> None:
 
 def plan(device: tuple[int, ...], format: str = "none", **sizes: int) -> Any:
     given = dict(batch=16, kv_heads=8, dim=128, dim_v=128, capacity=16384, queries=1, heads=64) | sizes
-    return backend._plan(backend._FORMATS[format], 1, *given.values(), *device)
+    return backend._plan(backend._Shape(format, torch.bfloat16, *given.values(), *device))
 
 
 def test_plans() -> None:
@@ -269,37 +270,49 @@ def test_plans() -> None:
 
 def test_bindings_refuse() -> None:
     native = cuda.module
-    good = dict(format=0, type=1, batch=1, kv_heads=2, dim=64, dim_v=64, capacity=64, queries=1, heads=8)
-    assert native.plan_decode_attention(*good.values(), *H100).dim == 64
-    wrong = dict(format=4, type=2, batch=0, dim=257, capacity=-1, heads=7, queries=1 << 30, kv_heads=0)
+    good = backend._Shape("none", torch.bfloat16, 1, 2, 64, 64, 64, 1, 8, *H100)
+    made = backend._plan(good)
+    assert made.dim == 64
+    wrong: dict[str, Any] = dict(
+        format="int5",
+        dtype=torch.float32,
+        batch=0,
+        dim=257,
+        capacity=-1,
+        heads=7,
+        queries=1 << 30,
+        kv_heads=0,
+    )
     for name, value in wrong.items():
         with pytest.raises(ValueError, match="expected"):
-            native.plan_decode_attention(*(good | {name: value}).values(), *H100)
+            native.plan_decode_attention(**good._asdict() | {name: value})
 
-    room = torch.zeros(1, 64, 2, 64).bfloat16()
-    strides = room.stride()[:3]
-    cache = [0, 1, 1, 1, 64, 2, 64, 64, 0, 0, room.data_ptr(), *strides, room.data_ptr(), *strides,
-             0, 0, 0, 0, 0, 0, 0, 1]  # fmt: skip
-    rows = [room.data_ptr(), *strides]
-    made = native.plan_decode_attention(*good.values(), *H100)
-    at = room.data_ptr()
-    rest = [0.1, 0.0, -1, 0, 0, 1, 0, False, 0, at, at, at, at, made, 0, 0]
+    room, q = torch.zeros(1, 64, 2, 64).bfloat16(), torch.zeros(1, 1, 8, 64).bfloat16()
+    given: dict[str, Any] = dict(
+        q=q, k=None, v=None, cache=CacheTensors(room, room.clone()), rotary=Rotary(), args=DecodeArgs(0.1),
+        cache_seqlens=torch.zeros(1, dtype=torch.int32), out=torch.zeros_like(q), lse=torch.zeros(1, 8, 1),
+        partial=torch.zeros(made.partial_floats), counters=torch.zeros(made.counters, dtype=torch.int32),
+        plan=made, stream=0,
+    )  # fmt: skip
 
-    def call(cache: list[int], queries: int = 1, q: list[int] = rows, rest: list[Any] = rest) -> None:
-        native.decode_attention(cache, at, q, queries, 8, rows, rows, 0, [0] * 8, *rest)
+    def refuses(words: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=words):
+            native.decode_attention(**given | changes)
 
-    def but(values: list[Any], index: int, value: Any) -> list[Any]:
-        return [value if i == index else v for i, v in enumerate(values)]
-
-    for index, value in ((0, 4), (3, 2), (5, 0), (6, 20), (6, 264), (10, 0), (10, at + 2), (12, 68), (12, -8),
-                         (11, 1 << 62), (25, 2)):  # fmt: skip
-        with pytest.raises(ValueError, match="expected"):
-            call(but(cache, index, value))
-    with pytest.raises(ValueError, match="plan is"):
-        call(cache, queries=2)
-    with pytest.raises(ValueError, match="q is"):
-        call(cache, q=[at + 2, *strides])
-    bad: list[tuple[int, Any]] = [(1, -1.0), (9, 0), (11, at + 4), (14, -1)]
-    for index, one in bad:
-        with pytest.raises(ValueError, match="expected"):
-            call(cache, rest=but(rest, index, one))
+    for name, changes in (
+        ("k", dict(dtype="FLOAT16")), ("k", dict(shape=(2, 64, 2, 64))), ("k", dict(shape=(1, 64, 0, 64))),
+        ("k", dict(address=0)), ("k", dict(address=room.data_ptr() + 2)),
+        ("k", dict(strides=(8192, 132, 66, 1))), ("v", dict(strides=(8192, 128, -8, 1))),
+        ("v", dict(strides=(1 << 62, 1 << 62, 64, 1))), ("v", dict(shape=(1, 64, 2, 20))),
+    ):  # fmt: skip
+        refuses("expected", cache=given["cache"]._replace(**{name: described(native, room, **changes)}))
+    wide = torch.zeros(1, 64, 2, 264).bfloat16()
+    refuses("expected", cache=CacheTensors(wide, wide))
+    refuses("format", cache=given["cache"]._replace(format="int5"))
+    two = torch.zeros(1, 2, 8, 64).bfloat16()
+    refuses("plan is", q=two, out=two.clone(), lse=torch.zeros(1, 8, 2))
+    refuses("q is", q=described(native, q, address=0))
+    refuses("partial is", partial=given["partial"][1:])
+    refuses("counters is", counters=given["counters"][1:])
+    refuses("softcap is", args=DecodeArgs(0.1, softcap=-1.0))
+    refuses("heads is 7", q=torch.zeros(1, 1, 7, 64).bfloat16())

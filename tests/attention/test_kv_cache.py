@@ -30,7 +30,7 @@ from bitfuse.ops.attention.merge_attention import _reference as merge_reference
 from bitfuse.ops.attention.merge_attention import merge_attention_op
 from bitfuse.ops.attention.quantize_kv import quantize_kv_op
 from bitfuse.ops.attention.rope import rope_op
-from levels import LEVELS
+from descriptors import described
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE = targets("cpp", "triton")
@@ -642,10 +642,10 @@ for format in CACHE_FORMATS:
 """
 
 
-@pytest.mark.parametrize("level", LEVELS[:-1])  # the widest is the default
+@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
 def test_every_level(level: str) -> None:
     here = Path(__file__).parent
-    path = [str(here), *sys.path, os.environ.get("PYTHONPATH", "")]
+    path = [str(here), str(here.parent / "python"), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "BITFUSE_CPU_ISA": level}
     done = subprocess.run([sys.executable, "-c", LEVEL], env=env, capture_output=True, text=True)
     if "which this machine does not support" in done.stderr:
@@ -654,25 +654,63 @@ def test_every_level(level: str) -> None:
 
 
 def test_native_code_trusts_no_integer() -> None:
-    from bitfuse.ops.attention.append_kv_cpu import NO_ROWS, cache_integers, rotary_integers
-    from bitfuse.ops.linear.lowbit_linear_cpu import _cpu
+    from bitfuse import _cpu  # type: ignore[attr-defined]
 
-    tensors = bitfuse.KVCache(2, 64, 2, 32, dtype=torch.float32, format="int8").tensors
-    good = cache_integers(tensors, 2, torch.float32)
-    none, _ = rotary_integers(Rotary())
+    cache = bitfuse.KVCache(2, 64, 2, 32, dtype=torch.float32, format="int8").tensors
     k = torch.randn(2, 1, 2, 32)
-    rows = (k.data_ptr(), *k.stride()[:3])
-    for at, value in (
-        (0, 7), (1, 3), (2, -1), (3, -1), (4, 1 << 62), (5, 0), (6, 0), (6, 600), (7, 513), (8, 24), (9, 8),
-        (10, 0), (11, -1), (11, 1 << 62), (13, -8), (15, 1 << 62), (18, 0), (19, 1), (22, 2),
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("k", dict(dtype="FLOAT32")), ("k", dict(address=0)), ("k", dict(shape=(-1, 64, 2, 32))),
+        ("k", dict(shape=(2, 1 << 62, 2, 32))), ("k", dict(shape=(2, 64, 0, 32))),
+        ("k", dict(shape=(2, 64, 2, 0))), ("k", dict(shape=(2, 64, 2, 600))),
+        ("v", dict(shape=(2, 64, 2, 513))),
+        ("k", dict(strides=(-1, 64, 32, 1))), ("k", dict(strides=(1 << 62, 64, 32, 1))),
+        ("v", dict(strides=(4096, 64, 32, 2))), ("v", dict(strides=(4096, 64, 1 << 62, 1))),
+        ("k_scales", dict(address=0)), ("k_offsets", dict(address=1)),
+        ("v_scales", dict(shape=(2, 64, 2, 2))), ("v_offsets", dict(dtype="FLOAT32")),
+        ("k_tail", dict(address=2)), ("v_tail", dict(shape=(2, 64, 2, 32))),
+    ]  # fmt: skip
+    bad: list[Any] = [
+        cache._replace(**{name: described(_cpu, getattr(cache, name), **changes)}) for name, changes in wrong
+    ]
+    bad += [
+        cache._replace(format="int5"), cache._replace(group_size=24), cache._replace(channel_group=8),
+        cache._replace(format="int4"), cache._replace(k_tail=cache.k_tail[:1]), cache._replace(k=cache.k[:1]),
+    ]  # fmt: skip
+    _cpu.append_kv(k, k, cache, LENGTHS, Rotary())
+    for one in bad:
+        with pytest.raises(ValueError, match="expected"):
+            _cpu.append_kv(k, k, one, LENGTHS, Rotary())
+    for changes in (
+        dict(address=0), dict(address=k.data_ptr() + 1), dict(strides=(-1, 0, 0, 1)),
+        dict(shape=(2, -1, 2, 32)), dict(strides=(1 << 62, 0, 0, 1)), dict(shape=(2, 2, 2, 32)),
     ):  # fmt: skip
-        bad = (*good[:at], value, *good[at + 1 :])
-        with pytest.raises(ValueError):
-            _cpu.append_kv(bad, LENGTHS.data_ptr(), rows, rows, 1, none)
-    for bad_rows in ((0, *rows[1:]), (rows[0] + 1, *rows[1:]), (rows[0], -1, 0, 0), (rows[0], 1 << 62, 0, 0)):
-        with pytest.raises(ValueError):
-            _cpu.append_kv(good, LENGTHS.data_ptr(), bad_rows, rows, 1, none)
-    with pytest.raises(ValueError):
-        _cpu.append_kv(good, 0, rows, rows, 1, none)
-    with pytest.raises(ValueError):
-        _cpu.append_kv(good, LENGTHS.data_ptr(), NO_ROWS, NO_ROWS, -1, none)
+        with pytest.raises(ValueError, match="expected"):
+            _cpu.append_kv(k, described(_cpu, k, **changes), cache, LENGTHS, Rotary())
+    for lengths in (described(_cpu, LENGTHS, address=0), described(_cpu, LENGTHS, shape=(3,))):
+        with pytest.raises(ValueError, match="cache_seqlens"):
+            _cpu.append_kv(k, k, cache, lengths, Rotary())
+    angles = torch.zeros(64, 16)
+    for rotary in (
+        Rotary(angles, described(_cpu, angles, shape=(63, 16))), Rotary(angles[:, :0], angles[:, :0]),
+        Rotary(angles, angles, torch.zeros(2, 2, dtype=torch.int32)),
+        Rotary(torch.zeros(64, 17), torch.zeros(64, 17)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="expected"):
+            _cpu.append_kv(k, k, cache, LENGTHS, rotary)
+
+
+def test_storage_under_a_cache_may_be_swapped() -> None:
+    """No address is kept from call to call."""
+    cache = bitfuse.KVCache(1, 8, 2, 16, dtype=torch.float32)
+    k, v, q = (torch.randn(1, 5, 2, 16) for _ in range(3))
+    cache.append(k, v)
+    expected = bitfuse.decode_attention(q, cache)
+    old = cache.tensors.k.data
+    cache.tensors.k.data = old.clone()
+    old.fill_(torch.nan)
+    assert torch.equal(bitfuse.decode_attention(q, cache), expected)
+    held = cache.tensors.v.clone()
+    cache.tensors.v.untyped_storage().resize_(0)
+    cache.tensors.v.untyped_storage().resize_(held.nbytes)
+    cache.tensors.v.copy_(held)
+    assert torch.equal(bitfuse.decode_attention(q, cache), expected)

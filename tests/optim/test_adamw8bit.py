@@ -22,6 +22,7 @@ from bitfuse.weights.blockwise import (
     quantize_blocks,
     segments,
 )
+from descriptors import described
 
 TARGETS = pytest.mark.parametrize("target", targets("reference", "cpp", "triton"), ids=str)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -267,13 +268,25 @@ def test_bindings_trust_no_integer() -> None:
 
     if _cpu is None:
         return
-    t = torch.zeros(64)
-    at = t.data_ptr()
-    good = [at, 0, at, 0, at, at, at, at, 64, 64, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0, False]
-    wrong = [(0, 0), (0, at + 1), (1, 3), (2, at + 2), (3, -1), (4, 0), (5, at + 2), (7, 0), (8, -1)]
-    for place, value in [*wrong, (8, 2**62), (9, 0), (9, 65), (9, 8192)]:
+    t, codes, absmax = torch.zeros(64), torch.zeros(64, dtype=torch.uint8), torch.zeros(1)
+    good: list[Any] = [t, t.clone(), codes, absmax, codes.clone(), absmax.clone()]
+    hyper: dict[str, Any] = dict(
+        lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1.0, maximize=False, block_size=64
+    )
+    _cpu.adamw8bit(*good, **hyper)
+    wrong: list[tuple[int, dict[str, Any]]] = [
+        (0, dict(address=0)), (0, dict(address=t.data_ptr() + 1)), (0, dict(dtype="UINT8")),
+        (0, dict(shape=(-1,))), (0, dict(shape=(2**62,))), (0, dict(strides=(2,))), (1, dict(address=2)),
+        (1, dict(dtype="INT32")), (1, dict(shape=(63,))), (2, dict(address=0)), (2, dict(shape=(65,))),
+        (3, dict(address=6)), (3, dict(shape=(2,))), (4, dict(address=0)), (5, dict(dtype="FLOAT16")),
+    ]  # fmt: skip
+    for place, changes in wrong:
+        bad = described(_cpu, good[place], **changes)
         with pytest.raises(ValueError, match="expected"):
-            _cpu.adamw8bit(*good[:place], value, *good[place + 1 :])
+            _cpu.adamw8bit(*good[:place], bad, *good[place + 1 :], **hyper)
+    for block_size in (0, 65, 8192):
+        with pytest.raises(ValueError, match=f"block_size is {block_size}, expected"):
+            _cpu.adamw8bit(*good, **hyper | dict(block_size=block_size))
 
 
 def test_opcheck() -> None:

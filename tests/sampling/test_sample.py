@@ -12,6 +12,7 @@ import pytest
 import torch
 from backends import Target, targets
 from bitfuse.ops.sampling.sample import _arguments, sample_op
+from descriptors import described
 
 TARGETS = targets("reference", "cpp", "triton")
 FILTERS: list[dict[str, Any]] = [
@@ -199,18 +200,16 @@ def test_refuses(changes: dict[str, Any], error: type[Exception], words: str) ->
 def test_native_code_trusts_no_integer() -> None:
     from bitfuse import _cpu  # type: ignore[attr-defined]
 
-    good = [1, 4, 0, 64, 4, 64, 64, 64, 64, 64, 64]
-    for at, value in (
-        (0, -1),
-        (0, 2**62),
-        (1, 0),
-        (1, 2**21),
-        (2, 9),
-        (3, 0),
-        (4, -1),
-        (5, 0),
-        (7, 4),
-        (10, 0),
-    ):
-        with pytest.raises(ValueError):
-            _cpu.sample(*good[:at], value, *good[at + 1 :])
+    one, whole = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.int64)
+    good: list[Any] = [torch.randn(1, 4), one, one, whole, one, one, whole.clone()]
+    _cpu.sample(*good)
+    wrong: list[tuple[int, dict[str, Any]]] = [
+        (0, dict(shape=(-1, 4))), (0, dict(shape=(2**62, 4))), (0, dict(shape=(1, 0))),
+        (0, dict(shape=(1, 2**21))), (0, dict(dtype="INT64")), (0, dict(address=0)),
+        (0, dict(strides=(-1, 1))), (0, dict(strides=(8, 2))), (1, dict(address=0)),
+        (1, dict(shape=(2,))), (3, dict(address=4)),
+        (3, dict(dtype="INT32")), (6, dict(address=0)),
+    ]  # fmt: skip
+    for at, changes in wrong:
+        with pytest.raises(ValueError, match="expected"):
+            _cpu.sample(*good[:at], described(_cpu, good[at], **changes), *good[at + 1 :])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from backends import Target, targets
 from bitfuse.ops.sampling.speculative_sample import speculative_sample_op
+from descriptors import described
 
 TARGETS = targets("reference", "cpp", "triton")
 
@@ -161,11 +161,18 @@ def test_refuses(changes: dict[str, Any], error: type[Exception], words: str) ->
 def test_native_code_trusts_no_integer() -> None:
     from bitfuse import _cpu  # type: ignore[attr-defined]
 
-    good = [1, 0, 4, 0, 0, 0, 0, 0, 0, 64, 4, 4, 64, 64, 64]
-    for at, value in itertools.chain(
-        ((0, -1), (1, -1), (2, 0), (2, 2**21), (3, 7)),
-        ((n, 0) for n in (9, 12, 13, 14)),
-        ((9, 65), (10, -4), (0, 2**62)),
-    ):
-        with pytest.raises(ValueError):
-            _cpu.speculative_sample(*good[:at], value, *good[at + 1 :])
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    good: list[Any] = [
+        torch.rand(1, 1, 4), ids, torch.rand(1, 2, 4), torch.rand(1, 2, dtype=torch.float64),
+        torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64),
+    ]  # fmt: skip
+    _cpu.speculative_sample(*good)
+    wrong: list[tuple[int, dict[str, Any]]] = [
+        (2, dict(shape=(-1, 2, 4))), (2, dict(shape=(1, 0, 4))), (2, dict(shape=(1, 2, 0))),
+        (2, dict(shape=(1, 2, 2**21))), (2, dict(shape=(2**62, 2, 4))), (0, dict(dtype="INT64")),
+        (0, dict(shape=(1, 3, 4))), (0, dict(strides=(-4, 4, 1))), (1, dict(shape=(1, 2))),
+        *((at, dict(address=0)) for at in range(6)), (2, dict(address=65)), (5, dict(shape=(2,))),
+    ]  # fmt: skip
+    for at, changes in wrong:
+        with pytest.raises(ValueError, match="expected"):
+            _cpu.speculative_sample(*good[:at], described(_cpu, good[at], **changes), *good[at + 1 :])

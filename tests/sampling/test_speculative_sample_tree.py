@@ -12,6 +12,7 @@ import pytest
 import torch
 from backends import Target, targets
 from bitfuse.ops.sampling.speculative_sample_tree import speculative_sample_tree_op
+from descriptors import described
 
 TARGETS = targets("reference", "cpp", "triton")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -250,8 +251,18 @@ def test_refuses(changes: dict[str, Any], error: type[Exception], words: str) ->
 def test_native_code_trusts_no_integer() -> None:
     from bitfuse import _cpu  # type: ignore[attr-defined]
 
-    good = [1, 2, 2, 4, 0, 64, 0, 4, 64, 64, 0, False, 0, 64, 4, 4, 64, 64, 64, 64]
-    wrong = [(0, -1), (0, 2**62), (1, -1), (1, 2**21), (2, -1), (3, 0), (3, 2**21), (4, 7), (7, -4)]
-    for at, value in (*wrong, *((n, 0) for n in (5, 8, 9, 13, 16, 17, 18, 19)), (10, 4), (13, 65)):
-        with pytest.raises(ValueError):
-            _cpu.speculative_sample_tree(*good[:at], value, *good[at + 1 :])
+    ids, more = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
+    good: list[Any] = [
+        torch.rand(1, 2, 4), ids, torch.tensor([[-1, 0]]), ids, torch.rand(1, 3, 4),
+        torch.rand(1, 3, dtype=torch.float64), False, more, torch.zeros(1, dtype=torch.int64), ids.clone(),
+    ]  # fmt: skip
+    _cpu.speculative_sample_tree(*good)
+    wrong: list[tuple[int, dict[str, Any]]] = [
+        (4, dict(shape=(-1, 3, 4))), (4, dict(shape=(2**62, 3, 4))), (4, dict(shape=(1, 2**21, 4))),
+        (4, dict(shape=(1, 3, 0))), (4, dict(shape=(1, 3, 2**21))), (0, dict(dtype="INT64")),
+        (0, dict(strides=(-8, 4, 1))), *((at, dict(address=0)) for at in (0, 1, 2, 3, 4, 5, 7, 8, 9)),
+        (2, dict(shape=(1, 3))), (3, dict(address=4)), (4, dict(address=65)), (9, dict(shape=(1, 1))),
+    ]  # fmt: skip
+    for at, changes in wrong:
+        with pytest.raises(ValueError, match="expected"):
+            _cpu.speculative_sample_tree(*good[:at], described(_cpu, good[at], **changes), *good[at + 1 :])

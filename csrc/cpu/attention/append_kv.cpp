@@ -9,7 +9,7 @@
 namespace bitfuse::BITFUSE_ISA {
 namespace {
 
-constexpr int64_t kRow = kMostHeadDim + 16;  // floats of a row, with room for whole vectors
+constexpr int64_t kRow = kMaxHeadDim + 16;  // floats of a row, with room for whole vectors
 constexpr float kHalfLargest = 65504.0f, kFp8Largest = 448.0f;
 
 float smaller(float a, float b) { return a < b ? a : b; }
@@ -151,13 +151,13 @@ void fp8_row(const float* row, int64_t count, const float* scales, int64_t head,
   for (int64_t i = 0; i < count; ++i) to[i] = to_e4m3(row[i] / scale);
 }
 
-void append_dense(const AppendCall& call, int64_t b, int64_t h) {
+void append_dense(const AppendArgs& call, int64_t b, int64_t h) {
   const KvCache& cache = call.cache;
   const Dtype dtype = cache.dtype;
   Turn turn;
   alignas(64) float row[kRow];
   for (int64_t i = 0; i < call.tokens; ++i) {
-    const int64_t position = call.begins[b] + i, slot = position % cache.page_size;
+    const int64_t position = call.seqlens[b] + i, slot = position % cache.page_size;
     const int64_t page = cache.page_of(b, position);
     const void *k = row_of(call.k, dtype, b, i, h), *v = row_of(call.v, dtype, b, i, h);
     uint8_t* k_to = Writer::place(cache.k, page, slot, h);
@@ -195,10 +195,10 @@ void* tail_row(const KvCache& cache, void* tail, int64_t dim, int64_t b, int64_t
 }
 
 // `group`: floats of a group's rows, kRow apart. A group that becomes whole is begun in the tail, or all new.
-void append_codes(const AppendCall& call, int64_t b, int64_t h, float* group) {
+void append_codes(const AppendArgs& call, int64_t b, int64_t h, float* group) {
   const KvCache& cache = call.cache;
   const Dtype dtype = cache.dtype;
-  const int64_t size = cache.group_size, begin = call.begins[b], end = begin + call.tokens;
+  const int64_t size = cache.group_size, begin = call.seqlens[b], end = begin + call.tokens;
   const int64_t whole = end / size * size, kept = most(begin, whole - size);
   Writer writer(cache);
   Turn turn;
@@ -243,7 +243,7 @@ void append_codes(const AppendCall& call, int64_t b, int64_t h, float* group) {
 }  // namespace
 
 // Scratch: of codes, group_size rows of kRow floats a thread.
-void append_kv(const AppendCall& call) {
+void append_kv(const AppendArgs& call) {
   const KvCache& cache = call.cache;
   const int64_t tasks = cache.batch * cache.kv_heads, group = cache.group_size * kRow;
   if (tasks == 0 || call.tokens == 0) return;
@@ -264,7 +264,7 @@ void append_kv(const AppendCall& call) {
 }
 
 // Scratch: as append_kv.
-void quantize_kv(const QuantizeCall& call) {
+void quantize_kv(const QuantizeKvArgs& call) {
   const KvCache& cache = call.cache;
   const Dtype dtype = cache.dtype;
   const int64_t tasks = cache.batch * cache.kv_heads, size = cache.group_size;
@@ -295,7 +295,7 @@ void quantize_kv(const QuantizeCall& call) {
   });
 }
 
-void rope(const RopeCall& call) {
+void rope(const RopeArgs& call) {
   const int64_t rows = call.batch * call.tokens;
   if (rows == 0 || call.heads == 0) return;
   const int threads = int(least(threads_for(rows * call.heads * call.dim * 4), rows));

@@ -51,7 +51,7 @@ void exponentiate(const Scores& scores, const Lanes& lanes, int64_t count, int64
     if constexpr (Dropped) p = scores.keep(lanes, column + j, v * kLanes, p);
     return p;
   };
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
   if constexpr (Dot::kDepth == 2) {
     int64_t j = 0;
     for (; j + 2 <= count; j += 2)
@@ -103,7 +103,7 @@ class Forward {
   using Type = typename Elements::Type;
 
  public:
-  explicit Forward(const AttentionCall& call)
+  explicit Forward(const AttentionArgs& call)
       : call_(call),
         scores_(call),
         unit_(in_powers_of_two(scores_.factor())),
@@ -216,7 +216,7 @@ class Forward {
 
   // Keys `keys` of the prefix or of the sequence, chunk by chunk.
   void segment(const AttentionSequence& s, const Space& my, int64_t tiles, Range keys, bool own, int64_t head,
-               int64_t batch, int64_t k_begin, const HeadsView& k, const HeadsView& v) const {
+               int64_t batch, int64_t k_begin, const HeadRows& k, const HeadRows& v) const {
     for (int64_t c = keys.begin / chunk_ * chunk_; c < keys.end; c += chunk_) {
       const Range chunk{most(c, keys.begin), least(c + chunk_, keys.end)};
       const int64_t count = chunk.end - chunk.begin, from = k_begin + chunk.begin;
@@ -279,7 +279,7 @@ class Forward {
     });
   }
 
-  const AttentionCall& call_;
+  const AttentionArgs& call_;
   Scores scores_;
   float unit_;  // a score in powers of two
   int64_t words_, k_pitch_, v_pitch_, chunk_, panel_size_, out_size_, group_ = 1;
@@ -287,8 +287,8 @@ class Forward {
 
 }  // namespace
 
-void attention(const AttentionCall& call) {
-#if BITFUSE_PAIRS
+void attention(const AttentionArgs& call) {
+#if defined(__AVX512BF16__)
   if (call.dtype == Dtype::kBfloat16) return Forward<Pairs, Bfloats>(call).run();
 #endif
   with_elements(call.dtype, [&](auto elements) { Forward<Singles, decltype(elements)>(call).run(); });

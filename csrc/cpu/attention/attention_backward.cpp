@@ -75,7 +75,7 @@ void differentiate(const Scores& scores, State& state, int64_t count, int64_t co
     if constexpr (Dropped) p = mul(scores.keep(state.lanes, column + j, v * kLanes, p), kept);
     return Both{p, ds};
   };
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
   if constexpr (Dot::kDepth == 2) {
     for (int64_t j = 0; j < count; j += 2) {
       const bool odd = j + 1 == count;
@@ -89,7 +89,7 @@ void differentiate(const Scores& scores, State& state, int64_t count, int64_t co
         if (two) store_dwords(panel + j / 2 * kPitch + (v + 1) * kLanes, Dot::words(b.ds, d.ds));
         // below what is still to be read, and within the row: behind a lone vector lies its unused half
         auto put = [&](float* to, Vf low, Vf high) __attribute__((always_inline)) {
-          store_dwords(to + j * kPitch + v * (kLanes / 2), bfloats_of(low, high));
+          store_dwords(to + j * kPitch + v * (kLanes / 2), (Vi)_mm512_cvtne2ps_pbh(high, low));
         };
         put(s, a.p, b.p), put(s + kPitch, c.p, d.p);
         put(dp, a.ds, b.ds), put(dp + kPitch, c.ds, d.ds);
@@ -134,7 +134,7 @@ class Backward {
   using Type = typename Elements::Type;
 
  public:
-  explicit Backward(const AttentionBackwardCall& call)
+  explicit Backward(const AttentionBackwardArgs& call)
       : call_(call),
         scores_(call),
         unit_(in_powers_of_two(scores_.factor())),
@@ -271,7 +271,7 @@ class Backward {
     alignas(64) float most[kWidth], sums[kWidth];
     State& state = my.states[0];
     Lanes& lanes = state.lanes;
-    auto segment = [&](Range keys, bool own, int64_t of, int64_t begin, const HeadsView& k) {
+    auto segment = [&](Range keys, bool own, int64_t of, int64_t begin, const HeadRows& k) {
       for (int64_t j = keys.begin; j < keys.end; j += kBlockKeys) {
         const Block block{j, least(kBlockKeys, keys.end - j), own};
         if (!scores_.seen(lanes, block)) continue;
@@ -314,7 +314,7 @@ class Backward {
     const int64_t of = call_.packed ? 0 : batch;
     Lanes& lanes = state.lanes;
     scores_.set_lanes(batch, kv_head, s, row, count, lanes);
-    auto of_view = [&](const HeadsView& view) {
+    auto of_view = [&](const HeadRows& view) {
       return [&view, &lanes, of](int64_t r) { return row_of<Type>(view, of, lanes.query[r], lanes.head[r]); };
     };
     const auto q = of_view(call_.q), grad = of_view(call_.grad), out = of_view(call_.output);
@@ -350,7 +350,7 @@ class Backward {
     }
   }
 
-  void pack_keys(const Space& my, const HeadsView& k, const HeadsView& v, int64_t batch, int64_t from,
+  void pack_keys(const Space& my, const HeadRows& k, const HeadRows& v, int64_t batch, int64_t from,
                  int64_t count, int64_t head, bool turned, bool natural_v) const {
     auto key = [&](int64_t j) { return row_of<Type>(k, batch, from + j, head); };
     pack_natural<Dot, Elements>(key, count, call_.dim, my.k);
@@ -427,7 +427,7 @@ class Backward {
 
   // totals: [key][dK, dV], of this segment's keys.
   void segment(const AttentionSequence& s, const Space& my, int64_t tiles, Range keys, bool own, int64_t head,
-               int64_t batch, int64_t k_begin, const HeadsView& k, const HeadsView& v, float* totals) const {
+               int64_t batch, int64_t k_begin, const HeadRows& k, const HeadRows& v, float* totals) const {
     const int64_t pitch = turned_ + turned_v_;
     const bool want_k = own ? call_.grad_k : call_.grad_prefix_k;
     const bool want_v = own ? call_.grad_v : call_.grad_prefix_v;
@@ -608,7 +608,7 @@ class Backward {
     }
   }
 
-  const AttentionBackwardCall& call_;
+  const AttentionBackwardArgs& call_;
   Scores scores_;
   float unit_;                 // a score in powers of two
   std::vector<Level> levels_;  // laid out as lse; empty: lse says enough
@@ -619,8 +619,8 @@ class Backward {
 
 }  // namespace
 
-void attention_backward(const AttentionBackwardCall& call) {
-#if BITFUSE_PAIRS
+void attention_backward(const AttentionBackwardArgs& call) {
+#if defined(__AVX512BF16__)
   if (call.dtype == Dtype::kBfloat16) return Backward<Pairs, Bfloats>(call).run();
 #endif
   with_elements(call.dtype, [&](auto elements) { Backward<Singles, decltype(elements)>(call).run(); });

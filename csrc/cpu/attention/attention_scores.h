@@ -87,7 +87,7 @@ struct Block {
 
 class Scores {
  public:
-  explicit Scores(const AttentionCall& call)
+  explicit Scores(const AttentionArgs& call)
       : call_(call),
         group_(call.heads / call.kv_heads),
         keep_scale_(float(1 / (1 - call.dropout.p))),
@@ -275,7 +275,7 @@ class Scores {
     }
   }
 
-  const AttentionCall& call_;
+  const AttentionArgs& call_;
   int64_t group_;
   float keep_scale_;
   uint32_t threshold_;

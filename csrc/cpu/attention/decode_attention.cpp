@@ -40,7 +40,7 @@ constexpr int64_t kTasks = 16;  // spans that a call is cut into, unless they we
 constexpr int64_t kLeastSpan = 2 * kUnit;
 constexpr int64_t kTile = 4;  // rows of a register tile
 constexpr int64_t kPitch = kUnit + kLanes;
-constexpr int64_t kDim = kMostHeadDim;
+constexpr int64_t kDim = kMaxHeadDim;
 constexpr int64_t kStateBytes = 256 << 10;  // of a block's outputs, which bounds its queries
 constexpr int64_t kMostGroups = kDim / 32;  // of channels
 constexpr int64_t kOffsets = kLanes > kMostGroups ? kLanes : kMostGroups;
@@ -55,6 +55,67 @@ BITFUSE_INLINE float word_factor(float largest) {
 
 BITFUSE_INLINE void prefetch_row(const char* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
+}
+
+// Lane i of the result: the sum of a[i].
+BITFUSE_INLINE Vf lane_sums(Vf (&a)[kLanes]) {
+#if defined(__AVX512F__)
+  Vf b[8], c[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    b[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(b[2 * i]), y = _mm512_castps_pd(b[2 * i + 1]);
+    c[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    b[i] = add(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88),
+               _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
+  return add(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+#else
+  Vi turned[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; ++i) turned[i] = as_dwords(a[i]);
+  transpose(turned);
+  Vf total = as_float(turned[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < kLanes; ++i) total = add(total, as_float(turned[i]));
+  return total;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// The same of dwords.
+BITFUSE_INLINE Vi lane_sums(Vi (&a)[kLanes]) {
+  Vi b[8], c[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    b[i] = add_dwords(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+                      _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    c[i] = add_dwords(_mm512_unpacklo_epi64(b[2 * i], b[2 * i + 1]),
+                      _mm512_unpackhi_epi64(b[2 * i], b[2 * i + 1]));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    b[i] = add_dwords(_mm512_shuffle_i32x4(c[2 * i], c[2 * i + 1], 0x88),
+                      _mm512_shuffle_i32x4(c[2 * i], c[2 * i + 1], 0xdd));
+  return add_dwords(_mm512_shuffle_i32x4(b[0], b[1], 0x88), _mm512_shuffle_i32x4(b[0], b[1], 0xdd));
+}
+#endif
+
+BITFUSE_INLINE float largest_lane(Vf a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(a);
+#else
+  alignas(64) float lanes[kLanes];
+  store(lanes, a);
+  float top = lanes[0];
+  for (int i = 1; i < kLanes; ++i) top = lanes[i] > top ? lanes[i] : top;
+  return top;
+#endif
 }
 
 // Where the rows of a unit's tokens lie: of head 0; a head is `head` bytes further.
@@ -128,7 +189,7 @@ class Span {
     to.units = carver.take<Unit>(2);
   }
 
-  Span(const DecodeCall& call, const Plan& plan, const Space& space, bool tail)
+  Span(const DecodeArgs& call, const Plan& plan, const Space& space, bool tail)
       : call_(call), cache_(call.cache), plan_(plan), my_(space), tail_(tail) {
     q_pitch_ = q_pitch(cache_.dim);
     used_ = round_up(cache_.dim, kMostBlock);
@@ -152,7 +213,7 @@ class Span {
            RowState* states) {
     b_ = sequence;
     rows_ = queries * plan_.group;
-    length_ = call_.lengths[sequence];
+    length_ = call_.length(sequence);
     int64_t low = begin, high = end;
     const int64_t first = query + length_ - call_.queries, last = first + queries - 1;
     if (call_.left >= 0) low = most(low, first - call_.left);
@@ -269,7 +330,7 @@ class Span {
 
   void join(const float* low, const float* high, Element* to) const {
     for (int64_t at = 0; at < q_pitch_; at += kLanes) {
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
       if constexpr (K::kPairs) {
         store_dwords(to + at, pair_words(load(low + at), load(high + at)));
         continue;
@@ -340,7 +401,7 @@ class Span {
       for (int64_t c = 0; c < cache_.dim; c += kLanes) bias = fma(load(row + c), load(offset + c), bias);
       to.bias[t] = sum(bias);
       if constexpr (K::kWords) {
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
         float* product = products + t * kDim;
         Vf top[2] = {zero(), zero()};
         for (int64_t c = 0; c < round_up(cache_.dim, K::kBlock); c += 2 * kLanes)
@@ -349,7 +410,7 @@ class Span {
             const int64_t at = c + i * kLanes;
             const Vf x = mul(load(row + at), load(scale + at));
             store(product + at, x);
-            top[i] = larger_magnitude(x, top[i]);
+            top[i] = _mm512_range_ps(x, top[i], 0xb);  // the larger magnitude
           }
         to.unit[t] = word_factor(largest_lane(maximum(top[0], top[1])));
 #endif
@@ -359,7 +420,7 @@ class Span {
       }
     }
     if constexpr (K::kWords) {
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
       for (int64_t t = 0; t < rows; ++t) {
         const Vf factor = set1(to.unit[t]);
         const float unit = 1 / to.unit[t], power = natural[t * natural_pitch_ + used_];
@@ -435,8 +496,8 @@ class Span {
       if (rest_) block([&](const char* p) { return reader_.load_part(p + blocks_ * K::kBlockBytes, rest_); });
       alignas(64) float sums[kLanes];
       if constexpr (K::kWords) {
-#if BITFUSE_PAIRS
-        store(sums, fma(to_floats(lane_sums(acc)), unit, plus));
+#if defined(__AVX512BF16__)
+        store(sums, fma(_mm512_cvtepi32_ps(lane_sums(acc)), unit, plus));
 #endif
       } else {
         store(sums, add(lane_sums(acc), plus));
@@ -537,20 +598,59 @@ class Span {
     to_float(scales, Dtype::kFloat16, to.scale, kUnit * padded_);
     to_float(offsets, Dtype::kFloat16, to.offset, kUnit * padded_);
     centre(to.scale, to.offset, kUnit * padded_);
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
     if constexpr (V::kWords) find_tops(to);
 #endif
   }
 
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
+  // The maximum of each of 16 pairs, [pair][padded groups].
+  BITFUSE_INLINE Vf tops_of(const float* from) const {
+    if (padded_ == 1) return load(from);
+    if (padded_ == 2) {
+      const Vi even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+      const Vi odd = add_dwords(even, set1_dwords(1));
+      const Vf a = load(from), b = load(from + 16);
+      return maximum(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+    }
+    Vf part[4];  // [4 pairs][4 groups]
+    for (int i = 0; i < 4; ++i, from += 4 * padded_) {
+      if (padded_ == 4) {
+        part[i] = load(from);
+        continue;
+      }
+      Vf half[2];  // [2 pairs][8 groups]
+      for (int j = 0; j < 2; ++j) {
+        const Vf a = load(from + 2 * padded_ * j);
+        if (padded_ == 8) {
+          half[j] = a;
+        } else {
+          const Vf b = load(from + 2 * padded_ * j + 16);
+          half[j] = maximum(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        }
+      }
+      part[i] =
+          maximum(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+    }
+    const Vf x = maximum(_mm512_unpacklo_ps(part[0], part[1]), _mm512_unpackhi_ps(part[0], part[1]));
+    const Vf y = maximum(_mm512_unpacklo_ps(part[2], part[3]), _mm512_unpackhi_ps(part[2], part[3]));
+    const __m512d z = _mm512_castps_pd(x), w = _mm512_castps_pd(y);
+    const Vf low = _mm512_castpd_ps(_mm512_unpacklo_pd(z, w)),
+             high = _mm512_castpd_ps(_mm512_unpackhi_pd(z, w));
+    const Vi order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return _mm512_permutexvar_ps(order, maximum(low, high));
+  }
+
   void find_tops(ValueScales& v) const {
     const int64_t half = kUnit / 2 * padded_;
     Vf tops[2][2];  // of even tokens and of odd ones
     for (int odd = 0; odd < 2; ++odd)
-      for (int i = 0; i < 2; ++i) tops[odd][i] = group_maxima(v.scale + odd * half + i * half / 2, padded_);
+      for (int i = 0; i < 2; ++i) tops[odd][i] = tops_of(v.scale + odd * half + i * half / 2);
+    const Vi low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const Vi high = add_dwords(low, set1_dwords(8));
     for (int i = 0; i < 2; ++i) {
-      store(v.top + 32 * i, interleave_low(tops[0][i], tops[1][i]));
-      store(v.top + 32 * i + 16, interleave_high(tops[0][i], tops[1][i]));
+      store(v.top + 32 * i, _mm512_permutex2var_ps(tops[0][i], low, tops[1][i]));
+      store(v.top + 32 * i + 16, _mm512_permutex2var_ps(tops[0][i], high, tops[1][i]));
     }
   }
 #endif
@@ -576,7 +676,7 @@ class Span {
     alignas(64) int32_t index[kLanes];
     Vf sums = mul(load(offsets), rescale);
     if constexpr (V::kPairs) {
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
       const int64_t half = kUnit / 2 * padded_, tokens = 2 * kLanes / padded_;
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / padded_ * 2);
       const Vi even = load_dwords(index), odd = add_dwords(even, set1_dwords(1));
@@ -589,13 +689,13 @@ class Span {
       for (int64_t t = 0, at = 0; t < count; t += tokens, at += kLanes) {
         // one group: of two vectors, which the 5 bits of an index reach; else the upper is not
         const Vf both = load(p + t), more = padded_ == 1 ? load(p + t + kLanes) : both;
-        const Vf low = mul(permute(both, more, even), factor);
-        const Vf high = mul(permute(both, more, odd), factor);
+        const Vf low = mul(_mm512_permutex2var_ps(both, even, more), factor);
+        const Vf high = mul(_mm512_permutex2var_ps(both, odd, more), factor);
         added = fma(low, load(v.offset + at), added);
         added = fma(high, load(v.offset + half + at), added);
-        const Vi x = to_nearest(mul(low, load(v.scale + at)));
-        const Vi y = to_nearest(mul(high, load(v.scale + half + at)));
-        store_dwords(to + at, or_dwords(x, shift_left<16>(y)));
+        const Vi x = _mm512_cvtps_epi32(mul(low, load(v.scale + at)));
+        const Vi y = _mm512_cvtps_epi32(mul(high, load(v.scale + half + at)));
+        store_dwords(to + at, _mm512_or_si512(x, shift_left<16>(y)));
       }
       sums = fma(added, set1(word), sums);
 #endif
@@ -625,13 +725,13 @@ class Span {
           fold_values(scales, r + i, now.count, p + i * pitch,
                       my_.offsets + (h * plan_.row_slots + r + i) * kOffsets, units[i]);
       } else if constexpr (V::kPairs) {
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t t = 0; t < now.count; t += 2 * kLanes) {
             const float* s = my_.s + (r + i) * kPitch + t;
             // past the last vector that holds a token s is not set
             const Vf high = t + kLanes < now.count ? load(s + kLanes) : zero();
-            store_dwords(p + i * pitch + t / 2, bfloats_of(load(s), high));
+            store_dwords(p + i * pitch + t / 2, (Vi)_mm512_cvtne2ps_pbh(high, load(s)));
           }
 #endif
       } else {
@@ -684,7 +784,7 @@ class Span {
           }
         }
       if constexpr (V::kPairs) {
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
         constexpr int kWords = kWide / V::kValueWeights;  // vectors of words in the stretch
         uint32_t masks[kWords];
         [[maybe_unused]] int64_t groups[2 * kWords] = {};
@@ -717,7 +817,8 @@ class Span {
               for (int row = 0; row < Rows; ++row) {
                 const Element* y = x + row * pitch;
                 own[row] = set1_dwords(y[groups[2 * kWord]]);
-                if constexpr (V::kHalves) own[row] = set_high_half(own[row], y[groups[2 * kWord + 1]]);
+                if constexpr (V::kHalves)
+                  own[row] = _mm512_mask_set1_epi32(own[row], 0xff00, int(y[groups[2 * kWord + 1]]));
               }
             }
             unrolled<V::kValueWeights>([&](auto step) __attribute__((always_inline)) {
@@ -731,7 +832,7 @@ class Span {
               if (any_nan(raw)) [[unlikely]]
                 unrolled<V::kValueWeights>([&](auto step) {
                   constexpr int kStep = decltype(step)::value, kVec = kWord * V::kValueWeights + kStep;
-                  const Vi one = and_dwords(shift_right<8 * kStep>(raw), set1_dwords(0x00ff00ff));
+                  const Vi one = _mm512_and_si512(shift_right<8 * kStep>(raw), set1_dwords(0x00ff00ff));
                   for (int row = 0; row < Rows; ++row) acc[row][kVec] = add(acc[row][kVec], nan_lanes(one));
                 });
           });
@@ -772,8 +873,8 @@ class Span {
         for (int v = 0; v < kWide; ++v) {
           float* to = o + row * o_pitch_ + c + v * kLanes;
           if constexpr (V::kWords) {
-#if BITFUSE_PAIRS
-            store(to, fma(to_floats(acc[row][v]), set1(units[row]), before(row, v)));
+#if defined(__AVX512BF16__)
+            store(to, fma(_mm512_cvtepi32_ps(acc[row][v]), set1(units[row]), before(row, v)));
 #endif
           } else {
             store(to, acc[row][v]);
@@ -815,7 +916,7 @@ class Span {
       }
   }
 
-  const DecodeCall& call_;
+  const DecodeArgs& call_;
   const KvCache& cache_;
   const Plan& plan_;
   const Space& my_;
@@ -829,7 +930,7 @@ class Span {
 // f(reader) with the reader of rows as floats of `dtype`, or as codes.
 template <class F>
 void with_dense(Dtype dtype, F f) {
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
   if (dtype == Dtype::kBfloat16) return f(DensePairs{});
 #endif
   with_elements(dtype, [&](auto elements) { f(DenseFloats<decltype(elements)>{}); });
@@ -837,7 +938,7 @@ void with_dense(Dtype dtype, F f) {
 
 template <class F>
 void with_reader(CacheFormat format, Dtype dtype, F f) {
-#if BITFUSE_PAIRS
+#if defined(__AVX512BF16__)
   if (format == CacheFormat::kFp8 && dtype == Dtype::kBfloat16) return f(Fp8Pairs{});
   // 16 bits of a query are more than float16 has
   if (format == CacheFormat::kInt8 && dtype != Dtype::kFloat32) return f(CodeWords<8>{});
@@ -873,7 +974,7 @@ struct Part {
   const RowState* state;
 };
 
-void merge_parts(const DecodeCall& call, const Part* parts, int64_t count, int64_t head, int64_t row,
+void merge_parts(const DecodeArgs& call, const Part* parts, int64_t count, int64_t head, int64_t row,
                  int64_t lse_at) {
   const KvCache& cache = call.cache;
   const float sink = call.sinks ? call.sinks[head] : -kInfinity;
@@ -899,7 +1000,7 @@ void merge_parts(const DecodeCall& call, const Part* parts, int64_t count, int64
 }  // namespace
 
 // Scratch: for each span its outputs in float, and of each thread the queries, outputs and scores of a block.
-void decode_attention(const DecodeCall& call) {
+void decode_attention(const DecodeArgs& call) {
   const KvCache& cache = call.cache;
   if (cache.batch == 0 || call.queries == 0 || call.heads == 0) return;
   Plan plan;
@@ -912,15 +1013,15 @@ void decode_attention(const DecodeCall& call) {
 
   // keys that some query of a block may see, on the grid of units; where codes end
   auto begin_of = [&](int64_t b, int64_t query) {
-    const int64_t first = query + call.lengths[b] - call.queries;
+    const int64_t first = query + call.length(b) - call.queries;
     return call.left < 0 ? 0 : most(0, first - call.left) / kUnit * kUnit;
   };
   auto whole_of = [&](int64_t b) {
-    return codes ? call.lengths[b] / cache.group_size * cache.group_size : int64_t(call.lengths[b]);
+    return codes ? call.length(b) / cache.group_size * cache.group_size : call.length(b);
   };
   int64_t keys = 0, longest = 0;
   for (int64_t b = 0; b < cache.batch; ++b) {
-    longest += call.lengths[b];
+    longest += call.length(b);
     for (int64_t i = 0; i < blocks; ++i) keys += most(0, whole_of(b) - begin_of(b, i * plan.block));
   }
   plan.span = round_up(most(kLeastSpan, (keys + kTasks - 1) / kTasks), kUnit);
@@ -931,7 +1032,7 @@ void decode_attention(const DecodeCall& call) {
         const int64_t whole = whole_of(b), index = b * blocks + i;
         for (int64_t at = begin_of(b, query); at < whole; at += plan.span)
           f(index, Task{b, query, queries, at, least(whole, at + plan.span), false});
-        if (whole < call.lengths[b]) f(index, Task{b, query, queries, whole, call.lengths[b], true});
+        if (whole < call.length(b)) f(index, Task{b, query, queries, whole, call.length(b), true});
       }
   };
   int64_t count = 0;
@@ -1011,7 +1112,7 @@ void decode_attention(const DecodeCall& call) {
   });
 }
 
-void merge_attention(const MergeCall& call) {
+void merge_attention(const MergeArgs& call) {
   const int64_t rows = call.batch * call.queries * call.heads;
   if (rows == 0) return;
   const int threads = int(least(threads_for(rows * (call.dim + 8) * 4), rows));

@@ -8,7 +8,7 @@ namespace bitfuse::BITFUSE_ISA {
 
 // cos and sin of one token.
 struct Turn {
-  alignas(64) float cos[kMostHeadDim / 2], sin[kMostHeadDim / 2];
+  alignas(64) float cos[kMaxHeadDim / 2], sin[kMaxHeadDim / 2];
 };
 
 // The turn of token `index`, whose place in its sequence is `place`.
@@ -27,7 +27,7 @@ inline void rotate_row(const Rotary& rotary, const Turn& turn, float* x) {
   if (!rotary.cos) return;
   const int64_t half = rotary.half, step = rotary.interleaved ? 2 : 1;
   float* y = rotary.interleaved ? x + 1 : x + half;
-  constexpr int64_t kHalf = kMostHeadDim / 2;
+  constexpr int64_t kHalf = kMaxHeadDim / 2;
   alignas(64) float ac[kHalf], as[kHalf], bc[kHalf], bs[kHalf];
   for (int64_t i = 0; i < half; ++i) {
     const float a = x[i * step], b = y[i * step];
@@ -42,9 +42,9 @@ inline void rotate_row(const Rotary& rotary, const Turn& turn, float* x) {
   }
 }
 
-BITFUSE_INLINE const void* row_of(const TokenRows& rows, Dtype dtype, int64_t batch, int64_t token,
+BITFUSE_INLINE const void* row_of(const HeadRows& rows, Dtype dtype, int64_t batch, int64_t token,
                                   int64_t head) {
-  return element(rows.data, dtype, batch * rows.batch + token * rows.token + head * rows.head);
+  return element(rows.data, dtype, batch * rows.batch + token * rows.row + head * rows.head);
 }
 
 }  // namespace bitfuse::BITFUSE_ISA

@@ -2,7 +2,7 @@
 // and a column, compared with a threshold.
 #pragma once
 
-#include "cpu/isa/contract.h"
+#include "cpu/isa/simd.h"
 
 namespace bitfuse::BITFUSE_ISA {
 

@@ -2,15 +2,17 @@
 #pragma once
 
 #include "common/linear.h"
-#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
-#define BITFUSE_DECLARE_LEVEL(level, ...)                 \
+#define BITFUSE_DECLARE_LEVEL(level)                      \
   namespace level {                                       \
   void gated_activation(const GatedActivationArgs& call); \
   }
-BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
+BITFUSE_DECLARE_LEVEL(portable)
+BITFUSE_DECLARE_LEVEL(avx2)
+BITFUSE_DECLARE_LEVEL(avx512)
+BITFUSE_DECLARE_LEVEL(avx512bf16)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

@@ -2,11 +2,10 @@
 #pragma once
 
 #include "common/linear.h"
-#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
-#define BITFUSE_DECLARE_LEVEL(level, ...)              \
+#define BITFUSE_DECLARE_LEVEL(level)                   \
   namespace level {                                    \
   void lora_shrink(const LoraShrinkArgs& call);        \
   void lora_expand(const LoraExpandArgs& call);        \
@@ -14,7 +13,10 @@ namespace bitfuse {
   void lora_times(const LoraTimesArgs& call);          \
   void lora_outer(const LoraOuterArgs& call);          \
   }
-BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
+BITFUSE_DECLARE_LEVEL(portable)
+BITFUSE_DECLARE_LEVEL(avx2)
+BITFUSE_DECLARE_LEVEL(avx512)
+BITFUSE_DECLARE_LEVEL(avx512bf16)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

@@ -2,16 +2,18 @@
 #pragma once
 
 #include "common/linear.h"
-#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
-#define BITFUSE_DECLARE_LEVEL(level, ...)                  \
+#define BITFUSE_DECLARE_LEVEL(level)                       \
   namespace level {                                        \
   void lowbit_linear(const LowbitLinearArgs& args);        \
   void lowbit_linear_grad_x(const LowbitLinearArgs& args); \
   }
-BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
+BITFUSE_DECLARE_LEVEL(portable)
+BITFUSE_DECLARE_LEVEL(avx2)
+BITFUSE_DECLARE_LEVEL(avx512)
+BITFUSE_DECLARE_LEVEL(avx512bf16)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

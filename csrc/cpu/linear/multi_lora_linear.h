@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/types.h"
-#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
@@ -24,11 +23,14 @@ struct MultiLoraSegments {
   void* y;
 };
 
-#define BITFUSE_DECLARE_LEVEL(level, ...)             \
+#define BITFUSE_DECLARE_LEVEL(level)                  \
   namespace level {                                   \
   void multi_lora_add(const MultiLoraSegments& call); \
   }
-BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
+BITFUSE_DECLARE_LEVEL(portable)
+BITFUSE_DECLARE_LEVEL(avx2)
+BITFUSE_DECLARE_LEVEL(avx512)
+BITFUSE_DECLARE_LEVEL(avx512bf16)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

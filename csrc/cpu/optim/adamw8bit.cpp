@@ -22,7 +22,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/isa/contract.h"
+#include "cpu/isa/simd.h"
 #include "cpu/linear/matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -35,6 +35,16 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 BITFUSE_INLINE Floats floats(Vf a) { return (Floats)a; }
 BITFUSE_INLINE Dwords bits(Floats a) { return (Dwords)a; }
+
+BITFUSE_INLINE Floats square_root(Floats a) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_sqrt_ps((Vf)a);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((Vf)a);
+#else
+  return Floats{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])};
+#endif
+}
 
 constexpr int kSegments = 9;
 constexpr int kQuarterOffset = 15;  // exponent field & 15 of a float in [1, 2)
@@ -179,7 +189,7 @@ BITFUSE_INLINE float largest(Dwords lanes) {
 BITFUSE_INLINE float reciprocal(float absmax) { return absmax >= FLT_MIN ? 1 / absmax : 0; }
 
 template <Dtype P, Dtype G>
-BITFUSE_INLINE void update_block(const AdamW8bitCall& call, const Map<true>& m_map, const Map<false>& v_map,
+BITFUSE_INLINE void update_block(const AdamW8bitArgs& call, const Map<true>& m_map, const Map<false>& v_map,
                                  typename Element<P>::Type* p, const typename Element<G>::Type* g,
                                  uint8_t* m_codes, uint8_t* v_codes, float* m_absmax, float* v_absmax,
                                  int64_t count) {
@@ -196,7 +206,7 @@ BITFUSE_INLINE void update_block(const AdamW8bitCall& call, const Map<true>& m_m
     store(v_kept + i, v);
     m_most = larger(m_most, floats(m));
     v_most = larger(v_most, floats(v));
-    const Floats denominator = floats(square_root(v)) * call.inverse_correction + call.eps;
+    const Floats denominator = square_root(floats(v)) * call.inverse_correction + call.eps;
     const Vf change = (Vf)(floats(m) / denominator);
     Element<P>::put(p + i, fma(set1(-call.step_size), change, mul(set1(call.decay), Element<P>::get(p + i))));
   }
@@ -210,7 +220,7 @@ BITFUSE_INLINE void update_block(const AdamW8bitCall& call, const Map<true>& m_m
 }
 
 template <Dtype P, Dtype G>
-void update(const AdamW8bitCall& call) {
+void update(const AdamW8bitArgs& call) {
   using Parameter = typename Element<P>::Type;
   using Gradient = typename Element<G>::Type;
   const int64_t blocks = (call.count + call.block - 1) / call.block;
@@ -251,7 +261,7 @@ void update(const AdamW8bitCall& call) {
 }
 
 template <Dtype P>
-void update(const AdamW8bitCall& call) {
+void update(const AdamW8bitArgs& call) {
   switch (call.g_dtype) {
     case Dtype::kFloat32:
       return update<P, Dtype::kFloat32>(call);
@@ -266,7 +276,7 @@ void update(const AdamW8bitCall& call) {
 
 }  // namespace
 
-void adamw8bit(const AdamW8bitCall& call) {
+void adamw8bit(const AdamW8bitArgs& call) {
   switch (call.p_dtype) {
     case Dtype::kFloat32:
       return update<Dtype::kFloat32>(call);

@@ -98,7 +98,7 @@ Candidate cut(const Room& room, int64_t count, int64_t top_k, double top_p, int6
   return order[low];
 }
 
-int64_t sample_row(const SampleCall& call, int64_t row, const Room& room) {
+int64_t sample_row(const SampleArgs& call, int64_t row, const Room& room) {
   const int64_t size = call.dtype == Dtype::kFloat32 ? 4 : 2;
   to_float(static_cast<const char*>(call.logits) + row * call.stride * size, call.dtype, room.logits,
            call.vocabulary);
@@ -164,7 +164,7 @@ int64_t sample_row(const SampleCall& call, int64_t row, const Room& room) {
 
 }  // namespace
 
-void sample(const SampleCall& call) {
+void sample(const SampleArgs& call) {
   const int threads = int(least(threads_for(call.rows * call.vocabulary * 16), call.rows));
   auto carve = [&](Carver& carver) {
     return Room{carver.take<float>(call.vocabulary), carver.take<int64_t>(call.vocabulary),

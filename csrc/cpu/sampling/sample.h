@@ -1,27 +1,18 @@
-// What the binding hands to sample.
+// The entry of sample, one a level.
 #pragma once
 
-#include "cpu/isa/levels.h"
-#include "cpu/linear/lowbit_linear.h"
+#include "common/sampling.h"
 
 namespace bitfuse {
 
-struct SampleCall {
-  int64_t rows, vocabulary;
-  Dtype dtype;
-  const void* logits;  // [rows, vocabulary]
-  int64_t stride;
-  const double *uniforms, *temperature;  // [rows]
-  const int64_t* top_k;
-  const double *top_p, *min_p;
-  int64_t* ids;
-};
-
-#define BITFUSE_DECLARE_LEVEL(level, ...) \
-  namespace level {                       \
-  void sample(const SampleCall& call);    \
+#define BITFUSE_DECLARE_LEVEL(level)   \
+  namespace level {                    \
+  void sample(const SampleArgs& call); \
   }
-BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
+BITFUSE_DECLARE_LEVEL(portable)
+BITFUSE_DECLARE_LEVEL(avx2)
+BITFUSE_DECLARE_LEVEL(avx512)
+BITFUSE_DECLARE_LEVEL(avx512bf16)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

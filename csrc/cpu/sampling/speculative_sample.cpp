@@ -45,7 +45,7 @@ struct Refusal {
 
 // One sequence: where its walk stands.
 struct Walk {
-  const SpeculativeCall& call;
+  const SpeculativeSampleArgs& call;
   int64_t b, blocks;
   int threads;
   Refusal* refused;  // [nodes]: of the children of `node`
@@ -174,7 +174,7 @@ struct Walk {
 
 }  // namespace
 
-void speculative_sample(const SpeculativeCall& call) {
+void speculative_sample(const SpeculativeSampleArgs& call) {
   const int64_t blocks = (call.vocabulary + kBlock - 1) / kBlock;
   // some eight multiply-adds' time a token
   const int all = threads_for(call.batch * call.vocabulary * 8);

@@ -68,12 +68,12 @@ struct Grid {
 
 // What one block appends to: a sequence and a kv head.
 struct Appended {
-  const AppendArgs& a;
+  const AppendParams& a;
   int sequence, head, begin, end;
 
-  __device__ const void* row(const TokenRows& rows, int position) const {
+  __device__ const void* row(const HeadRows& rows, int position) const {
     const int64_t at =
-        sequence * rows.batch + static_cast<int64_t>(position - begin) * rows.token + head * rows.head;
+        sequence * rows.batch + static_cast<int64_t>(position - begin) * rows.row + head * rows.head;
     return static_cast<const unsigned short*>(rows.data) + at;
   }
   __device__ unsigned short* tail_row(void* tail, int dim, int position) const {
@@ -98,17 +98,17 @@ struct Appended {
     if (a.rotary.cos != nullptr && c < 2 * a.rotary.half) return rounded_bits(key(position, c), a.cache.type);
     return static_cast<const unsigned short*>(row(a.k, position))[c];
   }
-  __device__ unsigned char* place(const CacheRows& rows, int page, int slot) const {
+  __device__ unsigned char* place(const DeviceRows& rows, int page, int slot) const {
     return rows.data + page * rows.page + slot * rows.slot + head * rows.head;
   }
 };
 
 __device__ void append_row(const Appended& of, int position) {
-  const KvCache& cache = of.a.cache;
+  const DeviceCache& cache = of.a.cache;
   const int page = page_of(cache, of.sequence, position), slot = slot_of(cache, position);
   if (page < 0) return;
   unsigned char *const k = of.place(cache.k, page, slot), *const v = of.place(cache.v, page, slot);
-  const bool fp8 = cache.format == CacheFormat::Fp8;
+  const bool fp8 = cache.format == CacheFormat::kFp8;
   const float k_scale = cache.k_head_scales == nullptr ? 1.0f : cache.k_head_scales[of.head];
   const float v_scale = cache.v_head_scales == nullptr ? 1.0f : cache.v_head_scales[of.head];
   for (int c = threadIdx.x; c < cache.dim; c += AppendThreads) {
@@ -133,7 +133,7 @@ template <int Bits>
 __device__ void append_group(const Appended& of, int first) {
   constexpr int PerByte = 8 / Bits;
   constexpr float Levels = (1 << Bits) - 1;
-  const KvCache& cache = of.a.cache;
+  const DeviceCache& cache = of.a.cache;
   const int page = page_of(cache, of.sequence, first), slot = slot_of(cache, first), size = cache.group_size;
   if (page < 0) return;
   const int64_t k_scales =
@@ -199,21 +199,21 @@ __device__ void append_group(const Appended& of, int first) {
   }
 }
 
-__global__ void __launch_bounds__(AppendThreads, 4) append_kv_kernel(const __grid_constant__ AppendArgs a) {
-  const KvCache& cache = a.cache;
+__global__ void __launch_bounds__(AppendThreads, 4) append_kv_kernel(const __grid_constant__ AppendParams a) {
+  const DeviceCache& cache = a.cache;
   const int sequence = blockIdx.x / cache.kv_heads, head = blockIdx.x % cache.kv_heads;
   const int begin = a.begins[sequence];
   if (begin < 0 || begin >= cache.capacity) return;
   const int end = a.tokens < cache.capacity - begin ? begin + a.tokens : cache.capacity;
   const Appended of{a, sequence, head, begin, end};
-  if (cache.format <= CacheFormat::Fp8) {
+  if (cache.format <= CacheFormat::kFp8) {
     for (int p = begin + blockIdx.y; p < end; p += gridDim.y) append_row(of, p);
     return;
   }
   const int size = cache.group_size, whole = end / size * size;
   for (int64_t p = begin / size * size + static_cast<int64_t>(blockIdx.y) * size; p < whole;
        p += static_cast<int64_t>(gridDim.y) * size) {
-    if (cache.format == CacheFormat::Int8) {
+    if (cache.format == CacheFormat::kInt8) {
       append_group<8>(of, static_cast<int>(p));
     } else {
       append_group<4>(of, static_cast<int>(p));
@@ -234,13 +234,13 @@ __global__ void __launch_bounds__(AppendThreads, 4) append_kv_kernel(const __gri
 
 }  // namespace
 
-void append_kv(const AppendArgs& args, int device, std::uintptr_t stream) {
-  if (args.tokens == 0 || args.cache.batch == 0) return;
+void append_kv(const AppendParams& params, int device, std::uintptr_t stream) {
+  if (params.tokens == 0 || params.cache.batch == 0) return;
   const DeviceScope scope(device);
-  const bool codes = has_codes(args.cache.format);
-  const int parts = codes ? args.tokens / args.cache.group_size + 1 : args.tokens;
-  const dim3 grid(args.cache.batch * args.cache.kv_heads, std::min(parts, 65535));
-  append_kv_kernel<<<grid, AppendThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
+  const bool codes = has_codes(params.cache.format);
+  const int parts = codes ? params.tokens / params.cache.group_size + 1 : params.tokens;
+  const dim3 grid(params.cache.batch * params.cache.kv_heads, std::min(parts, 65535));
+  append_kv_kernel<<<grid, AppendThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(params);
   check(cudaGetLastError(), "append_kv_kernel<<<(" + std::to_string(grid.x) + ", " + std::to_string(grid.y) +
                                 "), " + std::to_string(AppendThreads) + ">>>");
 }

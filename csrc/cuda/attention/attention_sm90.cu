@@ -34,8 +34,8 @@ constexpr int64_t SectionBytes = 24 << 20;  // of keys and values that L2 (50 MB
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-CUtensorMap map_of(CUtensorMapDataType type, const AttentionTensor& t, int dim, int rows, int heads,
-                   int batch, int box_rows) {
+CUtensorMap map_of(CUtensorMapDataType type, const HeadRows& t, int dim, int rows, int heads, int batch,
+                   int box_rows) {
   return tensor_map(type, t.data,
                     {static_cast<uint64_t>(dim), static_cast<uint64_t>(rows), static_cast<uint64_t>(heads),
                      static_cast<uint64_t>(batch)},
@@ -43,7 +43,7 @@ CUtensorMap map_of(CUtensorMapDataType type, const AttentionTensor& t, int dim, 
 }
 
 template <typename C>
-void launch(const AttentionSm90Args& a, int device, cudaStream_t stream) {
+void launch(const AttentionSm90Params& a, int device, cudaStream_t stream) {
   const bool packed = a.cu_seqlens_q != nullptr;
   const CUtensorMapDataType type = std::is_same_v<typename C::T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -80,13 +80,13 @@ void launch(const AttentionSm90Args& a, int device, cudaStream_t stream) {
 }
 
 // Wide tiles of keys cost less a key, but a window's edge and the end of the keys waste more of them.
-bool wide_tiles(const AttentionSm90Args& a) {
+bool wide_tiles(const AttentionSm90Params& a) {
   const int64_t wide = divide_up(a.sk, 176) * int64_t{176}, narrow = divide_up(a.sk, 128) * int64_t{128};
   return a.softcap == 0 && a.left >= a.sk && a.right >= a.sk && 95 * wide <= 100 * narrow;
 }
 
 template <typename T, bool Capped>
-void launch_dim(const AttentionSm90Args& a, int device, cudaStream_t stream) {
+void launch_dim(const AttentionSm90Params& a, int device, cudaStream_t stream) {
   switch (a.dim) {
     case 64:
       return launch<Tiling<T, 64, 3, 128, 4, Capped>>(a, device, stream);
@@ -101,17 +101,17 @@ void launch_dim(const AttentionSm90Args& a, int device, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch_type(const AttentionSm90Args& a, int device, cudaStream_t stream) {
+void launch_type(const AttentionSm90Params& a, int device, cudaStream_t stream) {
   a.softcap == 0 ? launch_dim<T, false>(a, device, stream) : launch_dim<T, true>(a, device, stream);
 }
 
 }  // namespace
 
-void attention_sm90(const AttentionSm90Args& args, Float type, int device, std::uintptr_t stream) {
+void attention_sm90(const AttentionSm90Params& params, Float type, int device, std::uintptr_t stream) {
   const DeviceScope scope(device);
   const auto queue = reinterpret_cast<cudaStream_t>(stream);
-  type == Float::Float16 ? launch_type<__half>(args, device, queue)
-                         : launch_type<__nv_bfloat16>(args, device, queue);
+  type == Float::Float16 ? launch_type<__half>(params, device, queue)
+                         : launch_type<__nv_bfloat16>(params, device, queue);
 }
 
 }  // namespace bitfuse

@@ -20,7 +20,7 @@ constexpr InstancesByDim OfRows[2] = {by_dim<HalfRows>(), by_dim<BFloatRows>()};
 
 const Instance* instance_for(const DecodeShape& shape) {
   const int widest = std::max(shape.dim, shape.dim_v);
-  const InstancesByDim& of_format = shape.format == CacheFormat::None
+  const InstancesByDim& of_format = shape.format == CacheFormat::kNone
                                         ? OfRows[static_cast<int>(shape.type)]
                                         : OfCodes[static_cast<int>(shape.format) - 1];
   for (const Instance& one : of_format) {
@@ -66,8 +66,8 @@ DecodePlan plan_decode_attention(const DecodeShape& shape, const DeviceInfo& dev
   return plan;
 }
 
-void decode_attention(const DecodeArgs& args, const DecodePlan& plan, int device, std::uintptr_t stream) {
-  const KvCache& cache = args.cache;
+void decode_attention(const DecodeParams& params, const DecodePlan& plan, int device, std::uintptr_t stream) {
+  const DeviceCache& cache = params.cache;
   const Instance& one = *instance_for(plan.shape);
   const DeviceScope scope(device);
   static AllowedShared allowed[4][2][Dims];
@@ -75,8 +75,8 @@ void decode_attention(const DecodeArgs& args, const DecodePlan& plan, int device
   allowed[static_cast<int>(cache.format)][static_cast<int>(cache.type)][dim].allow(
       reinterpret_cast<const void*>(one.function), device, plan.shared_bytes, "decode_attention_kernel");
   Kernel kernel{};
-  kernel.a = args;
-  kernel.rows = args.heads / cache.kv_heads * args.queries;
+  kernel.a = params;
+  kernel.rows = params.heads / cache.kv_heads * params.queries;
   kernel.row_tiles = plan.row_tiles;
   kernel.sum_bytes = plan.sum_bytes, kernel.stages = plan.stages, kernel.least_units = plan.least_units;
   kernel.region_bytes = (plan.shared_bytes - one.regions_at) / Warps;

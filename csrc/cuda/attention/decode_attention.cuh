@@ -43,7 +43,7 @@ struct Extent {
 
 template <class R>
 __device__ __forceinline__ Extent extent_of(const Kernel& kernel, int seqlen) {
-  const DecodeArgs& a = kernel.a;
+  const DecodeParams& a = kernel.a;
   Extent e;
   e.length = min(max(seqlen, 0), a.cache.capacity - a.new_tokens) + a.new_tokens;
   const int first = a.left < 0 ? 0 : max(0, e.length - a.queries - a.left);
@@ -124,7 +124,7 @@ struct Finished {
 // From the largest maximum of a row's parts and the sum over it; writes lse.
 __device__ __forceinline__ Finished finish(const Kernel& kernel, int sequence, int kv_head, int flat,
                                            float most, float sum) {
-  const DecodeArgs& a = kernel.a;
+  const DecodeParams& a = kernel.a;
   const int heads_a_group = a.heads / a.cache.kv_heads;
   const int query = flat / heads_a_group, head = kv_head * heads_a_group + flat % heads_a_group;
   const float sink = a.sinks == nullptr ? -INFINITY : Log2E * __ldg(a.sinks + head);
@@ -137,7 +137,7 @@ __device__ __forceinline__ Finished finish(const Kernel& kernel, int sequence, i
 
 __device__ __forceinline__ void store_four(const Kernel& kernel, int sequence, int kv_head, int flat, int c,
                                            float4 o) {
-  const DecodeArgs& a = kernel.a;
+  const DecodeParams& a = kernel.a;
   const int heads_a_group = a.heads / a.cache.kv_heads;
   const int query = flat / heads_a_group, head = kv_head * heads_a_group + flat % heads_a_group;
   const int64_t row = (static_cast<int64_t>(sequence) * a.queries + query) * a.heads + head;
@@ -224,7 +224,7 @@ struct Stretch {
 // each kernel for codes: it is compiled once for each type and dim.
 template <class R>
 __device__ __noinline__ void walk_tail(const Kernel& kernel, const Stretch& stretch, unsigned char* shared) {
-  const KvCache& cache = kernel.a.cache;
+  const DeviceCache& cache = kernel.a.cache;
   const int warp = __shfl_sync(AllLanes, threadIdx.x / 32, 0);
   unsigned char* const queries = shared + MaskBytes;
   unsigned char* const region = region_of<R::Dim>(kernel, shared, warp) + kernel.sum_bytes;
@@ -259,8 +259,8 @@ template <class R>
 __device__ __forceinline__ void attend(const Kernel& kernel, const FoundRow& row, int from, int until,
                                        int blocks, unsigned total, unsigned char* shared) {
   constexpr int Dim = R::Dim;
-  const DecodeArgs& a = kernel.a;
-  const KvCache& cache = a.cache;
+  const DecodeParams& a = kernel.a;
+  const DeviceCache& cache = a.cache;
   const Extent extent = extent_of<R>(kernel, row.seqlen);
   const int warp = __shfl_sync(AllLanes, threadIdx.x / 32, 0);
   unsigned char* const queries = shared + MaskBytes;

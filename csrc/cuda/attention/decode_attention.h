@@ -5,13 +5,13 @@
 
 namespace bitfuse {
 
-// As python/bitfuse/ops/attention/kv_cache.py's DecodeArgs says.
-struct DecodeArgs {
-  KvCache cache;
+// DecodeArgs of csrc/common/kv_cache.h, and what a launch has beside them.
+struct DecodeParams {
+  DeviceCache cache;
   const int* seqlens;  // [batch], before the new tokens, which the cache has
   int new_tokens, queries, heads;
-  TokenRows q;
-  Rotary rotary;
+  HeadRows q;
+  DeviceRotary rotary;
   float scale, softcap;
   int left, right;            // negative: no bound
   const unsigned char* tree;  // [batch or 1][queries][queries], or null
@@ -49,6 +49,6 @@ struct DecodePlan {
 
 DecodePlan plan_decode_attention(const DecodeShape& shape, const DeviceInfo& device);
 // Queues the kernel. Throws std::runtime_error with the launch's shape when CUDA refuses it.
-void decode_attention(const DecodeArgs& args, const DecodePlan& plan, int device, std::uintptr_t stream);
+void decode_attention(const DecodeParams& params, const DecodePlan& plan, int device, std::uintptr_t stream);
 
 }  // namespace bitfuse

@@ -25,7 +25,7 @@
 namespace bitfuse::decode {
 
 struct Kernel {
-  DecodeArgs a;
+  DecodeParams a;
   int rows, row_tiles;  // of a kv head
   int stages, region_bytes, sum_bytes, least_units;
   int log_group;          // of tokens that share K's scales
@@ -56,7 +56,7 @@ struct LaneRow {
 // products are to be multiplied by. Rows and channels that there are not are 0.
 template <class R>
 __device__ __forceinline__ void load_queries(const Kernel& kernel, const Span& span, unsigned char* to) {
-  const DecodeArgs& a = kernel.a;
+  const DecodeParams& a = kernel.a;
   constexpr int Vectors = R::Dim / 8;  // of a row
   float* const factors = reinterpret_cast<float*>(to + RowTile * QueryPitch<R::Dim> * 2);
   const int heads_a_group = a.heads / a.cache.kv_heads;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void load_queries(const Kernel& kernel, const Span& s
     if (flat < kernel.rows && c < a.cache.dim) {
       const int query = flat / heads_a_group, head = span.kv_head * heads_a_group + flat % heads_a_group;
       const unsigned short* from = static_cast<const unsigned short*>(a.q.data) + span.sequence * a.q.batch +
-                                   query * a.q.token + head * a.q.head;
+                                   query * a.q.row + head * a.q.head;
       words = __ldg(reinterpret_cast<const uint4*>(from + c));
       if (a.rotary.cos != nullptr && c < 2 * a.rotary.half) {
         const int64_t angle = rotary_row(a.rotary, span.sequence, query, span.length - a.queries + query);
@@ -159,7 +159,7 @@ class Walk {
   }
 
   __device__ __forceinline__ void run(const unsigned char* queries) {
-    const DecodeArgs& a = kernel_.a;
+    const DecodeParams& a = kernel_.a;
     const int g = lane_ / 4;
     const float* const factors = reinterpret_cast<const float*>(queries + RowTile * QueryPitch<R::Dim> * 2);
     float scale = a.scale;
@@ -367,7 +367,7 @@ class Walk {
 
   // Of a tile, which lies in one group of one page.
   __device__ __forceinline__ void copy_scales(uint32_t page, uint32_t slot, uint32_t to) const {
-    const KvCache& cache = kernel_.a.cache;
+    const DeviceCache& cache = kernel_.a.cache;
     const uint32_t group = page * (cache.page_size >> kernel_.log_group) + (slot >> kernel_.log_group);
     const uint32_t a_group = cache.kv_heads * cache.dim, of_head = span_.kv_head * cache.dim;
     const uint64_t k_at = static_cast<uint64_t>(group) * a_group + of_head;
@@ -532,7 +532,7 @@ class Walk {
 
   // Which of a tile's keys a row does not see. Most tiles are seen whole.
   __device__ __forceinline__ bool all_seen(int first, uint32_t mask) const {
-    const DecodeArgs& a = kernel_.a;
+    const DecodeParams& a = kernel_.a;
     const int own = span_.length - a.queries;  // the position of the first query
     return mask == Whole && (a.right < 0 || first + Tokens - 1 - own <= a.right) &&
            (a.left < 0 || first - (span_.length - 1) >= -a.left) &&
@@ -541,7 +541,7 @@ class Walk {
 
   // Of a tile's tokens, those that a row sees; of the tree only what is this lane's.
   __device__ __forceinline__ uint32_t seen(const LaneRow& row, int first, uint32_t mask) const {
-    const DecodeArgs& a = kernel_.a;
+    const DecodeParams& a = kernel_.a;
     if (a.right >= 0) mask &= below(row.position + a.right + 1 - first);
     if (a.left >= 0) mask &= ~below(row.position - a.left - first);
     if (a.tree != nullptr) {
@@ -564,7 +564,7 @@ class Walk {
   // Scores of row r to logits where they are more than a positive multiple of them.
   __device__ __forceinline__ void bend(int first, const LaneRow& row, float factor, float (&s)[TokenTiles][4],
                                        int r) const {
-    const DecodeArgs& a = kernel_.a;
+    const DecodeParams& a = kernel_.a;
     // softcap tanh(x / softcap), tanh(y) = 1 - 2 / (1 + e^2y)
     const float inside = a.softcap > 0 ? 2 * Log2E / a.softcap : 0, outside = a.softcap * Log2E;
 #pragma unroll
@@ -641,7 +641,7 @@ class Walk {
   // Each lane has a token.
   __device__ __forceinline__ void prepare_value_scales(unsigned char* scales, float (&rescale)[2]) {
     constexpr int Words = R::Dim / 64;
-    const KvCache& cache = kernel_.a.cache;
+    const DeviceCache& cache = kernel_.a.cache;
     // of an odd number for each head, those of every second head and token begin in the middle of a word
     const int groups = cache.value_groups;
     const int begin = ((lane_ & 1) * cache.kv_heads + span_.kv_head) * groups % 2;

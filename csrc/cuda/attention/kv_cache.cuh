@@ -24,33 +24,34 @@ __device__ __forceinline__ float rounded(float x, Float type) {
 }
 
 // The page of a position below the capacity; negative when the table names none that there is.
-__device__ __forceinline__ int page_of(const KvCache& cache, int sequence, int position) {
+__device__ __forceinline__ int page_of(const DeviceCache& cache, int sequence, int position) {
   if (cache.table == nullptr) return sequence;
   const int page = __ldg(cache.table + static_cast<int64_t>(sequence) * cache.max_pages +
                          (position >> cache.log_page_size));
   return page >= 0 && page < cache.pages ? page : -1;
 }
 
-__device__ __forceinline__ int slot_of(const KvCache& cache, int position) {
+__device__ __forceinline__ int slot_of(const DeviceCache& cache, int position) {
   return position & cache.slot_mask;
 }
 
 // The row of cos and sin that a token is turned by; one that is not there is not read.
-__device__ __forceinline__ int64_t rotary_row(const Rotary& rotary, int sequence, int index, int place) {
+__device__ __forceinline__ int64_t rotary_row(const DeviceRotary& rotary, int sequence, int index,
+                                              int place) {
   const int row = rotary.positions == nullptr
                       ? place
                       : __ldg(rotary.positions + sequence * rotary.positions_batch + index);
   return max(0, min(row, rotary.rows - 1));
 }
 
-__device__ __forceinline__ float angle_at(const void* table, int64_t i, RotaryType type) {
-  if (type == RotaryType::Float32) return static_cast<const float*>(table)[i];
-  return float_at(table, i, type == RotaryType::Float16 ? Float::Float16 : Float::BFloat16);
+__device__ __forceinline__ float angle_at(const void* table, int64_t i, Dtype type) {
+  if (type == Dtype::kFloat32) return static_cast<const float*>(table)[i];
+  return float_at(table, i, type == Dtype::kFloat16 ? Float::Float16 : Float::BFloat16);
 }
 
 // Channel c of a row, turned by row `angle` of the tables and rounded to the row's type. Products are rounded
 // before they are added, as torch does, so that a cache holds the same bits whoever writes to it.
-__device__ __forceinline__ float turned_at(const Rotary& rotary, int64_t angle, const void* row, int c,
+__device__ __forceinline__ float turned_at(const DeviceRotary& rotary, int64_t angle, const void* row, int c,
                                            Float type) {
   const float own = float_at(row, c, type);
   if (rotary.cos == nullptr || c >= 2 * rotary.half) return own;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ...core import autocast
 from ...core.autograd import Function, once, recorded
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
+from ...core.cpu import extension
 from ...core.declaration import HEADS, LENGTHS, Declaration, Make, Part, Sizes, Tuned, declare
 from ...core.dropout import keep, new_seed
 from ...core.explain import Explanation
@@ -276,8 +277,12 @@ def _reference_backward(
 # the op
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> None:
-    packed = a.cu_seqlens_q is not None
+# a C++ function that says in a quarter of a microsecond that `_check_heads` has nothing to say; never true of
+# what only torch can read
+_fits: Callable[..., bool] = getattr(extension, "attention_fits", lambda q, k, v: False)
+
+
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
     dims = 3 if packed else 4
     if q.dtype not in FLOATS:
         raise TypeError(f"q has dtype {q.dtype}, expected {' or '.join(map(str, FLOATS))}")
@@ -294,6 +299,32 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) 
     for name, size in (("q", dim), ("v", dim_v)):
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(f"{name} has head_dim {size}, expected 1 to {MAX_HEAD_DIM}")
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> None:
+    if a.cu_seqlens_q is not None or not _fits(q, k, v):
+        _check_heads(q, k, v, a.cu_seqlens_q is not None)
+    if not (math.isfinite(a.softmax_scale) and math.isfinite(a.softcap) and a.softcap >= 0):
+        raise ValueError(
+            f"softmax_scale is {a.softmax_scale} and softcap {a.softcap}, expected finite numbers, "
+            "softcap 0 or more"
+        )
+    if not 0 <= a.dropout_p < 1:
+        raise ValueError(f"dropout_p is {a.dropout_p}, expected 0 <= dropout_p < 1")
+    if (
+        a.bias is not None
+        or a.alibi_slopes is not None
+        or a.sinks is not None
+        or a.prefix_k is not None
+        or a.prefix_v is not None
+        or a.cu_seqlens_q is not None
+        or a.dropout_p
+    ):
+        _check_options(q, k, v, a)
+
+
+def _check_options(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> None:
+    heads, kv_heads, dim, dim_v = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
     batch = q.shape[0]
     if a.cu_seqlens_q is not None:
         batch = a.cu_seqlens_q.shape[0] - 1 if a.cu_seqlens_q.dim() == 1 else -1
@@ -303,13 +334,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) 
             check_tensor(name, t, (torch.int32,), (batch + 1,), q.device)
         if a.bias is not None:
             raise ValueError("attn_bias is given, which packed sequences have no place for")
-    if not (math.isfinite(a.softmax_scale) and math.isfinite(a.softcap) and a.softcap >= 0):
-        raise ValueError(
-            f"softmax_scale is {a.softmax_scale} and softcap {a.softcap}, expected finite numbers, "
-            "softcap 0 or more"
-        )
-    if not 0 <= a.dropout_p < 1:
-        raise ValueError(f"dropout_p is {a.dropout_p}, expected 0 <= dropout_p < 1")
     if a.dropout_p:
         check_tensor("seed", a.seed, (torch.int64,), (), q.device)
     if a.bias is not None:
@@ -560,11 +584,9 @@ def _args(
     dropout_p: float,
     seed: int | torch.Tensor | None,
 ) -> AttentionArgs:
-    prefixed = prefix_k is not None or prefix_v is not None
-    given = (("alibi_slopes", alibi_slopes), ("attn_bias", attn_bias), ("sinks", sinks))
-    for name, t in (*given, ("prefix_k", prefix_k), ("prefix_v", prefix_v)) if prefixed else given:
-        if not (t is None or isinstance(t, torch.Tensor)):
-            raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
+    check_optional(
+        alibi_slopes=alibi_slopes, attn_bias=attn_bias, sinks=sinks, prefix_k=prefix_k, prefix_v=prefix_v
+    )
     if alibi_slopes is not None:
         check_frozen("alibi_slopes", alibi_slopes)
     left, right = window_size if window_size == NO_WINDOW else window_of(window_size)
@@ -592,9 +614,17 @@ def _args(
     )
 
 
+def check_optional(**tensors: object) -> None:
+    """Raise TypeError for what is neither a tensor nor None."""
+    for name, t in tensors.items():
+        if t is not None and not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}, expected a tensor or None")
+
+
 def default_scale(q: torch.Tensor) -> float:
     """head_dim ** -0.5; of what the op refuses, any."""
-    return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+    shape = q.shape
+    return shape[-1] ** -0.5 if shape and shape[-1] else 1.0
 
 
 def given_seed(seed: int, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""attention on CUDA: Hopper's kernel, forward only: tensors to addresses.
+"""attention on CUDA: Hopper's kernel, forward only.
 
 The kernel, its layout and what bounds it: csrc/cuda/attention/attention_sm90.cuh and attention_sm90.cu.
 """
@@ -10,10 +10,10 @@ import torch
 from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
 from ...core.device import device_of, served
 from .attention_args import AttentionArgs
+from .operands import attention_operands
 
 DIMS = (64, 128, 256)
 LONGEST = 2**28  # rows of queries or of keys, so that a row plus a window is an int32
-_UNBOUNDED = 2**30 - 1
 _FARTHEST = 2**39  # elements, which the copy engine can step over
 _STEP = 8  # elements in 16 bytes: what its strides are multiples of
 _TILE = 128  # queries of the smallest tile
@@ -82,7 +82,7 @@ def _problem(q: torch.Tensor, a: AttentionArgs) -> tuple[int, int]:
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> list[torch.Tensor]:
     """The output, of q's shape, and lse. The arguments have passed the op's check and `supports`."""
     packed = a.cu_seqlens_q is not None
-    heads, dim = q.shape[-2:]
+    heads = q.shape[-2]
     batch, sq = _problem(q, a)
     sk = min(a.max_seqlen_k, k.shape[0]) if packed else k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -93,16 +93,9 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> 
     if sk == 0:
         lse.fill_(float("-inf")) if a.sinks is None else lse.copy_(a.sinks.unsqueeze(1).expand(lse.shape))
         return [out.zero_(), lse]
-    small = [None if t is None else t.contiguous() for t in (a.cu_seqlens_q, a.cu_seqlens_k, a.sinks)]
-    left, right = (x if 0 <= x < _UNBOUNDED else _UNBOUNDED for x in (a.left, a.right))
-    index = q.device.index or 0
     stream = stream_of(q)
-    counters = zeroed_counters(2, q.device, stream)
     cuda.module.attention_sm90(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in small), counters.data_ptr(),
-        *_strides(q), *_strides(k), *_strides(v), batch, heads, k.shape[-2], dim, sq, sk,
-        q.shape[0] if packed else sq, k.shape[0] if packed else sk, left, right, a.top_left, a.softmax_scale,
-        a.softcap, FLOATS[q.dtype], device_of(q.device).multiprocessors, index, stream,
+        q, k, v, attention_operands(a), out, lse, zeroed_counters(2, q.device, stream),
+        device_of(q.device).multiprocessors, stream,
     )  # fmt: skip
     return [out, lse]

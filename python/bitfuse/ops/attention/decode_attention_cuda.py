@@ -1,44 +1,56 @@
-"""decode_attention on CUDA: tensors to addresses.
+"""decode_attention on CUDA.
 
 The kernels, their layout and what bounds them: decode_attention.cuh and append_kv.cu of csrc/cuda/attention.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
 from ...core.device import device_of
-from .kv_cache import BITS, CACHE_FORMATS, CacheTensors, DecodeArgs, Rotary
+from .kv_cache import BITS, CacheTensors, DecodeArgs, Rotary
+from .operands import decode_operands, dense_rows, rotary_operands
 
-# the numbers of the enums of csrc/cuda/attention/kv_cache.h
-_FORMATS = {name: i for i, name in enumerate(CACHE_FORMATS)}
-_ROTARY = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_NO_ROWS = (0, 0, 0, 0)
-_NO_ROTARY = (0,) * 8
-
-MAX_HEAD_DIM = 256  # MostHeadDim of csrc/cuda/attention/kv_cache.h
+MAX_HEAD_DIM = 256  # kMaxHeadSize of csrc/common/limits.h
 MAX_ROWS = 128  # queries times query heads of a kv head: beyond, K and V would be read too often
 GROUP_STEP = 32  # tokens that a warp takes at once: they must share K's scales
 _UNIT = 16  # bytes that are copied at once
 _LARGEST = 2**31 - 1
 
 
+class _Shape(NamedTuple):
+    """What a plan is made for."""
+
+    format: str
+    dtype: torch.dtype
+    batch: int
+    kv_heads: int
+    dim: int
+    dim_v: int
+    capacity: int
+    queries: int
+    heads: int
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    capability: int
+
+
 @cuda.cached
-def _plan(*sizes: int) -> Any:
-    return cuda.module.plan_decode_attention(*sizes)
+def _plan(shape: _Shape) -> Any:
+    return cuda.module.plan_decode_attention(**shape._asdict())
 
 
-def _sizes(q: torch.Tensor, cache: CacheTensors) -> tuple[int, ...]:
+def _shape(q: torch.Tensor, cache: CacheTensors) -> _Shape:
     batch, queries, heads, dim = q.shape
     device = device_of(q.device)
     arch = device.arch
-    return (
-        _FORMATS[cache.format], FLOATS[q.dtype], batch, cache.k.shape[2], dim, cache.head_dim_v,
-        cache.capacity, queries, heads, device.multiprocessors, arch.block_kib << 10, arch.shared_kib << 10,
-        device.capability,
+    return _Shape(
+        cache.format, q.dtype, batch, cache.k.shape[2], dim, cache.head_dim_v, cache.capacity, queries, heads,
+        device.multiprocessors, arch.block_kib << 10, arch.shared_kib << 10, device.capability,
     )  # fmt: skip
 
 
@@ -104,45 +116,9 @@ def supports(
         return "the block_table has no pages"
     if queries * heads * batch * (cache.capacity // 64 + 2) > _LARGEST:
         return "its units of work are too many"
-    if batch and queries and heads and _plan(*_sizes(q, cache)).dim == 0:
+    if batch and queries and heads and _plan(_shape(q, cache)).dim == 0:
         return f"it has no kernel for {cache.format} and head dims {dim} and {dim_v} on this device"
     return None
-
-
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _rows(t: torch.Tensor) -> tuple[int, int, int, int]:
-    """Address, and strides of batch, token and head."""
-    strides = t.stride()
-    return t.data_ptr(), strides[0], strides[1], strides[2]
-
-
-def _dense_rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _cache_integers(cache: CacheTensors, batch: int, dtype: torch.dtype) -> tuple[int, ...]:
-    k, v, table = cache.k, cache.v, cache.block_table
-    pages, page_size, kv_heads, _ = k.shape
-    return (
-        _FORMATS[cache.format], FLOATS[dtype], batch, pages, page_size, kv_heads, cache.head_dim,
-        cache.head_dim_v, cache.group_size, cache.channel_group, *_rows(k), *_rows(v),
-        *(_address(t) for t in cache[2:8]), _address(table), 1 if table is None else table.shape[1],
-    )  # fmt: skip
-
-
-def _rotary_integers(rotary: Rotary) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """Rotary embedding as the binding takes it, and the tensors that must live until the launch is queued."""
-    if rotary.cos is None or rotary.sin is None:
-        return _NO_ROTARY, ()
-    cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
-    positions = None if rotary.positions is None else rotary.positions.contiguous()
-    return (
-        cos.data_ptr(), sin.data_ptr(), _ROTARY[cos.dtype], cos.shape[1], cos.shape[0], _address(positions),
-        0 if positions is None else positions.shape[0], rotary.interleaved,
-    ), (cos, sin, positions)  # fmt: skip
 
 
 def run(
@@ -161,28 +137,16 @@ def run(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     if q.stride(-1) != 1 or not _apart(q, _UNIT):
         q = q.clone(memory_format=torch.contiguous_format)
-    seqlens = cache_seqlens.contiguous()
-    k_rows = v_rows = _NO_ROWS
-    new = 0
     if k is not None and v is not None:
-        k, v, new = _dense_rows(k), _dense_rows(v), k.shape[1]
-        k_rows, v_rows = _rows(k), _rows(v)
-    turn, _kept = _rotary_integers(rotary)
-    tree, alibi, sinks = (
-        None if t is None else t.contiguous() for t in (a.tree_mask, a.alibi_slopes, a.sinks)
-    )
-    index = device.index or 0
+        k, v = dense_rows(k), dense_rows(v)
     stream = stream_of(q)
     plan = partial = counters = None
     if batch and queries and heads:
-        plan = _plan(*_sizes(q, cache))
+        plan = _plan(_shape(q, cache))
         partial = torch.empty(plan.partial_floats, dtype=torch.float32, device=device)
         counters = zeroed_counters(plan.counters, device, stream)
     cuda.module.decode_attention(
-        _cache_integers(cache, batch, q.dtype), seqlens.data_ptr(), _rows(q), queries, heads, k_rows, v_rows,
-        new, turn, a.softmax_scale, a.softcap, a.left, a.right, _address(tree),
-        1 if tree is None else tree.shape[0], _address(alibi), alibi is not None and alibi.dim() == 2,
-        _address(sinks), out.data_ptr(), lse.data_ptr(), _address(partial), _address(counters), plan, index,
-        stream,
+        q, k, v, cache, cache_seqlens.contiguous(), rotary_operands(rotary), decode_operands(a), out, lse,
+        partial, counters, plan, stream,
     )  # fmt: skip
     return out, lse

@@ -1,12 +1,13 @@
-"""quantize_kv on the CPU: tensors to addresses. The kernel: csrc/cpu/attention/append_kv.cpp."""
+"""quantize_kv on the CPU. The kernel: csrc/cpu/attention/append_kv.cpp."""
 
 from __future__ import annotations
 
 import torch
 
 from ...core.cpu import extension as _cpu
-from . import append_kv_cpu as cache
+from . import append_kv_cpu as cpp
 from .kv_cache import BITS, FP8, CacheTensors, head_scales
+from .operands import dense_rows
 
 MAX_HEAD_DIM = 512
 
@@ -20,7 +21,7 @@ def supports(
             return f"{name} has head_dim {t.shape[-1]}, not 1 to {MAX_HEAD_DIM}"
     if not k.shape[2]:
         return "k has no heads"
-    return cache.supports()
+    return cpp.supports()
 
 
 def run(
@@ -28,7 +29,7 @@ def run(
 ) -> list[torch.Tensor]:
     """The tensors of QuantizedKV. The arguments have passed the op's check."""
     batch, seq, heads, dim = k.shape
-    k, v = cache.dense_rows(k), cache.dense_rows(v)
+    k, v = dense_rows(k), dense_rows(v)
     if format == "fp8":
         scales = head_scales(k), head_scales(v)
         codes = [t.new_empty(t.shape, dtype=FP8) for t in (k, v)]
@@ -42,9 +43,8 @@ def run(
         of_k = (batch, seq // group_size, heads, dim)
         of_v = (batch, seq, heads, -(-v.shape[-1] // channel_group))
         halves = [k.new_empty(s, dtype=torch.float16) for s in (of_k, of_k, of_v, of_v)]
-        # in the place of the tails, which are not touched: they have the sizes
-        to = CacheTensors._make((*codes, *halves, k, v, None, format, group_size, channel_group))
+        to = CacheTensors(*codes, *halves, None, None, None, format, group_size, channel_group)
         made = [*codes, *halves]
     if k.numel():
-        _cpu.quantize_kv(cache.cache_integers(to, batch, k.dtype), cache.rows(k), cache.rows(v))
+        _cpu.quantize_kv(k, v, to)
     return made

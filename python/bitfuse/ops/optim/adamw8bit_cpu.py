@@ -1,4 +1,4 @@
-"""adamw8bit on the CPU: tensors to addresses. The kernel, and what bounds it: csrc/cpu/optim/adamw8bit.cpp"""
+"""adamw8bit on the CPU. The kernel, and what bounds it: csrc/cpu/optim/adamw8bit.cpp"""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ...core.cpu import DTYPES, missing
 from ...core.cpu import extension as _cpu
+from ...core.cpu import missing
 
 
 def supports(*args: Any) -> str | None:
@@ -32,9 +32,8 @@ def run(
     block_size: int,
 ) -> None:
     """One step in place. The arguments have passed the op's check and `supports`."""
-    grad = grad.contiguous()
     _cpu.adamw8bit(
-        p.data_ptr(), DTYPES[p.dtype], grad.data_ptr(), DTYPES[grad.dtype], exp_avg.data_ptr(),
-        exp_avg_absmax.data_ptr(), exp_avg_sq.data_ptr(), exp_avg_sq_absmax.data_ptr(), p.numel(), block_size,
-        lr, beta1, beta2, eps, weight_decay, step, maximize,
+        p, grad.contiguous(), exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax,
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step, maximize=maximize,
+        block_size=block_size,
     )  # fmt: skip
