@@ -15,7 +15,12 @@ NAMES = {
 def described(native: Any, t: torch.Tensor, **changes: Any) -> Any:
     """A tensor as the class Tensor of an extension, with another `address`, `dtype` (its name there), `shape`
     or `strides` than it has."""
-    given = {"address": t.data_ptr(), "dtype": NAMES[t.dtype], "shape": t.shape, "strides": t.stride()}
+    given: dict[str, Any] = {
+        "address": t.data_ptr(),
+        "dtype": NAMES[t.dtype],
+        "shape": t.shape,
+        "strides": t.stride(),
+    }
     given |= changes
     dtype = getattr(native.Dtype, given["dtype"])
     return native.Tensor(given["address"], dtype, list(given["shape"]), list(given["strides"]))

@@ -13,39 +13,37 @@ namespace {
 struct Candidate {
   const char* name;
   Level level;
-  bool supported;
+  bool available;  // where the level below it is
 };
 
-#if defined(__x86_64__)
-#define BITFUSE_SUPPORTS(feature) (__builtin_cpu_supports(feature) != 0)
-#else
-#define BITFUSE_SUPPORTS(feature) false
-#endif
+#define CPU_HAS(feature) (__builtin_cpu_supports(#feature) != 0)
+#define BITFUSE_CANDIDATE(level, available, ...) {#level, Level::level, available},
 
+// The narrowest first.
 Candidate pick_level() {
-  const bool avx2 = BITFUSE_SUPPORTS("avx2") && BITFUSE_SUPPORTS("fma") && BITFUSE_SUPPORTS("f16c");
-  const bool avx512 = avx2 && BITFUSE_SUPPORTS("avx512f") && BITFUSE_SUPPORTS("avx512bw") &&
-                      BITFUSE_SUPPORTS("avx512dq") && BITFUSE_SUPPORTS("avx512vl");
-  const bool avx512bf16 = avx512 && BITFUSE_SUPPORTS("avx512vnni") && BITFUSE_SUPPORTS("avx512bf16");
-  const Candidate candidates[] = {
-      {"avx512bf16", Level::kAvx512Bf16, avx512bf16},
-      {"avx512", Level::kAvx512, avx512},
-      {"avx2", Level::kAvx2, avx2},
-      {"portable", Level::kPortable, true},
-  };
+  const Candidate candidates[] = {BITFUSE_LEVELS(BITFUSE_CANDIDATE)};
   const char* asked = std::getenv("BITFUSE_CPU_ISA");
+  const bool named = asked && *asked;
+  const Candidate* widest = candidates;
+  std::string names;
+  bool supported = true;
   for (const Candidate& candidate : candidates) {
-    if (!asked || !*asked) {
-      if (candidate.supported) return candidate;
-    } else if (candidate.name == std::string(asked)) {
-      if (candidate.supported) return candidate;
+    supported = supported && candidate.available;
+    names += (names.empty() ? "" : ", ") + std::string(candidate.name);
+    if (named && candidate.name == std::string(asked)) {
+      if (supported) return candidate;
       throw py::value_error(std::string("BITFUSE_CPU_ISA is '") + asked +
                             "', which this machine does not support");
     }
+    if (supported) widest = &candidate;
   }
-  throw py::value_error(std::string("BITFUSE_CPU_ISA is '") + asked +
-                        "', expected one of portable, avx2, avx512, avx512bf16");
+  if (named)
+    throw py::value_error(std::string("BITFUSE_CPU_ISA is '") + asked + "', expected one of " + names);
+  return *widest;
 }
+
+#undef BITFUSE_CANDIDATE
+#undef CPU_HAS
 
 const Candidate& picked() {
   static const Candidate candidate = pick_level();

@@ -3,24 +3,25 @@
 #pragma once
 
 #include "bind/bind.h"
+#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
-enum class Level { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+#define BITFUSE_LEVEL_NAME(level, ...) level,
+enum class Level { BITFUSE_LEVELS(BITFUSE_LEVEL_NAME) };
+#undef BITFUSE_LEVEL_NAME
 
 // The widest level that this machine runs, or the one that BITFUSE_CPU_ISA names.
 Level level();
 
 // Of a function that every level has, the one of the level that runs.
-#if defined(__x86_64__)
-#define BITFUSE_OF_LEVEL(function)                                            \
-  (::bitfuse::level() == ::bitfuse::Level::kAvx512Bf16 ? avx512bf16::function \
-   : ::bitfuse::level() == ::bitfuse::Level::kAvx512   ? avx512::function     \
-   : ::bitfuse::level() == ::bitfuse::Level::kAvx2     ? avx2::function       \
-                                                       : portable::function)
-#else
-#define BITFUSE_OF_LEVEL(function) (portable::function)
-#endif
+#define BITFUSE_FUNCTION_OF_LEVEL(level, available, function) level::function,
+#define BITFUSE_OF_LEVEL(function)                            \
+  ([]() {                                                     \
+    static constexpr decltype(&portable::function) kAll[] = { \
+        BITFUSE_LEVELS(BITFUSE_FUNCTION_OF_LEVEL, function)}; \
+    return kAll[static_cast<int>(::bitfuse::level())];        \
+  }())
 
 void bind_lowbit_linear(py::module_& module);
 void bind_lora_linear(py::module_& module);

@@ -21,6 +21,7 @@ from bitfuse.ops.attention import attention_cpu as cpp
 from bitfuse.ops.attention.attention import Wanted, _reference, _reference_backward
 from bitfuse.ops.attention.attention_args import AttentionArgs
 from descriptors import described
+from levels import LEVELS
 
 pytestmark = pytest.mark.skipif(cpp._cpu is None, reason="bitfuse._cpu is not built")
 
@@ -39,7 +40,7 @@ print(_cpu.isa())
 """
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS[:-1])  # the widest is the default
 def test_level_meets_the_accuracy_rule(level: str) -> None:
     path = [str(Path(bitfuse.__file__).parent.parent), str(Path(__file__).parent), *sys.path]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "BITFUSE_CPU_ISA": level}

@@ -31,6 +31,7 @@ from bitfuse.ops.attention.merge_attention import merge_attention_op
 from bitfuse.ops.attention.quantize_kv import quantize_kv_op
 from bitfuse.ops.attention.rope import rope_op
 from descriptors import described
+from levels import LEVELS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE = targets("cpp", "triton")
@@ -642,10 +643,10 @@ for format in CACHE_FORMATS:
 """
 
 
-@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
+@pytest.mark.parametrize("level", LEVELS[:-1])  # the widest is the default
 def test_every_level(level: str) -> None:
     here = Path(__file__).parent
-    path = [str(here), str(here.parent / "python"), os.environ.get("PYTHONPATH", "")]
+    path = [str(here), *sys.path, os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "BITFUSE_CPU_ISA": level}
     done = subprocess.run([sys.executable, "-c", LEVEL], env=env, capture_output=True, text=True)
     if "which this machine does not support" in done.stderr:

@@ -106,12 +106,6 @@ def test_imports_have_no_circles() -> None:
 CSRC = ("bind", "family", "core", "isa", "common")
 # what is still to be parted, and goes from here when it is
 UPWARD = {"csrc/cpu/core/elements.h"}
-WITH_INTRINSICS = {
-    *(f"csrc/cpu/attention/{name}" for name in ("attention_backward.cpp", "attention_tiles.h")),
-    *(f"csrc/cpu/attention/{name}" for name in ("cache_readers.h", "decode_attention.cpp")),
-    *(f"csrc/cpu/linear/{name}" for name in ("codes.h", "low_rank.h", "matmul.h", "panels.h")),
-    *("csrc/cpu/linear/multi_lora_linear.cpp", "csrc/cpu/optim/adamw8bit.cpp"),
-}
 INTRINSIC = re.compile(r"\b_mm\d*_\w+|\bv(ld|st)1q?_\w+|\b__m(128|256|512)\w*\b|immintrin\.h|arm_neon\.h")
 
 
@@ -152,8 +146,6 @@ def test_instructions_are_named_in_isa_alone() -> None:
     """What an instruction set calls them, nobody else knows."""
     wrong = []
     for path in csrc_files():
-        if str(path.relative_to(ROOT)) in WITH_INTRINSICS:
-            continue
         if csrc_room(path) != "isa" and (found := INTRINSIC.search(path.read_text())):
             wrong.append(f"{path.relative_to(ROOT)}: {found[0]}")
     assert not wrong, "\n".join(wrong)

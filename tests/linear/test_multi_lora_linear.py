@@ -21,6 +21,7 @@ from bitfuse.ops.linear import lowbit_linear_cpu as native
 from bitfuse.ops.linear import multi_lora_args
 from bitfuse.ops.linear import multi_lora_linear_cpu as cpp
 from bitfuse.ops.linear.multi_lora_linear import multi_lora_add_, multi_lora_linear
+from levels import LEVELS
 
 OP = sys.modules["bitfuse.ops.linear.multi_lora_linear"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -510,7 +511,7 @@ print(_cpu.isa())
 
 
 @pytest.mark.skipif(native._cpu is None, reason="bitfuse._cpu is not built")
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_level_meets_the_accuracy_rule(level: str) -> None:
     done = python(LEVEL, BITFUSE_CPU_ISA=level)
     if "does not support" in done.stderr:

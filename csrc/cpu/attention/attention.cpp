@@ -51,7 +51,7 @@ void exponentiate(const Scores& scores, const Lanes& lanes, int64_t count, int64
     if constexpr (Dropped) p = scores.keep(lanes, column + j, v * kLanes, p);
     return p;
   };
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if constexpr (Dot::kDepth == 2) {
     int64_t j = 0;
     for (; j + 2 <= count; j += 2)
@@ -288,7 +288,7 @@ class Forward {
 }  // namespace
 
 void attention(const AttentionArgs& call) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if (call.dtype == Dtype::kBfloat16) return Forward<Pairs, Bfloats>(call).run();
 #endif
   with_elements(call.dtype, [&](auto elements) { Forward<Singles, decltype(elements)>(call).run(); });

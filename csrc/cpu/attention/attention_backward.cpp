@@ -75,7 +75,7 @@ void differentiate(const Scores& scores, State& state, int64_t count, int64_t co
     if constexpr (Dropped) p = mul(scores.keep(state.lanes, column + j, v * kLanes, p), kept);
     return Both{p, ds};
   };
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if constexpr (Dot::kDepth == 2) {
     for (int64_t j = 0; j < count; j += 2) {
       const bool odd = j + 1 == count;
@@ -89,7 +89,7 @@ void differentiate(const Scores& scores, State& state, int64_t count, int64_t co
         if (two) store_dwords(panel + j / 2 * kPitch + (v + 1) * kLanes, Dot::words(b.ds, d.ds));
         // below what is still to be read, and within the row: behind a lone vector lies its unused half
         auto put = [&](float* to, Vf low, Vf high) __attribute__((always_inline)) {
-          store_dwords(to + j * kPitch + v * (kLanes / 2), (Vi)_mm512_cvtne2ps_pbh(high, low));
+          store_dwords(to + j * kPitch + v * (kLanes / 2), bfloats_of(low, high));
         };
         put(s, a.p, b.p), put(s + kPitch, c.p, d.p);
         put(dp, a.ds, b.ds), put(dp + kPitch, c.ds, d.ds);
@@ -620,7 +620,7 @@ class Backward {
 }  // namespace
 
 void attention_backward(const AttentionBackwardArgs& call) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if (call.dtype == Dtype::kBfloat16) return Backward<Pairs, Bfloats>(call).run();
 #endif
   with_elements(call.dtype, [&](auto elements) { Backward<Singles, decltype(elements)>(call).run(); });

@@ -42,20 +42,14 @@ struct Singles {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
 // A word is two bfloat16, the first in its low half.
 struct Pairs {
   static constexpr int kDepth = 2;
   static constexpr int64_t kSegment = int64_t(1) << 40;
-  static BITFUSE_INLINE Vf dot(Vf acc, uint32_t a, Vi panel) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)panel, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)));
-  }
+  static BITFUSE_INLINE Vf dot(Vf acc, uint32_t a, Vi panel) { return dot_pairs(acc, panel, set1_dwords(a)); }
   // Words of lanes a and b, rounded.
-  static BITFUSE_INLINE Vi words(Vf a, Vf b) {
-    const Vi index = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                      6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(index, (Vi)_mm512_cvtne2ps_pbh(b, a));
-  }
+  static BITFUSE_INLINE Vi words(Vf a, Vf b) { return pair_of_rounded(a, b); }
 };
 #endif
 
@@ -172,10 +166,10 @@ BITFUSE_INLINE Vf load_row(const typename Elements::Type* p, int64_t at, int64_t
 // kLanes words of a row, natural, from element `at`.
 template <class Dot, class Elements>
 BITFUSE_INLINE Vi load_words(const typename Elements::Type* p, int64_t at, int64_t dim) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if constexpr (Dot::kDepth == 2) {
     if (at + 2 * kLanes <= dim) return load_dwords(p + at);
-    return _mm512_maskz_loadu_epi16((__mmask32(1) << (dim - at)) - 1, p + at);
+    return load_bytes(p + at, 2 * (dim - at));
   } else
 #endif
     return as_dwords(load_row<Elements>(p, at, dim));
@@ -210,13 +204,13 @@ BITFUSE_INLINE void pack_turned(Row row, int64_t rows, int64_t dim, int64_t from
     const typename Elements::Type* p = row(r);
     for (int64_t i = r + kPrefetchRows; i < least(rows, r + kPrefetchRows + Dot::kDepth); ++i)
       prefetch_row(row(i), dim);
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
     if constexpr (Dot::kDepth == 2) {
       const typename Elements::Type* next = r + 1 < rows ? row(r + 1) : nullptr;
       for (int64_t i = 0; i < width; i += kLanes) {
-        const Vi low = shift_right<16>(as_dwords(load_row<Elements>(p, from + i, dim)));
-        const Vi high = next ? as_dwords(load_row<Elements>(next, from + i, dim)) : Vi{};
-        store_dwords(to + i, _mm512_or_si512(low, high));
+        const Vf low = load_row<Elements>(p, from + i, dim);
+        const Vf high = next ? load_row<Elements>(next, from + i, dim) : zero();
+        store_dwords(to + i, pair_of_exact(low, high));
       }
       continue;
     }

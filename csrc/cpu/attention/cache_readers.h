@@ -62,17 +62,6 @@ inline LowBitMatrix centred_codes(int middle) {
   return w;
 }
 
-#if defined(__AVX512F__)
-// The first `bytes` < 64 at p, then zeros.
-BITFUSE_INLINE Vi load_bytes(const char* p, int64_t bytes) {
-  return _mm512_maskz_loadu_epi8((uint64_t(1) << bytes) - 1, p);
-}
-#else
-BITFUSE_INLINE Vi load_bytes(const char* p, int64_t bytes) {
-  return load_some(reinterpret_cast<const uint8_t*>(p), bytes);
-}
-#endif
-
 template <class Code>
 struct CodeFloats {
   using Raw = Vi;
@@ -117,7 +106,7 @@ struct CodeFloats {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
 
 // Words of lanes low and high as pairs of bfloat16, rounded.
 BITFUSE_INLINE Vi pair_words(Vf low, Vf high) { return pair_of_rounded(low, high); }
@@ -142,17 +131,10 @@ struct PairRows {
   // of the low word; the high one is kWeights further
   static constexpr int column(int step, int lane) { return lane * 2 * Weights + step; }
   static BITFUSE_INLINE Vi load_q(const uint32_t* p) { return load_dwords(p); }
-  static BITFUSE_INLINE Vf accumulate(Vf acc, Vi w, Vi x) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x);
-  }
+  static BITFUSE_INLINE Vf accumulate(Vf acc, Vi w, Vi x) { return dot_pairs(acc, w, x); }
 
-  // Dword i: word i of a, then of b. `mask` has a bit for each of the 32 bytes that is there.
   static BITFUSE_INLINE Vi interleave(const char* a, const char* b, uint32_t mask) {
-    const Vi order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
-                                      6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const Vi low = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(mask, a));
-    const Vi high = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(mask, b));
-    return _mm512_permutex2var_epi16(low, order, high);
+    return load_interleaved_words(a, b, mask);
   }
 };
 
@@ -205,56 +187,44 @@ struct CodeWords {
       float(1 << Bits) / 2;  // of codes: what is lost of a product is taken so often
 
   static constexpr int64_t bytes_of(int64_t channels) { return channels * Bits / 8; }
-  BITFUSE_INLINE Raw load_block(const char* p) const {
-    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
+  BITFUSE_INLINE Raw load_block(const char* p) const { return spread_bytes_to_words(p); }
   BITFUSE_INLINE Raw load_part(const char* p, int64_t channels) const {
-    return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8((uint32_t(1) << bytes_of(channels)) - 1, p));
+    return spread_bytes_to_words_first(p, bytes_of(channels));
   }
   template <int J>
   BITFUSE_INLINE Vi weight(Raw raw) const {
     if constexpr (Bits == 8) return raw;
-    return J ? _mm512_srli_epi16(raw, 4) : _mm512_and_si512(raw, _mm512_set1_epi16(15));
+    return J ? shift_right_words<4>(raw) : and_dwords(raw, set1_words(15));
   }
   static BITFUSE_INLINE Vi load_q(const uint32_t* p) { return load_dwords(p); }
-  // By hand: of the intrinsic GCC 12 copies every accumulator before and after.
-  static BITFUSE_INLINE Vi accumulate(Vi acc, Vi w, Vi x) {
-    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "vm"(x));
-    return acc;
-  }
+  static BITFUSE_INLINE Vi accumulate(Vi acc, Vi w, Vi x) { return dot_words(acc, w, x); }
   static BITFUSE_INLINE Vi poison(Vi acc, Raw) { return acc; }
 
   // Products [kBlock] times factor, magnitudes up to 32767, as words in the order of the columns. Returns
   // lost + what their rounding took.
   static BITFUSE_INLINE Vf put_q(const float* products, Vf factor, uint32_t* to, Vf lost) {
     Vi words[kWeights];
-    const Vi order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
 #pragma GCC unroll 2
     for (int i = 0; i < kWeights; ++i) {
       const int at = 32 * i;
       const Vf x = mul(load(products + at), factor), y = mul(load(products + at + 16), factor);
-      const Vi low = _mm512_cvtps_epi32(x), high = _mm512_cvtps_epi32(y);
-      lost = add(lost, add(_mm512_reduce_ps(x, 0), _mm512_reduce_ps(y, 0)));  // less whole numbers
-      words[i] = _mm512_permutexvar_epi64(order, _mm512_packs_epi32(low, high));
+      lost = add(lost, add(less_nearest(x), less_nearest(y)));
+      words[i] = words_to_nearest(x, y);
     }
     if constexpr (Bits == 8) {
       store_dwords(to, words[0]);
       return lost;
     }
-    alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
-                                                       22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
-                                                       44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
-    const Vi even = load_dwords(kEven), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
-    store_dwords(to, _mm512_permutex2var_epi16(words[0], even, words[kWeights - 1]));
-    store_dwords(to + 16, _mm512_permutex2var_epi16(words[0], odd, words[kWeights - 1]));
+    store_dwords(to, even_words(words[0], words[kWeights - 1]));
+    store_dwords(to + 16, odd_words(words[0], words[kWeights - 1]));
     return lost;
   }
 
   // Operand J of interleaved words of V.
   template <int J>
   BITFUSE_INLINE Vi value_weight(Raw raw) const {
-    if constexpr (J == kValueWeights - 1) return _mm512_srli_epi16(raw, 16 - Bits);
-    return _mm512_and_si512(shift_right<Bits * J>(raw), _mm512_set1_epi16((1 << Bits) - 1));
+    if constexpr (J == kValueWeights - 1) return shift_right_words<16 - Bits>(raw);
+    return and_dwords(shift_right<Bits * J>(raw), set1_words((1 << Bits) - 1));
   }
   static BITFUSE_INLINE Vi interleave(const char* a, const char* b, uint32_t mask) {
     return PairRows<1>::interleave(a, b, mask);

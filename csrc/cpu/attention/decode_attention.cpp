@@ -57,67 +57,6 @@ BITFUSE_INLINE void prefetch_row(const char* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
 }
 
-// Lane i of the result: the sum of a[i].
-BITFUSE_INLINE Vf lane_sums(Vf (&a)[kLanes]) {
-#if defined(__AVX512F__)
-  Vf b[8], c[4];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    b[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d x = _mm512_castps_pd(b[2 * i]), y = _mm512_castps_pd(b[2 * i + 1]);
-    c[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    b[i] = add(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88),
-               _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
-  return add(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
-#else
-  Vi turned[kLanes];
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes; ++i) turned[i] = as_dwords(a[i]);
-  transpose(turned);
-  Vf total = as_float(turned[0]);
-#pragma GCC unroll 8
-  for (int i = 1; i < kLanes; ++i) total = add(total, as_float(turned[i]));
-  return total;
-#endif
-}
-
-#if defined(__AVX512BF16__)
-// The same of dwords.
-BITFUSE_INLINE Vi lane_sums(Vi (&a)[kLanes]) {
-  Vi b[8], c[4];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    b[i] = add_dwords(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
-                      _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    c[i] = add_dwords(_mm512_unpacklo_epi64(b[2 * i], b[2 * i + 1]),
-                      _mm512_unpackhi_epi64(b[2 * i], b[2 * i + 1]));
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    b[i] = add_dwords(_mm512_shuffle_i32x4(c[2 * i], c[2 * i + 1], 0x88),
-                      _mm512_shuffle_i32x4(c[2 * i], c[2 * i + 1], 0xdd));
-  return add_dwords(_mm512_shuffle_i32x4(b[0], b[1], 0x88), _mm512_shuffle_i32x4(b[0], b[1], 0xdd));
-}
-#endif
-
-BITFUSE_INLINE float largest_lane(Vf a) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(a);
-#else
-  alignas(64) float lanes[kLanes];
-  store(lanes, a);
-  float top = lanes[0];
-  for (int i = 1; i < kLanes; ++i) top = lanes[i] > top ? lanes[i] : top;
-  return top;
-#endif
-}
-
 // Where the rows of a unit's tokens lie: of head 0; a head is `head` bytes further.
 struct Unit {
   int64_t first, count;  // positions
@@ -330,7 +269,7 @@ class Span {
 
   void join(const float* low, const float* high, Element* to) const {
     for (int64_t at = 0; at < q_pitch_; at += kLanes) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
       if constexpr (K::kPairs) {
         store_dwords(to + at, pair_words(load(low + at), load(high + at)));
         continue;
@@ -401,7 +340,7 @@ class Span {
       for (int64_t c = 0; c < cache_.dim; c += kLanes) bias = fma(load(row + c), load(offset + c), bias);
       to.bias[t] = sum(bias);
       if constexpr (K::kWords) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
         float* product = products + t * kDim;
         Vf top[2] = {zero(), zero()};
         for (int64_t c = 0; c < round_up(cache_.dim, K::kBlock); c += 2 * kLanes)
@@ -410,7 +349,7 @@ class Span {
             const int64_t at = c + i * kLanes;
             const Vf x = mul(load(row + at), load(scale + at));
             store(product + at, x);
-            top[i] = _mm512_range_ps(x, top[i], 0xb);  // the larger magnitude
+            top[i] = larger_magnitude(x, top[i]);
           }
         to.unit[t] = word_factor(largest_lane(maximum(top[0], top[1])));
 #endif
@@ -420,7 +359,7 @@ class Span {
       }
     }
     if constexpr (K::kWords) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
       for (int64_t t = 0; t < rows; ++t) {
         const Vf factor = set1(to.unit[t]);
         const float unit = 1 / to.unit[t], power = natural[t * natural_pitch_ + used_];
@@ -496,8 +435,8 @@ class Span {
       if (rest_) block([&](const char* p) { return reader_.load_part(p + blocks_ * K::kBlockBytes, rest_); });
       alignas(64) float sums[kLanes];
       if constexpr (K::kWords) {
-#if defined(__AVX512BF16__)
-        store(sums, fma(_mm512_cvtepi32_ps(lane_sums(acc)), unit, plus));
+#if BITFUSE_PAIRS
+        store(sums, fma(to_floats(lane_sums(acc)), unit, plus));
 #endif
       } else {
         store(sums, add(lane_sums(acc), plus));
@@ -598,59 +537,20 @@ class Span {
     to_float(scales, Dtype::kFloat16, to.scale, kUnit * padded_);
     to_float(offsets, Dtype::kFloat16, to.offset, kUnit * padded_);
     centre(to.scale, to.offset, kUnit * padded_);
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
     if constexpr (V::kWords) find_tops(to);
 #endif
   }
 
-#if defined(__AVX512BF16__)
-  // The maximum of each of 16 pairs, [pair][padded groups].
-  BITFUSE_INLINE Vf tops_of(const float* from) const {
-    if (padded_ == 1) return load(from);
-    if (padded_ == 2) {
-      const Vi even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-      const Vi odd = add_dwords(even, set1_dwords(1));
-      const Vf a = load(from), b = load(from + 16);
-      return maximum(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
-    }
-    Vf part[4];  // [4 pairs][4 groups]
-    for (int i = 0; i < 4; ++i, from += 4 * padded_) {
-      if (padded_ == 4) {
-        part[i] = load(from);
-        continue;
-      }
-      Vf half[2];  // [2 pairs][8 groups]
-      for (int j = 0; j < 2; ++j) {
-        const Vf a = load(from + 2 * padded_ * j);
-        if (padded_ == 8) {
-          half[j] = a;
-        } else {
-          const Vf b = load(from + 2 * padded_ * j + 16);
-          half[j] = maximum(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-        }
-      }
-      part[i] =
-          maximum(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
-    }
-    const Vf x = maximum(_mm512_unpacklo_ps(part[0], part[1]), _mm512_unpackhi_ps(part[0], part[1]));
-    const Vf y = maximum(_mm512_unpacklo_ps(part[2], part[3]), _mm512_unpackhi_ps(part[2], part[3]));
-    const __m512d z = _mm512_castps_pd(x), w = _mm512_castps_pd(y);
-    const Vf low = _mm512_castpd_ps(_mm512_unpacklo_pd(z, w)),
-             high = _mm512_castpd_ps(_mm512_unpackhi_pd(z, w));
-    const Vi order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    return _mm512_permutexvar_ps(order, maximum(low, high));
-  }
-
+#if BITFUSE_PAIRS
   void find_tops(ValueScales& v) const {
     const int64_t half = kUnit / 2 * padded_;
     Vf tops[2][2];  // of even tokens and of odd ones
     for (int odd = 0; odd < 2; ++odd)
-      for (int i = 0; i < 2; ++i) tops[odd][i] = tops_of(v.scale + odd * half + i * half / 2);
-    const Vi low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const Vi high = add_dwords(low, set1_dwords(8));
+      for (int i = 0; i < 2; ++i) tops[odd][i] = group_maxima(v.scale + odd * half + i * half / 2, padded_);
     for (int i = 0; i < 2; ++i) {
-      store(v.top + 32 * i, _mm512_permutex2var_ps(tops[0][i], low, tops[1][i]));
-      store(v.top + 32 * i + 16, _mm512_permutex2var_ps(tops[0][i], high, tops[1][i]));
+      store(v.top + 32 * i, interleave_low(tops[0][i], tops[1][i]));
+      store(v.top + 32 * i + 16, interleave_high(tops[0][i], tops[1][i]));
     }
   }
 #endif
@@ -676,7 +576,7 @@ class Span {
     alignas(64) int32_t index[kLanes];
     Vf sums = mul(load(offsets), rescale);
     if constexpr (V::kPairs) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
       const int64_t half = kUnit / 2 * padded_, tokens = 2 * kLanes / padded_;
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / padded_ * 2);
       const Vi even = load_dwords(index), odd = add_dwords(even, set1_dwords(1));
@@ -689,13 +589,13 @@ class Span {
       for (int64_t t = 0, at = 0; t < count; t += tokens, at += kLanes) {
         // one group: of two vectors, which the 5 bits of an index reach; else the upper is not
         const Vf both = load(p + t), more = padded_ == 1 ? load(p + t + kLanes) : both;
-        const Vf low = mul(_mm512_permutex2var_ps(both, even, more), factor);
-        const Vf high = mul(_mm512_permutex2var_ps(both, odd, more), factor);
+        const Vf low = mul(permute(both, more, even), factor);
+        const Vf high = mul(permute(both, more, odd), factor);
         added = fma(low, load(v.offset + at), added);
         added = fma(high, load(v.offset + half + at), added);
-        const Vi x = _mm512_cvtps_epi32(mul(low, load(v.scale + at)));
-        const Vi y = _mm512_cvtps_epi32(mul(high, load(v.scale + half + at)));
-        store_dwords(to + at, _mm512_or_si512(x, shift_left<16>(y)));
+        const Vi x = to_nearest(mul(low, load(v.scale + at)));
+        const Vi y = to_nearest(mul(high, load(v.scale + half + at)));
+        store_dwords(to + at, or_dwords(x, shift_left<16>(y)));
       }
       sums = fma(added, set1(word), sums);
 #endif
@@ -725,13 +625,13 @@ class Span {
           fold_values(scales, r + i, now.count, p + i * pitch,
                       my_.offsets + (h * plan_.row_slots + r + i) * kOffsets, units[i]);
       } else if constexpr (V::kPairs) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t t = 0; t < now.count; t += 2 * kLanes) {
             const float* s = my_.s + (r + i) * kPitch + t;
             // past the last vector that holds a token s is not set
             const Vf high = t + kLanes < now.count ? load(s + kLanes) : zero();
-            store_dwords(p + i * pitch + t / 2, (Vi)_mm512_cvtne2ps_pbh(high, load(s)));
+            store_dwords(p + i * pitch + t / 2, bfloats_of(load(s), high));
           }
 #endif
       } else {
@@ -784,7 +684,7 @@ class Span {
           }
         }
       if constexpr (V::kPairs) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
         constexpr int kWords = kWide / V::kValueWeights;  // vectors of words in the stretch
         uint32_t masks[kWords];
         [[maybe_unused]] int64_t groups[2 * kWords] = {};
@@ -817,8 +717,7 @@ class Span {
               for (int row = 0; row < Rows; ++row) {
                 const Element* y = x + row * pitch;
                 own[row] = set1_dwords(y[groups[2 * kWord]]);
-                if constexpr (V::kHalves)
-                  own[row] = _mm512_mask_set1_epi32(own[row], 0xff00, int(y[groups[2 * kWord + 1]]));
+                if constexpr (V::kHalves) own[row] = set_high_half(own[row], y[groups[2 * kWord + 1]]);
               }
             }
             unrolled<V::kValueWeights>([&](auto step) __attribute__((always_inline)) {
@@ -832,7 +731,7 @@ class Span {
               if (any_nan(raw)) [[unlikely]]
                 unrolled<V::kValueWeights>([&](auto step) {
                   constexpr int kStep = decltype(step)::value, kVec = kWord * V::kValueWeights + kStep;
-                  const Vi one = _mm512_and_si512(shift_right<8 * kStep>(raw), set1_dwords(0x00ff00ff));
+                  const Vi one = and_dwords(shift_right<8 * kStep>(raw), set1_dwords(0x00ff00ff));
                   for (int row = 0; row < Rows; ++row) acc[row][kVec] = add(acc[row][kVec], nan_lanes(one));
                 });
           });
@@ -873,8 +772,8 @@ class Span {
         for (int v = 0; v < kWide; ++v) {
           float* to = o + row * o_pitch_ + c + v * kLanes;
           if constexpr (V::kWords) {
-#if defined(__AVX512BF16__)
-            store(to, fma(_mm512_cvtepi32_ps(acc[row][v]), set1(units[row]), before(row, v)));
+#if BITFUSE_PAIRS
+            store(to, fma(to_floats(acc[row][v]), set1(units[row]), before(row, v)));
 #endif
           } else {
             store(to, acc[row][v]);
@@ -930,7 +829,7 @@ class Span {
 // f(reader) with the reader of rows as floats of `dtype`, or as codes.
 template <class F>
 void with_dense(Dtype dtype, F f) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if (dtype == Dtype::kBfloat16) return f(DensePairs{});
 #endif
   with_elements(dtype, [&](auto elements) { f(DenseFloats<decltype(elements)>{}); });
@@ -938,7 +837,7 @@ void with_dense(Dtype dtype, F f) {
 
 template <class F>
 void with_reader(CacheFormat format, Dtype dtype, F f) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if (format == CacheFormat::kFp8 && dtype == Dtype::kBfloat16) return f(Fp8Pairs{});
   // 16 bits of a query are more than float16 has
   if (format == CacheFormat::kInt8 && dtype != Dtype::kFloat32) return f(CodeWords<8>{});

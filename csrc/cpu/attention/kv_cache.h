@@ -2,10 +2,11 @@
 #pragma once
 
 #include "common/kv_cache.h"
+#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
-#define BITFUSE_DECLARE_LEVEL(level)             \
+#define BITFUSE_DECLARE_LEVEL(level, ...)        \
   namespace level {                              \
   void append_kv(const AppendArgs& call);        \
   void quantize_kv(const QuantizeKvArgs& call);  \
@@ -13,10 +14,7 @@ namespace bitfuse {
   void decode_attention(const DecodeArgs& call); \
   void merge_attention(const MergeArgs& call);   \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

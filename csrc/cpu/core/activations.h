@@ -2,8 +2,8 @@
 // or so of the exact value, tails included. NaN comes out as NaN, infinities and huge values as the limits.
 #pragma once
 
-#include "cpu/isa/simd.h"
 #include "common/types.h"
+#include "cpu/isa/contract.h"
 
 namespace bitfuse::BITFUSE_ISA {
 

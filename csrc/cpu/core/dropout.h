@@ -2,7 +2,7 @@
 // and a column, compared with a threshold.
 #pragma once
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/contract.h"
 
 namespace bitfuse::BITFUSE_ISA {
 

@@ -1,7 +1,7 @@
 // Vectors of floats from and to memory of any dtype.
 #pragma once
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/contract.h"
 #include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse::BITFUSE_ISA {

@@ -6,7 +6,7 @@
 // like these.
 #pragma once
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/contract.h"
 #include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -92,7 +92,7 @@ BITFUSE_INLINE constexpr int64_t code_bytes(int64_t codes) {
   return codes * Code::kBits / 8;
 }
 
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
 
 // Pairs of codes as pairs of bfloat16, the operand of vdpbf16ps: dword lane i holds code J in its low word
 // and code J + kPerDword / 2 in its high word. That order costs nothing here (one shift serves both words)
@@ -101,16 +101,6 @@ BITFUSE_INLINE constexpr int64_t code_bytes(int64_t codes) {
 // Where every value is a bfloat16 (integers to 8 bits, FP8), the pair is exact and the scale is left to the
 // accumulators; else (NF4) the scale is folded in float32 and the product rounded, as in a dense bfloat16
 // weight.
-
-BITFUSE_INLINE Vi pair_of_exact(Vf low, Vf high) {  // the low words of both are zero
-  return _mm512_or_si512(shift_right<16>(as_dwords(low)), as_dwords(high));
-}
-
-BITFUSE_INLINE Vi pair_of_rounded(Vf low, Vf high) {
-  const Vi interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(interleave, (Vi)_mm512_cvtne2ps_pbh(high, low));
-}
 
 template <class Code>
 struct ExactPairs {
@@ -143,41 +133,18 @@ struct ExactPairs<NibbleCode<Zeros>> {
   template <int J>
   BITFUSE_INLINE Vi pair(Vi dwords, Vf zero) const {
     Vi index = shift_right<4 * J>(dwords);
-    if constexpr (Zeros) {
-      Vi z = _mm512_cvttps_epi32(zero);
-      z = _mm512_or_si512(z, _mm512_slli_epi32(z, 16));
-      index = _mm512_sub_epi16(_mm512_and_si512(index, _mm512_set1_epi32(0x000f000f)), z);
-    }
-    return _mm512_permutexvar_epi16(index, table);
+    if constexpr (Zeros) index = sub_words(and_dwords(index, set1_dwords(0x000f000f)), in_both_words(zero));
+    return permute_words(table, index);
   }
 };
 
-// In words: sign, exponent and mantissa go to their places by an arithmetic shift and one addition to the
-// exponent; the eight subnormals are looked up.
 template <>
 struct ExactPairs<E4m3Code> {
-  Vi subnormals;
-
-  explicit ExactPairs(const LowBitMatrix&) {
-    alignas(64) uint16_t words[32] = {};
-    for (int i = 0; i < 8; ++i) {
-      float v = float(i) * 0.001953125f;  // 2^-9
-      uint32_t bits;
-      std::memcpy(&bits, &v, 4);
-      words[i] = uint16_t(bits >> 16);
-    }
-    subnormals = load_dwords(words);
-  }
+  E4m3Pairs pairs;
+  explicit ExactPairs(const LowBitMatrix&) {}
   template <int J>
   BITFUSE_INLINE Vi pair(Vi dwords, Vf) const {
-    constexpr int kOrAnd = 0xf0 | (0xcc & 0xaa);  // a | (b & c)
-    const Vi top = J == 0 ? _mm512_slli_epi16(dwords, 8) : dwords;
-    const Vi bits =
-        _mm512_and_si512(_mm512_srai_epi16(top, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)));
-    const __mmask32 subnormal = _mm512_testn_epi16_mask(bits, _mm512_set1_epi16(0x0780));
-    const Vi normal = _mm512_add_epi16(bits, _mm512_set1_epi16(120 << 7));
-    const Vi value = _mm512_mask_permutexvar_epi16(normal, subnormal, _mm512_srli_epi16(bits, 4), subnormals);
-    return _mm512_ternarylogic_epi32(value, bits, _mm512_set1_epi16(static_cast<short>(0x8000)), kOrAnd);
+    return pairs.pair<J>(dwords);
   }
 };
 
@@ -228,7 +195,7 @@ struct E4m3ByteSteps : FloatSteps<E4m3Code> {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
 template <class CodeType>
 struct PairSteps {
   using Code = CodeType;
@@ -246,10 +213,8 @@ struct PairSteps {
     return code.template pair<J>(dwords, zero);
   }
   static BITFUSE_INLINE Vi load_x(const uint32_t* x) { return load_dwords(x); }
-  static BITFUSE_INLINE Vi broadcast(const uint32_t* x) { return _mm512_set1_epi32(static_cast<int>(*x)); }
-  static BITFUSE_INLINE Vf accumulate(Vf sum, Vi weight, Vi x) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
-  }
+  static BITFUSE_INLINE Vi broadcast(const uint32_t* x) { return set1_dwords(*x); }
+  static BITFUSE_INLINE Vf accumulate(Vf sum, Vi weight, Vi x) { return dot_pairs(sum, weight, x); }
 };
 #endif
 

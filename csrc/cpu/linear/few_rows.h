@@ -150,7 +150,7 @@ void quad(const Steps& steps, const LowBitMatrix& w, const uint8_t* codes, int64
   };
   const int64_t whole = row_bytes / kBytes, rest = row_bytes % kBytes;
   for (int64_t b = 0; b < whole; ++b) block(b, [](const uint8_t* at) { return load_dwords(at); });
-  if (rest) block(whole, [&](const uint8_t* at) { return load_some(at, rest); });
+  if (rest) block(whole, [&](const uint8_t* at) { return load_bytes(at, rest); });
   if (addend.t) add_rows(addend, n, valid, total);
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)

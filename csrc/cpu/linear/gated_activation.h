@@ -2,17 +2,15 @@
 #pragma once
 
 #include "common/linear.h"
+#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
-#define BITFUSE_DECLARE_LEVEL(level)                      \
+#define BITFUSE_DECLARE_LEVEL(level, ...)                 \
   namespace level {                                       \
   void gated_activation(const GatedActivationArgs& call); \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

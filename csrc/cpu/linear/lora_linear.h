@@ -2,10 +2,11 @@
 #pragma once
 
 #include "common/linear.h"
+#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
-#define BITFUSE_DECLARE_LEVEL(level)                   \
+#define BITFUSE_DECLARE_LEVEL(level, ...)              \
   namespace level {                                    \
   void lora_shrink(const LoraShrinkArgs& call);        \
   void lora_expand(const LoraExpandArgs& call);        \
@@ -13,10 +14,7 @@ namespace bitfuse {
   void lora_times(const LoraTimesArgs& call);          \
   void lora_outer(const LoraOuterArgs& call);          \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

@@ -118,7 +118,7 @@ template <class Elements, int Ranks>
 constexpr Dots kDots[kDotRows + 1] = {nullptr, dots<Elements, 1, Ranks>, dots<Elements, 2, Ranks>,
                                       dots<Elements, 3, Ranks>, dots<Elements, 4, Ranks>};
 
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
 // The same for bfloat16 x and A, pairs of the contraction at a time.
 template <int Rows, int Ranks>
 void dots_pairs(const uint16_t* x, int64_t x_stride, const uint16_t* a, int64_t a_stride, int64_t depth,
@@ -136,16 +136,13 @@ void dots_pairs(const uint16_t* x, int64_t x_stride, const uint16_t* a, int64_t 
     for (int r = 0; r < Rows; ++r) {
       const Vi v = read(x + r * x_stride);
 #pragma GCC unroll 4
-      for (int j = 0; j < Ranks; ++j) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], (__m512bh)v, (__m512bh)b[j]);
+      for (int j = 0; j < Ranks; ++j) acc[r][j] = dot_pairs(acc[r][j], v, b[j]);
     }
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= depth; i += 2 * kLanes)
     step([&](const uint16_t* p) { return load_dwords(p + i); });
-  if (i < depth) {
-    const __mmask32 rest = static_cast<__mmask32>((uint64_t(1) << (depth - i)) - 1);
-    step([&](const uint16_t* p) { return _mm512_maskz_loadu_epi16(rest, p + i); });
-  }
+  if (i < depth) step([&](const uint16_t* p) { return load_bytes(p + i, 2 * (depth - i)); });
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
@@ -174,7 +171,7 @@ class Shrink {
         dtype_(dtype),
         row_stride_(row_stride),
         depth_(depth) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
     pairs_ = !masked_ && dtype == Dtype::kBfloat16 && adapter.a_dtype == Dtype::kBfloat16;
 #endif
     packed_ = !pairs_ && (masked_ || dtype != Dtype::kFloat32);
@@ -227,7 +224,7 @@ class Shrink {
           for (int64_t r = 0, tile; r < rows; r += tile) {
             tile = least(kDotRows, rows - r);
             float* out = adapter_.h + (row + r) * adapter_.rank + j;
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
             if (pairs_) {
               const auto* words = static_cast<const uint16_t*>(x_) + (row + r) * row_stride_ + k;
               const auto* a_words = static_cast<const uint16_t*>(adapter_.a) + j * depth_ + k;

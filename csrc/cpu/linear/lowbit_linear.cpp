@@ -19,7 +19,7 @@ template <class Code>
 void forward(const LowbitLinearArgs& call) {
   const bool long_groups = call.w.group_size >= kShortGroup;
   const bool few = call.rows <= kFewRows;
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if (call.dtype == Dtype::kBfloat16) {
     const bool exact = values_are_bfloat16(call.w);
     if (exact && Code::kPairsInTiles && few) return few_rows<PairSteps<Code>>(call);
@@ -42,7 +42,7 @@ void forward(const LowbitLinearArgs& call) {
 
 template <class Code>
 void gradient(const LowbitLinearArgs& call) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if (call.dtype == Dtype::kBfloat16) return multiply<Gradient<Code, Panel::kRoundedPairs>>(call);
 #endif
   multiply<Gradient<Code, Panel::kFloats>>(call);

@@ -11,7 +11,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/contract.h"
 #include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -56,7 +56,7 @@ using TileFloat = void (*)(const float*, int64_t, const float*, int, float*, boo
 constexpr TileFloat kTileFloat[kMaxRows + 1] = {nullptr,       tile_float<1>, tile_float<2>, tile_float<3>,
                                                 tile_float<4>, tile_float<5>, tile_float<6>};
 
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
 // c[Rows][kWidth] (+)= scale[kWidth] * (x[Rows][2 * pairs] panel[pairs][kWidth]); x_stride counts
 // bfloat16.
 template <int Rows>
@@ -73,11 +73,11 @@ void tile_pairs(const uint16_t* x, int64_t x_stride, const uint32_t* panel, int 
     for (int v = 0; v < kVecs; ++v) b[v] = load_dwords(panel + i * kWidth + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      int32_t pair;
+      uint32_t pair;
       std::memcpy(&pair, x + r * x_stride + 2 * i, 4);
-      Vi a = _mm512_set1_epi32(pair);
+      const Vi a = set1_dwords(pair);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], (__m512bh)b[v], (__m512bh)a);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = dot_pairs(acc[r][v], b[v], a);
     }
   }
 #pragma GCC unroll 8
@@ -223,13 +223,6 @@ BITFUSE_INLINE const void* element(const void* p, Dtype dtype, int64_t index) {
 }
 BITFUSE_INLINE void* element(void* p, Dtype dtype, int64_t index) {
   return static_cast<char*>(p) + index * size_of(dtype);
-}
-
-// The first `bytes` bytes at p, then zeros: a load that ends where the row ends.
-BITFUSE_INLINE Vi load_some(const uint8_t* p, int64_t bytes) {
-  alignas(64) uint8_t buffer[4 * kLanes] = {};
-  std::memcpy(buffer, p, size_t(bytes));
-  return load_dwords(buffer);
 }
 
 }  // namespace bitfuse::BITFUSE_ISA

@@ -57,7 +57,7 @@ struct FloatDots {
   static BITFUSE_INLINE Vf accumulate(Vf sum, Vf a, Vf x) { return fma(a, x, sum); }
 };
 
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
 // The same for x and A in bfloat16: products of pairs.
 struct PairDots {
   using Element = uint16_t;
@@ -68,11 +68,9 @@ struct PairDots {
     return load_dwords(static_cast<const uint16_t*>(a) + i);
   }
   static BITFUSE_INLINE Vi load_last_a(const void* a, int64_t i, int64_t count) {
-    return load_some(reinterpret_cast<const uint8_t*>(static_cast<const uint16_t*>(a) + i), 2 * count);
+    return load_bytes(static_cast<const uint16_t*>(a) + i, 2 * count);
   }
-  static BITFUSE_INLINE Vf accumulate(Vf sum, Vi a, Vi x) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)x);
-  }
+  static BITFUSE_INLINE Vf accumulate(Vf sum, Vi a, Vi x) { return dot_pairs(sum, a, x); }
 };
 #endif
 
@@ -256,7 +254,7 @@ void add_adapters(const MultiLoraSegments& call) {
 }  // namespace
 
 void multi_lora_add(const MultiLoraSegments& call) {
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if (call.dtype == Dtype::kBfloat16 && call.a_dtype == Dtype::kBfloat16) return add_adapters<PairDots>(call);
 #endif
   if (call.a_dtype == Dtype::kFloat32) {

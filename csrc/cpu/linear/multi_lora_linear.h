@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/types.h"
+#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
@@ -23,14 +24,11 @@ struct MultiLoraSegments {
   void* y;
 };
 
-#define BITFUSE_DECLARE_LEVEL(level)                  \
+#define BITFUSE_DECLARE_LEVEL(level, ...)             \
   namespace level {                                   \
   void multi_lora_add(const MultiLoraSegments& call); \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

@@ -96,7 +96,7 @@ BITFUSE_INLINE void tile_numbers(int rows, const void* x, int64_t x_stride, int6
     kTileFloat[rows](static_cast<const float*>(x) + at, x_stride,
                      static_cast<const float*>(panel) + within * kWidth, int(count), sums, at == 0);
   }
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
   if constexpr (in_pairs(Kind)) {
     kTilePairs[rows](static_cast<const uint16_t*>(x) + at, x_stride,
                      static_cast<const uint32_t*>(panel) + within / 2 * kWidth, int((count + 1) / 2), scale,
@@ -136,7 +136,7 @@ template <class Code, Panel Kind>
 struct StepsOf {
   using type = FloatSteps<Code>;
 };
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
 template <class Code>
 struct StepsOf<Code, Panel::kExactPairs> {
   using type = PairSteps<Code>;
@@ -215,7 +215,7 @@ class Forward {
 #pragma GCC unroll 16
           for (int i = 0; i < kLanes; ++i) a[i] = load_dwords(row[i] + 4 * at);
         } else {
-          for (int i = 0; i < kLanes; ++i) a[i] = load_some(row[i] + 4 * at, 4 * ((w_.k - k) / P - at));
+          for (int i = 0; i < kLanes; ++i) a[i] = load_bytes(row[i] + 4 * at, 4 * ((w_.k - k) / P - at));
         }
         transpose(a);
         const int count = int(least(kLanes, dwords - at));
@@ -314,7 +314,7 @@ class Forward {
         store(to + J * kWidth, mul(steps_.template weight<J>(dwords, z), s));
       });
     }
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
     if constexpr (in_pairs(Kind)) {
       uint32_t* to = static_cast<uint32_t*>(panel) + depth / 2 * kWidth + lane;
       unrolled<P / 2>([&](auto j) __attribute__((always_inline)) {
@@ -388,7 +388,7 @@ class Gradient {
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) store(static_cast<float*>(panel) + i * kWidth + v * kLanes, row[v]);
       }
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
       if constexpr (Kind == Panel::kRoundedPairs) {
         Vf odd[kVecs];
         if (++i < end - n) {
@@ -471,13 +471,12 @@ void pack_rows(const LowbitLinearArgs& call, int64_t row, int64_t count, int64_t
       const auto* x = static_cast<const uint16_t*>(from);
       auto* out = static_cast<uint16_t*>(to) + r * stride;
       int64_t k = 0;
-#if defined(__AVX512BF16__)
+#if BITFUSE_PAIRS
       alignas(64) uint16_t order[32];
       for (int i = 0; i < 32; ++i)
         order[i] = uint16_t(i / Order * Order + i % Order / 2 + i % 2 * (Order / 2));
       const Vi index = load_dwords(order);
-      for (; k + 32 <= depth; k += 32)
-        store_dwords(out + k, _mm512_permutexvar_epi16(index, load_dwords(x + k)));
+      for (; k + 32 <= depth; k += 32) store_dwords(out + k, permute_words(load_dwords(x + k), index));
 #endif
       for (; k < depth; k += Order)
         for (int i = 0; i < Order; ++i) out[k + i] = x[k + i / 2 + i % 2 * (Order / 2)];

@@ -22,7 +22,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/contract.h"
 #include "cpu/linear/matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -35,16 +35,6 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 BITFUSE_INLINE Floats floats(Vf a) { return (Floats)a; }
 BITFUSE_INLINE Dwords bits(Floats a) { return (Dwords)a; }
-
-BITFUSE_INLINE Floats square_root(Floats a) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_sqrt_ps((Vf)a);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_sqrt_ps((Vf)a);
-#else
-  return Floats{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])};
-#endif
-}
 
 constexpr int kSegments = 9;
 constexpr int kQuarterOffset = 15;  // exponent field & 15 of a float in [1, 2)
@@ -206,7 +196,7 @@ BITFUSE_INLINE void update_block(const AdamW8bitArgs& call, const Map<true>& m_m
     store(v_kept + i, v);
     m_most = larger(m_most, floats(m));
     v_most = larger(v_most, floats(v));
-    const Floats denominator = square_root(floats(v)) * call.inverse_correction + call.eps;
+    const Floats denominator = floats(square_root(v)) * call.inverse_correction + call.eps;
     const Vf change = (Vf)(floats(m) / denominator);
     Element<P>::put(p + i, fma(set1(-call.step_size), change, mul(set1(call.decay), Element<P>::get(p + i))));
   }

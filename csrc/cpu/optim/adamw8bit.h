@@ -2,17 +2,15 @@
 #pragma once
 
 #include "common/optim.h"
+#include "cpu/isa/levels.h"
 
 namespace bitfuse {
 
-#define BITFUSE_DECLARE_LEVEL(level)         \
+#define BITFUSE_DECLARE_LEVEL(level, ...)    \
   namespace level {                          \
   void adamw8bit(const AdamW8bitArgs& call); \
   }
-BITFUSE_DECLARE_LEVEL(portable)
-BITFUSE_DECLARE_LEVEL(avx2)
-BITFUSE_DECLARE_LEVEL(avx512)
-BITFUSE_DECLARE_LEVEL(avx512bf16)
+BITFUSE_LEVELS(BITFUSE_DECLARE_LEVEL)
 #undef BITFUSE_DECLARE_LEVEL
 
 }  // namespace bitfuse

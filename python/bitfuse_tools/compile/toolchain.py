@@ -44,12 +44,6 @@ CXXFLAGS += ("-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 NVCCFLAGS = ("-std=c++20", "-O3", "-lineinfo", "-cudart", "shared")
 # an older g++ says 201709 of C++20
 PROBE = "#include <bit>\n#include <concepts>\nstatic_assert(__cplusplus >= 202002L);\n"
-X86_LEVELS = {
-    "portable": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-}
-X86_LEVELS["avx512bf16"] = [*X86_LEVELS["avx512"], "-mavx512vnni", "-mavx512bf16"]
 
 
 class CompilerMissing(RuntimeError):
@@ -546,10 +540,24 @@ def link(target: Path, objects: Sequence[Path], libraries: Sequence[str]) -> Pat
 # what bitfuse is made of
 
 
-def levels() -> dict[str, list[str]]:
-    """The instruction-set levels that every csrc/cpu/*.cpp is compiled for; one is picked at run time."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return X86_LEVELS if x86 else {"portable": []}
+def levels(csrc: Path, machine: str | None = None) -> dict[str, list[str]]:
+    """The instruction-set levels that every csrc/cpu/*.cpp is compiled for, the narrowest first, with their
+    compiler's flags, as csrc/cpu/isa/levels.h lists them; one is picked at run time.
+
+    Args:
+        csrc: the folder of the sources.
+        machine: as platform.machine() calls it; None: this one.
+    """
+    machine = (machine or platform.machine()).lower()
+    rows = (csrc / "cpu" / "isa" / "levels.h").read_text().replace("\\\n", "")
+    name = {"x86_64": "X86_64", "amd64": "X86_64", "aarch64": "AARCH64", "arm64": "AARCH64"}
+    (line,) = re.findall(rf"#define BITFUSE_LEVELS_{name.get(machine, 'OTHER')}\(LEVEL, \.\.\.\)(.*)", rows)
+    found: dict[str, list[str]] = {}
+    flags: list[str] = []
+    for level, needs in re.findall(r"LEVEL\((\w+),(.*?), *__VA_ARGS__\)", line):
+        flags = flags + [f"-m{feature}" for feature in re.findall(r"CPU_HAS\((\w+)\)", needs)]
+        found[level] = flags
+    return found
 
 
 def pybind11_release() -> tuple[str, str]:
@@ -577,7 +585,7 @@ def cpu_jobs(csrc: Path, out: Path) -> list[Job]:
     jobs = [
         Job((*common, f"-DBITFUSE_ISA={level}", *flags), source, out / f"{source.stem}.{level}.o")
         for source in sorted((csrc / "cpu").rglob("*.cpp"))
-        for level, flags in levels().items()
+        for level, flags in levels(csrc).items()
     ]
     return jobs + [
         Job(tuple(bindings), source, out / "bind" / f"{source.stem}.o", (pybind11_release(),))
