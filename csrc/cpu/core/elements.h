@@ -1,8 +1,8 @@
 // Vectors of floats from and to memory of any dtype.
 #pragma once
 
+#include "common/types.h"
 #include "cpu/isa/contract.h"
-#include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse::BITFUSE_ISA {
 

@@ -11,8 +11,8 @@ from ..hypothetical import EVERY
 COLUMNS = {"reference": "reference", "cpp": "C++ on the CPU", "triton": "Triton", "cuda": "CUDA C++"}
 # what a cell's "yes" stands for, and what its words come in addition to
 USUAL = (
-    "The reference runs on any device, C++ on any CPU (AVX-512 BF16, AVX-512, AVX2, portable), Triton and "
-    "CUDA C++ on sm_80 and later. A cell with words asks for that too."
+    "The reference runs on any device, C++ on any CPU (AVX-512 BF16, AVX-512, AVX2, NEON, portable), Triton "
+    "and CUDA C++ on sm_80 and later. A cell with words asks for that too."
 )
 
 
