@@ -24,7 +24,7 @@ import torch
 
 from ...core.device import Device, device_of
 from ...ops.attention.kv_cache import BITS, CacheTensors, Rotary
-from ..core.launch import Plan, alignment_of, constexpr, dtype_of, jit, planned, refuse, tl
+from ..core.launch import Plan, alignment_of, constexpr, dtypes_of, jit, planned, refuse, tl
 from .layouts import FARTHEST, LONGEST, padded
 from .rope import rotary_numbers, rotary_tensors, turned
 
@@ -512,7 +512,7 @@ def run(
     )  # fmt: skip
     row = Rows(dim, dim_v, new_align, align, page, half, rotary.interleaved)
     code = Codes(BITS[cache.format], cache.group_size, cache.channel_group) if codes else None
-    kind = (tuple(dtype_of(t) for t in tensors), tuple(n >= 2**31 for n in numbers))
+    kind = (dtypes_of(tensors), tuple([n >= 2**31 for n in numbers]))
     plan = _plan(device_of(device), tokens, heads, batch, row, code, kind)
     page_size = (to_k.shape[1],) if codes else ()
     plan.launch((*tensors, *numbers, *page_size), alignment_of(new_k, new_v, to_k, to_v, cos, sin))

@@ -9,7 +9,7 @@ import torch
 
 from ...ops.attention.attention_args import AttentionArgs
 from ..core.dropout import threshold_of
-from ..core.launch import Plan, alignment_of, contiguous, dtype_of, refuse
+from ..core.launch import Plan, alignment_of, contiguous, dtypes_of, refuse
 from .attention_logits import Forms
 from .layouts import FARTHEST, LONGEST, MAX_HEAD_DIM, Layout, layout, padded, vector
 
@@ -197,7 +197,7 @@ def problem_of(
     layouts = tuple(None if t is None else layout(t) for t in (q, k, v, a.prefix_k, a.prefix_v))
     walked = tuple(layout(t) for t in others)
     align = vector((*layouts, *walked))
-    strides = Layouts(*(s // align for x in layouts for s in ((0, 0, 0) if x is None else x[1:])))
+    strides = Layouts._make([s // align for x in layouts for s in ((0, 0, 0) if x is None else x[1:])])
     bias = bias_layout(a.bias)
     natural = q.dtype == torch.float32
     scale, cap = scales(a, natural)
@@ -218,8 +218,8 @@ def problem_of(
         positive, cap_kind(q.dtype, a.softcap), bias.rows, bias.columns, dim != padded(dim),
         dim_v != padded(dim_v), natural,
     )  # fmt: skip
-    kinds = tuple(dtype_of(t) for t in tensors)
-    wide = tuple(n >= 2**31 for n in (*strides, *bias_strides))
+    kinds = dtypes_of(tensors)
+    wide = tuple([n >= 2**31 for n in (*strides, *bias_strides)])
     plain = scale > 0 and not (cap or a.dropout_p) and a.bias is None and a.alibi_slopes is None
     aligned = alignment_of(*tensors[:6], *(x.tensor for x in walked))
     walked = tuple(Layout(x.tensor, x.batch // align, x.row // align, x.head // align) for x in walked)
@@ -235,4 +235,4 @@ def launch(
 ) -> None:
     """A plan whose grid is the tiles of one head, for this many heads, with a kernel's own arguments."""
     inputs = (*p.tensors, *tensors, *p.numbers, *numbers)
-    plan._replace(grid=(plan.grid[0] * heads, 1, 1)).launch(inputs, p.alignment)
+    plan.launch(inputs, p.alignment, (plan.grid[0] * heads, 1, 1))

@@ -28,7 +28,7 @@ import torch
 
 from ...core.device import Device, device_of
 from ...ops.attention.kv_cache import BITS, CacheTensors, DecodeArgs, Rotary
-from ..core.launch import Plan, alignment_of, contiguous, dtype_of, jit, planned, tl
+from ..core.launch import Plan, alignment_of, contiguous, dtypes_of, jit, planned, tl
 from . import append_kv
 from .append_kv import as_bytes, page_of, page_tokens, slot_of, step, strides_of
 from .attention_logits import (
@@ -590,8 +590,7 @@ def run(
         heads if slopes is not None and slopes.dim() == 2 else 0, *strides_of(q, 1),
         *strides_of(to_k, align), *strides_of(to_v, align),
     )  # fmt: skip
-    kinds = tuple(dtype_of(t) for t in (q, *cached, *small))
-    kind = (kinds, tuple(n >= 2**31 for n in strides))
+    kind = (dtypes_of((q, *cached, *small)), tuple([n >= 2**31 for n in strides]))
     plans = _plans(own, batch, queries, heads, kv_heads, cache.capacity, fixed, dtype, sinks is None, kind)
     tile_m, m_tiles, splits = plans.tile_m, plans.m_tiles, plans.splits
     pieces = kv_heads * m_tiles * (splits + batch - 1)

@@ -16,6 +16,7 @@ What Triton 3.6 and 3.9 make of it:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -82,13 +83,16 @@ class Plan(NamedTuple):
     options: dict[str, Any]
     handles: dict[Any, Any]
 
-    def launch(self, inputs: tuple[Any, ...], alignment: Any) -> None:
-        """Launch on these tensors, and numbers that vary from call to call."""
+    def launch(
+        self, inputs: tuple[Any, ...], alignment: Any, grid: tuple[int, int, int] | None = None
+    ) -> None:
+        """Launch on these tensors, and numbers that vary from call to call; the grid may, too."""
+        grid = grid or self.grid
         handle = self.handles.get(alignment)
         if handle is not None:  # Triton's own lookup costs several times the launch
-            handle[self.grid](*inputs, *self.arguments)
+            handle[grid](*inputs, *self.arguments)
         else:
-            self.handles[alignment] = self.kernel[self.grid](*inputs, *self.arguments, **self.options)
+            self.handles[alignment] = self.kernel[grid](*inputs, *self.arguments, **self.options)
 
 
 HANDLES: dict[tuple[Any, ...], dict[Any, Any]] = {}
@@ -132,7 +136,14 @@ def dtype_of(t: torch.Tensor | None) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
+def dtypes_of(tensors: Iterable[torch.Tensor | None]) -> tuple[torch.dtype | None, ...]:
+    return tuple([None if t is None else t.dtype for t in tensors])
+
+
 def alignment_of(*tensors: torch.Tensor | None) -> Any:
     """True if all tensors begin at multiples of 16 bytes, which Triton compiles for; else which ones do."""
-    addresses = [t.data_ptr() & 15 for t in tensors if t is not None]
-    return not any(addresses) or tuple(a == 0 for a in addresses)
+    addresses = [t.data_ptr() for t in tensors if t is not None]
+    every = 0
+    for address in addresses:
+        every |= address
+    return not every & 15 or tuple(address & 15 == 0 for address in addresses)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ...core.device import Device, device_of
-from ..core.launch import Plan, alignment_of, as_matrix, contiguous, dtype_of, jit, planned, refuse, tl
+from ..core.launch import Plan, alignment_of, as_matrix, contiguous, dtypes_of, jit, planned, refuse, tl
 from .gated_activation import value_and_slope
 from .lora_linear_passes import dot_exactly, pieces, pieces_of_x
 
@@ -192,7 +192,7 @@ def run(
         weights = [contiguous(t) for t in given[1:]]
         plan = _plan(
             device_of(x.device), m, k, n, rank, rows.stride(0) if m > 1 else k,
-            tuple(dtype_of(t) for t in given), activation, residual,
+            dtypes_of(given), activation, residual,
         )  # fmt: skip
         plan.launch((rows, *weights, out, h), alignment_of(rows, *weights))
     return [out, h]
