@@ -40,7 +40,7 @@ def bias_layout(bias: torch.Tensor | None) -> Bias:
     return Bias(bias, b // align, h // align, i // align, j, align, i != 0, columns)
 
 
-def cap_kind(dtype: torch.dtype, softcap: float) -> str:
+def cap_kind(dtype: torch.dtype, softcap: float | bool) -> str:
     """Which tanh: see `tanh`."""
     return str(dtype).removeprefix("torch.") if softcap else ""
 

@@ -471,12 +471,39 @@ FARTHEST_KEY = 2 * LONGEST - 1
 PIECES = 16  # that the second kernel adds at a time
 
 
-class Fixed(NamedTuple):
-    """Constants of the first kernel."""
+class Problem(NamedTuple):
+    """What a plan depends on.
 
-    heads: Heads
-    form: Forms
-    stored: Stored
+    Attributes:
+        batch, queries, heads, kv_heads, dim, dim_v, dtype: of q and of the cache.
+        capacity, format, group_size, channel_group: of the cache.
+        page, align: tokens of a page, 0 for none; what the cache's strides are divided by.
+        half, interleaved: of rotary embeddings; half is 0 without.
+        positive, capped: whether the scale is above 0, and the same for all keys; whether there is a softcap.
+        no_sinks: whether there are none.
+        dtypes, wide: of all tensors; which numbers are beyond an int32.
+    """
+
+    batch: int
+    queries: int
+    heads: int
+    kv_heads: int
+    dim: int
+    dim_v: int
+    dtype: torch.dtype
+    capacity: int
+    format: str
+    group_size: int
+    channel_group: int
+    page: int
+    align: int
+    half: int
+    interleaved: bool
+    positive: bool
+    capped: bool
+    no_sinks: bool
+    dtypes: tuple[torch.dtype | None, ...]
+    wide: tuple[bool, ...]
 
 
 class Plans(NamedTuple):
@@ -490,44 +517,47 @@ class Plans(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plans(
-    device: Device, batch: int, queries: int, heads: int, kv_heads: int, capacity: int, fixed: Fixed,
-    dtype: torch.dtype, no_sinks: bool, kind: tuple[Any, ...],
-) -> Plans:  # fmt: skip
-    rows = queries * heads // kv_heads
-    tile_d, tile_dv = padded(fixed.heads.Dim), padded(fixed.heads.DimV)
-    config = choose(device, rows, tile_d, tile_dv, dtype.itemsize, fixed.stored.Bits, fixed.stored.Page)
+def _plans(device: Device, p: Problem) -> Plans:
+    coded, e4m3s, natural = BITS.get(p.format), p.format == "fp8", p.dtype == torch.float32
+    read = reading(coded, p.dtype) if coded else Reading()
+    decode = e4m3(p.dtype, device.arch.converts_fp8) if e4m3s and not natural else ""
+    bits = coded or (8 if e4m3s else 0)
+    size, channels = (p.group_size, p.channel_group) if coded else (0, 0)
+    stored = Stored(p.page, p.align, bits, size, channels, *read, decode)
+    form = Forms(p.positive, cap_kind(p.dtype, p.capped), False, 0, False, False, natural)
+    rows = p.queries * p.heads // p.kv_heads
+    tile_d, tile_dv = padded(p.dim), padded(p.dim_v)
+    config = choose(device, rows, tile_d, tile_dv, p.dtype.itemsize, bits, p.page)
     tile_m, tile_n, warps, stages, programs = config
     m_tiles = -(-rows // tile_m)
     splits = splits_of(
-        kv_heads * m_tiles, device.multiprocessors * programs, batch * (capacity // tile_n + 2)
+        p.kv_heads * m_tiles, device.multiprocessors * programs, p.batch * (p.capacity // tile_n + 2)
     )
-    tile_b = next(n for n in (64, 512, 1 << (batch - 1).bit_length()) if n >= batch)
+    tile_b = next(n for n in (64, 512, 1 << (p.batch - 1).bit_length()) if n >= p.batch)
     tile = Tiles(tile_m, tile_n, tile_d, tile_dv, tile_b)
-    decode = planned(
+    decode_plan = planned(
         device,
         _decode_kernel,
-        (splits * kv_heads * m_tiles, 1, 1),
+        (splits * p.kv_heads * m_tiles, 1, 1),
         (),
-        (*fixed, tile),
-        kind,
+        (Heads(p.dim, p.dim_v, p.half, p.interleaved), form, stored, tile),
+        (p.dtypes, p.wide),
         num_warps=warps,
         num_stages=stages,
         enable_fp_fusion=True,
     )
-    size, natural = fixed.stored.Size, fixed.form.Natural
     merge = planned(
         device,
         _merge_kernel,
-        (batch * queries * heads, 1, 1),
+        (p.batch * p.queries * p.heads, 1, 1),
         (),
-        (MergeTiles(fixed.heads.DimV, tile_dv, natural, size, tile_m, tile_n, tile_b, PIECES),),
-        (dtype, no_sinks),
+        (MergeTiles(p.dim_v, tile_dv, natural, size, tile_m, tile_n, tile_b, PIECES),),
+        (p.dtype, p.no_sinks),
         num_warps=4,
         num_stages=1,
         enable_fp_fusion=True,
     )
-    return Plans(decode, merge, tile_m, m_tiles, splits)
+    return Plans(decode_plan, merge, tile_m, m_tiles, splits)
 
 
 def run(
@@ -557,24 +587,11 @@ def run(
 
     to_k, to_v = as_bytes(cache.k), as_bytes(cache.v)
     align, page = step(to_k, to_v), page_tokens(cache)
-    coded = BITS.get(cache.format)
-    own = device_of(device)
-    natural = dtype == torch.float32
-    unit = 1.0 if natural else math.log2(math.e)
+    unit = 1.0 if dtype == torch.float32 else math.log2(math.e)
     scale = a.softmax_scale / a.softcap if a.softcap else a.softmax_scale * unit
     left, right = (n if 0 <= n < FARTHEST_KEY else FARTHEST_KEY for n in (a.left, a.right))
     positive = scale > 0 and (cache.format != "fp8" or cache.k_scales is None)
-    form = Forms(positive, cap_kind(dtype, a.softcap), False, 0, False, False, natural)
-    read = reading(coded, dtype) if coded else Reading()
-    decode = e4m3(dtype, own.arch.converts_fp8) if cache.format == "fp8" and not natural else ""
-    bits = coded or (8 if cache.format == "fp8" else 0)
-    size, channels = (cache.group_size, cache.channel_group) if coded else (0, 0)
     cos, sin, positions = rotary_tensors(rotary)
-    half = 0 if cos is None else cos.shape[1]
-    fixed = Fixed(
-        Heads(dim, dim_v, half, rotary.interleaved), form,
-        Stored(page, align, bits, size, channels, *read, decode),
-    )  # fmt: skip
     tree = None if a.tree_mask is None else a.tree_mask.contiguous().view(torch.uint8)
     slopes, sinks = contiguous(a.alibi_slopes), contiguous(a.sinks)
     seqlens, table = cache_seqlens.contiguous(), cache.block_table
@@ -590,18 +607,21 @@ def run(
         heads if slopes is not None and slopes.dim() == 2 else 0, *strides_of(q, 1),
         *strides_of(to_k, align), *strides_of(to_v, align),
     )  # fmt: skip
-    kind = (dtypes_of((q, *cached, *small)), tuple([n >= 2**31 for n in strides]))
-    plans = _plans(own, batch, queries, heads, kv_heads, cache.capacity, fixed, dtype, sinks is None, kind)
-    tile_m, m_tiles, splits = plans.tile_m, plans.m_tiles, plans.splits
+    problem = Problem(
+        batch, queries, heads, kv_heads, dim, dim_v, dtype, cache.capacity, cache.format, cache.group_size,
+        cache.channel_group, page, align, 0 if cos is None else cos.shape[1], rotary.interleaved, positive,
+        bool(a.softcap), sinks is None, dtypes_of((q, *cached, *small)), tuple([n >= 2**31 for n in strides]),
+    )  # fmt: skip
+    decode, merge, tile_m, m_tiles, splits = _plans(device_of(device), problem)
     pieces = kv_heads * m_tiles * (splits + batch - 1)
     sums = torch.empty((pieces, tile_m, dim_v), dtype=torch.float32, device=device)
     levels = torch.empty((pieces, 2, tile_m), dtype=torch.float32, device=device)
     call = (
         batch, new, cache.capacity, queries, left, right, splits, kv_heads, heads // kv_heads, m_tiles
     )  # fmt: skip
-    plans.decode.launch(
+    decode.launch(
         (q, cached, *small, sums, levels, scale, a.softcap * unit, *call, *strides),
         alignment_of(q, *cached, sums),
     )
-    plans.merge.launch((sums, levels, seqlens, sinks, out, lse, *call), alignment_of(sums, out))
+    merge.launch((sums, levels, seqlens, sinks, out, lse, *call), alignment_of(sums, out))
     return out, lse
