@@ -43,7 +43,7 @@ def run(
         of_k = (batch, seq // group_size, heads, dim)
         of_v = (batch, seq, heads, -(-v.shape[-1] // channel_group))
         halves = [k.new_empty(s, dtype=torch.float16) for s in (of_k, of_k, of_v, of_v)]
-        to = CacheTensors(*codes, *halves, None, None, None, format, group_size, channel_group)
+        to = CacheTensors._make((*codes, *halves, None, None, None, format, group_size, channel_group))
         made = [*codes, *halves]
     if k.numel():
         _cpu.quantize_kv(k, v, to)
