@@ -18,6 +18,10 @@ namespace bitfuse {
 inline void require(bool condition, const char* name, int64_t value, const std::string& expected) {
   if (!condition) refuse(name, std::to_string(value), expected);
 }
+// without making a string of what is expected at every call
+inline void require(bool condition, const char* name, int64_t value, const char* expected) {
+  if (!condition) refuse(name, std::to_string(value), expected);
+}
 
 // The address of an array; one that holds nothing may be null.
 template <class T>

@@ -42,6 +42,7 @@ inline void bind_common(py::module_& module) {
       .value("GELU", Activation::kGelu)
       .value("GELU_TANH", Activation::kGeluTanh)
       .value("RELU", Activation::kRelu);
+  module.attr("MAX_DIMS") = kMaxDims;
   module.attr("MAX_RANK") = kMaxRank;
   module.attr("MAX_HEAD_SIZE") = kMaxHeadSize;
   module.attr("MAX_TOKENS") = kMaxTokens;

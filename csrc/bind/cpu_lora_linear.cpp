@@ -1,207 +1,221 @@
-#include "bind/cpu_calls.h"
+#include "bind/cpu_linear.h"
 #include "cpu/linear/lora_linear.h"
+#include "cpu/linear/lowbit_linear.h"
 
 namespace bitfuse {
 namespace {
 
-constexpr int64_t kMaxRank = 512;
-
-void check_rank(int64_t rank) {
-  require(rank > 0 && rank <= kMaxRank, "rank", rank, "1 to " + std::to_string(kMaxRank));
-}
-
-Dropout make_dropout(double p, int64_t seed) {
-  if (!(p >= 0 && p < 1)) refuse("dropout_p", std::to_string(p), "0 <= dropout_p < 1");
-  return {p, static_cast<uint64_t>(seed)};
-}
-
-void lora_linear(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, uintptr_t codes, uintptr_t scales,
-                 int scale_kind, uintptr_t zeros, uintptr_t scale_table, uintptr_t scale_scales,
-                 uintptr_t scale_offset, uintptr_t values, int code_kind, int zero_point, int64_t n,
-                 int64_t k, int64_t group_size, uintptr_t bias, uintptr_t out, uintptr_t a, int a_dtype,
-                 uintptr_t b, int b_dtype, int64_t rank, double scale, uintptr_t h, double dropout_p,
-                 int64_t seed, uintptr_t out_scale) {
-  LowbitLinearArgs call = make_linear_call(x, dtype, rows, row_stride, codes, scales, scale_kind, zeros,
-                                           scale_table, scale_scales, scale_offset, values, code_kind,
-                                           zero_point, n, k, group_size, bias, out, false);
-  call.out_scale = address<const float>("out_scale", out_scale, 4, false);
-  Adapter adapter{};
-  if (rank != 0) {
-    check_rank(rank);
-    adapter.rank = rank;
-    adapter.a_dtype = make_dtype("a_dtype", a_dtype);
-    adapter.b_dtype = make_dtype("b_dtype", b_dtype);
-    adapter.a = matrix<const void>("a", a, adapter.a_dtype, rank, k, k);
-    adapter.b = matrix<const void>("b", b, adapter.b_dtype, n, rank, rank);
-    adapter.scale = static_cast<float>(scale);
-    adapter.h = matrix<float>("h", h, Dtype::kFloat32, rows, rank, rank);
-    adapter.dropout = make_dropout(dropout_p, seed);
-    call.adapter = &adapter;
+// What rides along a product with W, [n, k]. forward: h is written; gradient: h is s dY B, and b is not read.
+Adapter make_adapter(const AdapterTensors& given, int64_t rows, int64_t n, int64_t k, bool gradient) {
+  Adapter adapter;
+  adapter.rank = check_rank(given.a.dims == 2 ? given.a.shape[0] : 0);
+  adapter.a = float_matrix("a", given.a, adapter.rank, k, adapter.a_dtype);
+  if (!gradient) {
+    if (!given.has_b) refuse("b", "None", "a tensor");
+    adapter.b = float_matrix("b", given.b, n, adapter.rank, adapter.b_dtype);
   }
-  if (rows == 0 || n == 0) return;
-  py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(lowbit_linear)(call);
+  adapter.scale = static_cast<float>(given.scale);
+  adapter.h = host_floats("h", given.h, {rows, adapter.rank});
+  adapter.dropout = given.dropout;
+  return adapter;
 }
 
-void lora_linear_grad_x(uintptr_t grad, int dtype, int64_t rows, int64_t row_stride, uintptr_t codes,
-                        uintptr_t scales, int scale_kind, uintptr_t zeros, uintptr_t scale_table,
-                        uintptr_t scale_scales, uintptr_t scale_offset, uintptr_t values, int code_kind,
-                        int zero_point, int64_t n, int64_t k, int64_t group_size, uintptr_t out, uintptr_t a,
-                        int a_dtype, int64_t rank, uintptr_t gb, double dropout_p, int64_t seed,
+void lora_linear(py::handle x, py::handle weight, const AdapterTensors* adapter, py::handle bias,
+                 py::handle out_scale, py::handle out) {
+  const LowBitMatrix w = read_host_matrix(weight);
+  LowbitLinearArgs args = lowbit_linear_args("x", read("x", x), w, false);
+  args.bias = bias_of(bias, args.dtype, w.n);
+  args.out_scale = out_scale_of(out_scale, w.n);
+  args.out = dense_rows("out", read("out", out), args.dtype, args.rows, w.n);
+  Adapter rides;
+  if (adapter) {
+    rides = make_adapter(*adapter, args.rows, w.n, w.k, false);
+    args.adapter = &rides;
+  }
+  if (args.rows == 0 || w.n == 0) return;
+  py::gil_scoped_release release;
+  BITFUSE_OF_LEVEL(lowbit_linear)(args);
+}
+
+void lora_linear_grad_x(py::handle grad, py::handle weight, const AdapterTensors* adapter, py::handle out,
                         bool accumulate) {
-  LowbitLinearArgs call = make_linear_call(grad, dtype, rows, row_stride, codes, scales, scale_kind, zeros,
-                                           scale_table, scale_scales, scale_offset, values, code_kind,
-                                           zero_point, n, k, group_size, 0, out, true);
-  call.accumulate = accumulate;
-  Adapter adapter{};
-  if (rank != 0) {
-    check_rank(rank);
-    adapter.rank = rank;
-    adapter.a_dtype = make_dtype("a_dtype", a_dtype);
-    adapter.a = matrix<const void>("a", a, adapter.a_dtype, rank, k, k);
-    adapter.h = matrix<float>("gb", gb, Dtype::kFloat32, rows, rank, rank);
-    adapter.dropout = make_dropout(dropout_p, seed);
-    call.adapter = &adapter;
+  const LowBitMatrix w = read_host_matrix(weight);
+  LowbitLinearArgs args = lowbit_linear_args("grad", read("grad", grad), w, true);
+  args.out = dense_rows("out", read("out", out), args.dtype, args.rows, w.k);
+  args.accumulate = accumulate;
+  Adapter rides;
+  if (adapter) {
+    rides = make_adapter(*adapter, args.rows, w.n, w.k, true);
+    args.adapter = &rides;
   }
-  if (rows == 0 || n == 0) return;
+  if (args.rows == 0 || w.n == 0) return;
   py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(lowbit_linear_grad_x)(call);
+  BITFUSE_OF_LEVEL(lowbit_linear_grad_x)(args);
 }
 
-LoraShrinkArgs make_shrink_call(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth,
-                                uintptr_t a, int a_dtype, int64_t rank, uintptr_t h, double dropout_p,
-                                int64_t seed) {
-  check_rank(rank);
-  LoraShrinkArgs call{};
-  call.dtype = make_dtype("dtype", dtype);
-  call.x = matrix<const void>("x", x, call.dtype, rows, depth, row_stride);
-  call.rows = rows;
-  call.row_stride = row_stride;
-  call.depth = depth;
-  call.adapter.rank = rank;
-  call.adapter.a_dtype = make_dtype("a_dtype", a_dtype);
-  call.adapter.a = matrix<const void>("a", a, call.adapter.a_dtype, rank, depth, depth);
-  call.adapter.h = matrix<float>("h", h, Dtype::kFloat32, rows, rank, rank);
-  call.adapter.dropout = make_dropout(dropout_p, seed);
-  return call;
+LoraShrinkArgs shrink_args(py::handle x, const AdapterTensors& adapter) {
+  const Matrix m = float_rows("x", read("x", x));
+  LoraShrinkArgs args{};
+  args.x = m.data;
+  args.dtype = m.dtype;
+  args.rows = m.rows;
+  args.row_stride = m.stride;
+  args.depth = m.columns;
+  args.adapter = make_adapter(adapter, m.rows, 0, m.columns, true);
+  return args;
 }
 
-LoraExpandArgs make_expand_call(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t t,
-                                int64_t rank, uintptr_t p, int p_dtype, bool turned, double scale,
-                                double dropout_p, int64_t seed, uintptr_t out_scale, uintptr_t bias) {
-  check_rank(rank);
-  LoraExpandArgs call{};
-  call.dtype = make_dtype("dtype", dtype);
-  call.out = matrix<void>("out", out, call.dtype, rows, outs, outs);
-  call.base = call.out;
-  call.base_stride = outs;
-  call.rows = rows;
-  call.outs = outs;
-  call.rank = rank;
-  call.t = matrix<const float>("t", t, Dtype::kFloat32, rows, rank, rank);
-  call.p_dtype = make_dtype("p_dtype", p_dtype);
-  call.p = matrix<const void>("p", p, call.p_dtype, rank, outs, outs);
-  call.transposed = turned;
-  call.scale = static_cast<float>(scale);
-  call.dropout = make_dropout(dropout_p, seed);
-  call.out_scale = address<const float>("out_scale", out_scale, 4, false);
-  call.bias = address<const void>("bias", bias, uintptr_t(size_of(call.dtype)), false);
-  call.bias_dtype = call.dtype;
-  return call;
+// P is [outs, rank] when transposed, else [rank, outs].
+LoraExpandArgs expand_args(py::handle out, py::handle t, py::handle p, bool transposed, double scale,
+                           const Dropout& dropout) {
+  LoraExpandArgs args{};
+  const Tensor to = read("out", out), from = read("t", t);
+  require_float("out", to);
+  const Matrix m = rows_of("out", to);
+  args.dtype = to.dtype;
+  args.rows = m.rows;
+  args.outs = m.columns;
+  args.rank = check_rank(from.dims == 2 ? from.shape[1] : 0);
+  args.out = dense_rows("out", to, to.dtype, m.rows, m.columns);
+  args.base = args.out;
+  args.base_stride = m.columns;
+  args.t = host_floats("t", from, {m.rows, args.rank});
+  args.transposed = transposed;
+  args.p = float_matrix("p", read("p", p), transposed ? m.columns : args.rank,
+                        transposed ? args.rank : m.columns, args.p_dtype);
+  args.scale = static_cast<float>(scale);
+  args.dropout = dropout;
+  args.bias_dtype = to.dtype;
+  return args;
 }
 
-void lora_shrink(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth, uintptr_t a,
-                 int a_dtype, int64_t rank, uintptr_t h, double dropout_p, int64_t seed) {
-  const LoraShrinkArgs call =
-      make_shrink_call(x, dtype, rows, row_stride, depth, a, a_dtype, rank, h, dropout_p, seed);
-  if (rows == 0) return;
+void lora_shrink(py::handle x, const AdapterTensors& adapter) {
+  const LoraShrinkArgs args = shrink_args(x, adapter);
+  if (args.rows == 0) return;
   py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(lora_shrink)(call);
+  BITFUSE_OF_LEVEL(lora_shrink)(args);
 }
 
-void lora_expand(uintptr_t out, int dtype, int64_t rows, int64_t outs, uintptr_t t, int64_t rank, uintptr_t p,
-                 int p_dtype, bool turned, double scale, double dropout_p, int64_t seed, uintptr_t out_scale,
-                 uintptr_t bias) {
-  const LoraExpandArgs call = make_expand_call(out, dtype, rows, outs, t, rank, p, p_dtype, turned, scale,
-                                               dropout_p, seed, out_scale, bias);
-  if (rows == 0 || outs == 0) return;
+void lora_expand(py::handle out, py::handle t, py::handle p, bool transposed, double scale,
+                 const Dropout& dropout, py::handle out_scale, py::handle bias) {
+  LoraExpandArgs args = expand_args(out, t, p, transposed, scale, dropout);
+  args.out_scale = out_scale_of(out_scale, args.outs);
+  args.bias = bias_of(bias, args.dtype, args.outs);
+  if (args.rows == 0 || args.outs == 0) return;
   py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(lora_expand)(call);
+  BITFUSE_OF_LEVEL(lora_expand)(args);
 }
 
-void bottleneck_adapter(uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t depth,
-                        uintptr_t down, int down_dtype, uintptr_t down_bias, int down_bias_dtype,
-                        int activation, int64_t rank, uintptr_t h, uintptr_t t, uintptr_t up, int up_dtype,
-                        uintptr_t up_bias, int up_bias_dtype, bool residual, int64_t outs, uintptr_t out) {
-  BottleneckArgs call{};
-  call.down = make_shrink_call(x, dtype, rows, row_stride, depth, down, down_dtype, rank, h, 0, 0);
-  call.bias_dtype = make_dtype("down_bias_dtype", down_bias_dtype);
-  call.bias = address<const void>("down_bias", down_bias, uintptr_t(size_of(call.bias_dtype)), false);
-  call.activation = make_activation(activation);
-  call.t = matrix<float>("t", t, Dtype::kFloat32, rows, rank, rank);
-  call.up = make_expand_call(out, dtype, rows, outs, t, rank, up, up_dtype, true, 1, 0, 0, 0, 0);
-  call.up.bias_dtype = make_dtype("up_bias_dtype", up_bias_dtype);
-  call.up.bias = address<const void>("up_bias", up_bias, uintptr_t(size_of(call.up.bias_dtype)), false);
-  if (residual) require(outs == depth, "outs", outs, "depth = " + std::to_string(depth) + " to add x");
-  call.up.base = residual ? call.down.x : nullptr;
-  call.up.base_stride = row_stride;
-  if (rows == 0 || outs == 0) return;
-  py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(bottleneck_adapter)(call);
+// A bias of any of the three float dtypes, or null.
+const void* own_bias(const char* name, py::handle bias, int64_t n, Dtype& dtype) {
+  dtype = Dtype::kFloat32;
+  if (bias.is_none()) return nullptr;
+  const Tensor t = read(name, bias);
+  require_float(name, t);
+  require_device(name, t, kHost);
+  dtype = t.dtype;
+  return dense<const void>(name, t, t.dtype, {n});
 }
 
-void lora_times(uintptr_t y, int dtype, int64_t rows, int64_t row_stride, int64_t depth, uintptr_t b,
-                int b_dtype, int64_t rank, double scale, uintptr_t out) {
-  check_rank(rank);
-  LoraTimesArgs call{};
-  call.dtype = make_dtype("dtype", dtype);
-  call.y = matrix<const void>("y", y, call.dtype, rows, depth, row_stride);
-  call.rows = rows;
-  call.row_stride = row_stride;
-  require(depth > 0, "depth", depth, "1 or more");
-  call.depth = depth;
-  call.rank = rank;
-  call.b_dtype = make_dtype("b_dtype", b_dtype);
-  call.b = matrix<const void>("b", b, call.b_dtype, depth, rank, rank);
-  call.scale = static_cast<float>(scale);
-  call.out = matrix<float>("out", out, Dtype::kFloat32, rows, rank, rank);
-  if (rows == 0) return;
+void bottleneck_adapter(py::handle x, py::handle down, py::handle down_bias, Activation activation,
+                        py::handle up, py::handle up_bias, bool residual, py::handle h, py::handle t,
+                        py::handle out) {
+  BottleneckArgs args{};
+  args.down = shrink_args(x, {read("down", down), {}, read("h", h), false, 1, {}});
+  const int64_t rank = args.down.adapter.rank;
+  args.bias = own_bias("down_bias", down_bias, rank, args.bias_dtype);
+  args.activation = activation;
+  args.t = host_floats("t", read("t", t), {args.down.rows, rank});
+  args.up = expand_args(out, t, up, true, 1, {});
+  require(args.up.rank == rank, "t", args.up.rank, "as many columns as h");
+  require(args.up.rows == args.down.rows, "out", args.up.rows, "as many rows as x");
+  require_dtype("out", read("out", out), args.down.dtype);
+  args.up.bias = own_bias("up_bias", up_bias, args.up.outs, args.up.bias_dtype);
+  if (residual && args.up.outs != args.down.depth)
+    refuse("outs", std::to_string(args.up.outs), "depth = " + std::to_string(args.down.depth) + " to add x");
+  args.up.base = residual ? args.down.x : nullptr;
+  args.up.base_stride = args.down.row_stride;
+  if (args.down.rows == 0 || args.up.outs == 0) return;
   py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(lora_times)(call);
+  BITFUSE_OF_LEVEL(bottleneck_adapter)(args);
 }
 
-void lora_outer(uintptr_t t, int64_t rank, uintptr_t x, int dtype, int64_t rows, int64_t row_stride,
-                int64_t columns, double dropout_p, int64_t seed, double scale, uintptr_t out, int out_dtype,
-                bool turned) {
-  check_rank(rank);
-  LoraOuterArgs call{};
-  call.dtype = make_dtype("dtype", dtype);
-  call.x = matrix<const void>("x", x, call.dtype, rows, columns, row_stride);
-  call.t = matrix<const float>("t", t, Dtype::kFloat32, rows, rank, rank);
-  call.rows = rows;
-  call.row_stride = row_stride;
-  call.columns = columns;
-  call.rank = rank;
-  call.dropout = make_dropout(dropout_p, seed);
-  call.scale = static_cast<float>(scale);
-  call.out_dtype = make_dtype("out_dtype", out_dtype);
-  call.out = matrix<void>("out", out, call.out_dtype, rank, columns, columns);
-  call.transposed = turned;
-  if (columns == 0) return;
+void lora_times(py::handle y, py::handle b, double scale, py::handle out) {
+  const Matrix m = float_rows("y", read("y", y));
+  const Tensor matrix = read("b", b);
+  LoraTimesArgs args{};
+  args.y = m.data;
+  args.dtype = m.dtype;
+  args.rows = m.rows;
+  args.row_stride = m.stride;
+  require(m.columns > 0, "depth", m.columns, "1 or more");
+  args.depth = m.columns;
+  args.rank = check_rank(matrix.dims == 2 ? matrix.shape[1] : 0);
+  args.b = float_matrix("b", matrix, args.depth, args.rank, args.b_dtype);
+  args.scale = static_cast<float>(scale);
+  args.out = host_floats("out", read("out", out), {args.rows, args.rank});
+  if (args.rows == 0) return;
   py::gil_scoped_release release;
-  BITFUSE_OF_LEVEL(lora_outer)(call);
+  BITFUSE_OF_LEVEL(lora_times)(args);
+}
+
+void lora_outer(py::handle t, py::handle x, const Dropout& dropout, double scale, py::handle out,
+                bool transposed) {
+  const Matrix m = float_rows("x", read("x", x));
+  const Tensor left = read("t", t), to = read("out", out);
+  LoraOuterArgs args{};
+  args.x = m.data;
+  args.dtype = m.dtype;
+  args.rows = m.rows;
+  args.row_stride = m.stride;
+  args.columns = m.columns;
+  args.rank = check_rank(left.dims == 2 ? left.shape[1] : 0);
+  args.t = host_floats("t", left, {m.rows, args.rank});
+  args.dropout = dropout;
+  args.scale = static_cast<float>(scale);
+  args.transposed = transposed;
+  args.out = const_cast<void*>(float_matrix("out", to, transposed ? m.columns : args.rank,
+                                            transposed ? args.rank : m.columns, args.out_dtype));
+  if (args.columns == 0) return;
+  py::gil_scoped_release release;
+  BITFUSE_OF_LEVEL(lora_outer)(args);
 }
 
 }  // namespace
 
 void bind_lora_linear(py::module_& module) {
-  module.def("lora_linear", lora_linear);
-  module.def("lora_linear_grad_x", lora_linear_grad_x);
-  module.def("lora_shrink", lora_shrink);
-  module.def("lora_expand", lora_expand);
-  module.def("bottleneck_adapter", bottleneck_adapter);
-  module.def("lora_times", lora_times);
-  module.def("lora_outer", lora_outer);
+  py::class_<Dropout>(module, "Dropout", py::module_local(),
+                      "Elements of x that are dropped, as bitfuse.core.dropout says.")
+      .def(py::init([](double p, int64_t seed) {
+             if (!(p >= 0 && p < 1)) refuse("dropout_p", std::to_string(p), "0 <= dropout_p < 1");
+             return Dropout{p, static_cast<uint64_t>(seed)};
+           }),
+           py::arg("p") = 0.0, py::arg("seed") = 0);
+  py::class_<AdapterTensors>(module, "Adapter", py::module_local(),
+                             "What rides along a product with W: h = drop(x) a^T is written, and scale * h "
+                             "b^T added. In a gradient, "
+                             "without b, h is read, and drop'(h a) added. It does not keep its tensors.")
+      .def(py::init([](py::handle a, py::handle h, py::handle b, double scale, const Dropout& dropout) {
+             const bool has_b = !b.is_none();
+             return AdapterTensors{read("a", a), has_b ? read("b", b) : Tensor{}, read("h", h), has_b, scale,
+                                   dropout};
+           }),
+           py::arg("a"), py::arg("h"), py::arg("b") = py::none(), py::arg("scale") = 1.0,
+           py::arg("dropout") = Dropout{});
+  module.def("lora_linear", lora_linear, py::arg("x"), py::arg("weight"), py::arg("adapter").none(true),
+             py::arg("bias"), py::arg("out_scale"), py::arg("out"));
+  module.def("lora_linear_grad_x", lora_linear_grad_x, py::arg("grad"), py::arg("weight"),
+             py::arg("adapter").none(true), py::arg("out"), py::arg("accumulate"));
+  module.def("lora_shrink", lora_shrink, py::arg("x"), py::arg("adapter"));
+  module.def("lora_expand", lora_expand, py::arg("out"), py::arg("t"), py::arg("p"), py::arg("transposed"),
+             py::arg("scale") = 1.0, py::arg("dropout") = Dropout{}, py::arg("out_scale") = py::none(),
+             py::arg("bias") = py::none());
+  module.def("bottleneck_adapter", bottleneck_adapter, py::arg("x"), py::arg("down"), py::arg("down_bias"),
+             py::arg("activation"), py::arg("up"), py::arg("up_bias"), py::arg("residual"), py::arg("h"),
+             py::arg("t"), py::arg("out"));
+  module.def("lora_times", lora_times, py::arg("y"), py::arg("b"), py::arg("scale"), py::arg("out"));
+  module.def("lora_outer", lora_outer, py::arg("t"), py::arg("x"), py::arg("dropout"), py::arg("scale"),
+             py::arg("out"), py::arg("transposed"));
 }
 
 }  // namespace bitfuse

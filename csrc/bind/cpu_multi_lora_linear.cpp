@@ -1,8 +1,6 @@
-#include <pybind11/stl.h>
-
 #include <vector>
 
-#include "bind/cpu.h"
+#include "bind/cpu_linear.h"
 #include "cpu/linear/multi_lora_linear.h"
 
 namespace bitfuse {
@@ -10,46 +8,80 @@ namespace {
 
 constexpr int64_t kMostRank = 1 << 20;
 
-Dtype check_dtype(const char* name, int dtype) {
-  if (dtype < 0 || dtype > 2) refuse(name, std::to_string(dtype), "0 (float32), 1 (float16) or 2 (bfloat16)");
-  return static_cast<Dtype>(dtype);
+struct Adapters {
+  bool stacked;  // one tensor of three dimensions; else a tensor each
+  std::vector<Tensor> a, b;
+  int64_t count;
+
+  int64_t rank(int64_t e) const { return stacked ? a[0].shape[1] : a[size_t(e)].shape[0]; }
+};
+
+std::vector<Tensor> read_all(const char* name, const py::sequence& given) {
+  std::vector<Tensor> tensors;
+  tensors.reserve(given.size());
+  for (const auto& one : given) tensors.push_back(read(name, py::object(one)));
+  return tensors;
 }
 
-// Adapters are stacked, a and b one address each and one rank for all `count`; or a, b and ranks have
-// `count`.
-void multi_lora_add(uintptr_t y, uintptr_t x, int dtype, int64_t rows, int64_t row_stride, int64_t n,
-                    int64_t k, const std::vector<uintptr_t>& a, const std::vector<uintptr_t>& b,
-                    const std::vector<int64_t>& ranks, int64_t count, bool stacked, int a_dtype, int b_dtype,
-                    uintptr_t scaling, uintptr_t ids, bool wide_ids) {
-  MultiLoraSegments call;
-  call.dtype = check_dtype("dtype", dtype);
-  call.a_dtype = check_dtype("a_dtype", a_dtype);
-  call.b_dtype = check_dtype("b_dtype", b_dtype);
-  require(rows >= 0, "rows", rows, "0 or more");
-  require(row_stride >= 0, "row_stride", row_stride, "0 or more");
-  require(n >= 0, "n", n, "0 or more");
-  require(k >= 0, "k", k, "0 or more");
-  require(count >= 0, "count", count, "0 or more");
-  const size_t each = stacked ? 1 : size_t(count);
-  require(a.size() == each && b.size() == each && ranks.size() == each, "the number of adapters",
-          int64_t(ranks.size()), "that of addresses");
-  for (int64_t rank : ranks) {
-    require(rank >= 0 && rank <= kMostRank, "rank", rank, "0 to " + std::to_string(kMostRank));
-    check_bytes("a", {stacked ? count : 1, rank, k, 4});
-    check_bytes("b", {stacked ? count : 1, rank, n, 4});
-    check_bytes("rows", {rows > 0 ? rows : 1, rank, n > k ? n : k, 4});
+// Stacked [count, rank, k] and [count, n, rank], or lists of [rank_e, k] and [n, rank_e].
+Adapters read_adapters(const py::sequence& lora_A, const py::sequence& lora_B, int64_t n, int64_t k) {
+  Adapters made;
+  made.a = read_all("a", lora_A);
+  made.b = read_all("b", lora_B);
+  made.stacked = made.a.size() == 1 && made.a[0].dims == 3;
+  if (made.a.size() != made.b.size())
+    refuse("the number of adapters", std::to_string(made.a.size()) + " and " + std::to_string(made.b.size()),
+           "as many lora_A as lora_B");
+  made.count = made.stacked ? made.a[0].shape[0] : int64_t(made.a.size());
+  for (size_t e = 0; e < made.a.size(); ++e) {
+    const Tensor &a = made.a[e], &b = made.b[e];
+    require_float("a", a);
+    require_float("b", b);
+    require_dtype("a", a, made.a[0].dtype);
+    require_dtype("b", b, made.b[0].dtype);
+    require_device("a", a, kHost);
+    require_device("b", b, kHost);
+    const int last = made.stacked ? 2 : 1;
+    if (a.dims != last + 1) refuse("a", "of shape " + shape_of(a), "a matrix");
+    const int64_t rank = a.shape[last - 1];
+    if (rank > kMostRank) refuse("rank", std::to_string(rank), "0 to " + std::to_string(kMostRank));
+    if (made.stacked) {
+      dense<void>("a", a, a.dtype, {made.count, rank, k});
+      dense<void>("b", b, b.dtype, {made.count, n, rank});
+    } else {
+      dense<void>("a", a, a.dtype, {rank, k});
+      dense<void>("b", b, b.dtype, {n, rank});
+    }
   }
-  check_bytes("x", {rows, row_stride > k ? row_stride : k, 4});
-  check_bytes("y", {rows, n, 4});
-  const bool any = rows > 0 && n > 0;
-  const int64_t a_size = a_dtype == 0 ? 4 : 2, b_size = b_dtype == 0 ? 4 : 2, size = dtype == 0 ? 4 : 2;
-  call.x = address<const void>("x", x, size, any && k > 0);
-  call.y = address<void>("y", y, size, any);
+  return made;
+}
+
+void multi_lora_add(py::handle y, py::handle x, const py::sequence& lora_A, const py::sequence& lora_B,
+                    py::handle scaling, py::handle adapter_ids) {
+  const Matrix from = float_rows("x", read("x", x));
+  const Tensor to = read("y", y), numbers = read("adapter_ids", adapter_ids);
+  const Matrix into = rows_of("y", to);
+  const int64_t rows = from.rows, n = into.columns, k = from.columns;
+  MultiLoraSegments call;
+  call.dtype = from.dtype;
+  call.x = from.data;
+  call.y = dense_rows("y", to, from.dtype, rows, n);
   call.n = n;
   call.k = k;
-  call.row_stride = row_stride;
-  const float* scales = address<const float>("scaling", scaling, 4, any && count > 0);
-  const void* id_array = address<const void>("ids", ids, wide_ids ? 8 : 4, rows > 0);
+  call.row_stride = from.stride;
+  const Adapters adapters = read_adapters(lora_A, lora_B, n, k);
+  const int64_t count = adapters.count;
+  call.a_dtype = adapters.a.empty() ? Dtype::kFloat32 : adapters.a[0].dtype;
+  call.b_dtype = adapters.b.empty() ? Dtype::kFloat32 : adapters.b[0].dtype;
+  for (int64_t e = 0; e < (adapters.stacked ? 1 : count); ++e)
+    check_bytes("rows", {rows > 0 ? rows : 1, adapters.rank(e), n > k ? n : k, 4});
+  const float* scales = host_floats("scaling", read("scaling", scaling), {count});
+  require_device("adapter_ids", numbers, kHost);
+  if (numbers.dtype != Dtype::kInt32) require_dtype("adapter_ids", numbers, Dtype::kInt64);
+  if (!is_dense(numbers) || count_of(numbers) != rows)
+    refuse("adapter_ids", "of shape " + shape_of(numbers), "one dense number for each row");
+  const bool wide_ids = numbers.dtype == Dtype::kInt64;
+  const void* id_array = numbers.data;
 
   // a copy: what is checked is what is used, whoever writes to the tensor meanwhile
   std::vector<int64_t> own_ids(size_t(rows), 0), begin(size_t(count) + 1, 0);
@@ -74,13 +106,14 @@ void multi_lora_add(uintptr_t y, uintptr_t x, int dtype, int64_t rows, int64_t r
   std::vector<LoraSegment> segments;
   call.most_rank = 0;
   for (int64_t e = 0, at = 0; e < count; ++e) {
-    const int64_t end = begin[size_t(e)], rank = ranks[stacked ? 0 : size_t(e)];
+    const int64_t end = begin[size_t(e)], rank = adapters.rank(e);
     if (end > at && rank > 0) {
+      const bool stacked = adapters.stacked;
+      const Tensor &own_a = adapters.a[stacked ? 0 : size_t(e)], &own_b = adapters.b[stacked ? 0 : size_t(e)];
       const int64_t nth = stacked ? e : 0;
-      const uintptr_t own_a = a[stacked ? 0 : size_t(e)], own_b = b[stacked ? 0 : size_t(e)];
-      segments.push_back({address<const char>("a", own_a, a_size, k > 0) + nth * rank * k * a_size,
-                          address<const char>("b", own_b, b_size) + nth * rank * n * b_size, rank, at, end,
-                          scales[e]});
+      segments.push_back({static_cast<const char*>(own_a.data) + nth * rank * k * size_of(own_a.dtype),
+                          static_cast<const char*>(own_b.data) + nth * rank * n * size_of(own_b.dtype), rank,
+                          at, end, scales[e]});
       call.most_rank = rank > call.most_rank ? rank : call.most_rank;
     }
     at = end;
@@ -95,6 +128,10 @@ void multi_lora_add(uintptr_t y, uintptr_t x, int dtype, int64_t rows, int64_t r
 
 }  // namespace
 
-void bind_multi_lora_linear(py::module_& module) { module.def("multi_lora_add", multi_lora_add); }
+void bind_multi_lora_linear(py::module_& module) {
+  module.def("multi_lora_add", multi_lora_add, py::arg("y"), py::arg("x"), py::arg("lora_A"),
+             py::arg("lora_B"), py::arg("scaling"), py::arg("adapter_ids"),
+             "y += the adapters' part. lora_A, lora_B: one stacked tensor in a list, or a tensor each.");
+}
 
 }  // namespace bitfuse

@@ -5,6 +5,8 @@
 
 #include "bind/common.h"
 
+#include "cuda/linear/lowbit_linear.h"
+
 PYBIND11_MODULE(_cuda, module) {
   using namespace bitfuse;
   module.doc() = "CUDA kernels of bitfuse: addresses, sizes and a stream in, nothing out.";

@@ -27,9 +27,6 @@ inline Float float_type(const char* name, Dtype dtype) {
   return dtype == Dtype::kFloat16 ? Float::Float16 : Float::BFloat16;
 }
 
-// What bind_multi_lora_linear makes of integers and checks, and lora_linear takes too.
-struct Adapters : AdapterArgs {};
-
 void bind_attention(py::module_& module);
 void bind_decode_attention(py::module_& module);
 void bind_lowbit_linear(py::module_& module);

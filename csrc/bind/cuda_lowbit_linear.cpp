@@ -1,133 +1,142 @@
 // lowbit_linear, and lora_linear, which is the same kernel with an adapter to ride along.
-#include "bind/cuda.h"
-#include "cuda/linear/lowbit_linear.h"
+#include "bind/cuda_linear.h"
 
 namespace bitfuse {
 namespace {
 
-uintptr_t scale_alignment(ScaleType type) {
-  switch (type) {
-    case ScaleType::Float32:
-      return 4;
-    case ScaleType::Float16:
-    case ScaleType::BFloat16:
-      return 2;
+LowbitLinearPlan plan(int64_t m, int64_t n, int64_t k, CodeKind code, bool nested, const DeviceInfo& device,
+                      bool adapter) {
+  if (m > kMaxTokens) refuse("m", std::to_string(m), "at most " + std::to_string(kMaxTokens));
+  return plan_lowbit_linear(size(m, "m"), size(n, "n"), size(k, "k", 8), static_cast<Code>(code), nested,
+                            device, adapter);
+}
+
+ScaleType scale_type(ScaleKind kind) {
+  switch (kind) {
+    case ScaleKind::kFloat32:
+      return ScaleType::Float32;
+    case ScaleKind::kFloat16:
+      return ScaleType::Float16;
+    case ScaleKind::kBfloat16:
+      return ScaleType::BFloat16;
+    case ScaleKind::kNested:
+      return ScaleType::Nested;
+    case ScaleKind::kE8m0:
+      return ScaleType::E8M0;
     default:
-      return 1;
+      refuse("scales", "of dtype float8_e4m3fn", "one that the kernel reads");
   }
 }
 
-LowbitLinearPlan plan(int64_t m, int64_t n, int64_t k, int code, bool nested, int multiprocessors,
-                      int shared_per_block, int shared_per_multiprocessor, int capability, bool adapter) {
-  require(m <= LowbitLinearMaxTokens, "m", m, "at most 64");
-  require(multiprocessors > 0, "multiprocessors", multiprocessors, "a positive number");
-  return plan_lowbit_linear(
-      size(m, "m"), size(n, "n"), size(k, "k", 8), choice<Code>(code, 4, "code"), nested,
-      {multiprocessors, shared_per_block, shared_per_multiprocessor, capability}, adapter);
-}
-
-struct Call {
-  LowbitLinearArgs args;
-  Float type;
-  Code code;
-};
-
-Call make_call(uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t scale_scales,
-               uintptr_t scale_offset, uintptr_t nested_levels, uintptr_t pairs, uintptr_t bias, uintptr_t y,
-               uintptr_t partial, uintptr_t counters, int64_t x_stride, int64_t qweight_stride,
-               int64_t scales_stride, int64_t zeros_stride, int64_t m, int64_t n, int64_t k,
-               int64_t group_size, int zero_point, int scale_type, int type, int code,
-               const LowbitLinearPlan& plan, int device) {
-  Call call{};
-  LowbitLinearArgs& a = call.args;
-  call.type = choice<Float>(type, 2, "type");
-  call.code = choice<Code>(code, 4, "code");
-  a.scale_type = choice<ScaleType>(scale_type, 5, "scale_type");
-  const bool nested = a.scale_type == ScaleType::Nested;
-  const int bits = call.code == Code::Int4 || call.code == Code::Codebook4 ? 4 : 8;
-  a.m = size(m, "m"), a.n = size(n, "n"), a.k = size(k, "k", 8);
-  require(m <= 8 * plan.token_tiles, "m", m, "what the plan was made for");
-  a.group_size = size(group_size, "group_size", group_size == k ? 8 : 32);
-  require(k % group_size == 0, "group_size", group_size, "a divisor of k");
+// The weight, whose rows may be apart.
+void set_weight(LowbitLinearArgs& a, py::handle weight, int device) {
+  WeightFields fields;
+  if (!fields.of(weight.ptr()))
+    throw py::type_error(std::string("weight is a ") + Py_TYPE(weight.ptr())->tp_name +
+                         ", expected a WeightTensors");
+  const WeightFormat* format = format_of(fields.format);
+  if (!format) refuse("format", py::str(fields.format), "one that `formats` has");
+  const WeightParts parts = read_parts(fields);
+  const LowBitMatrix w = make_matrix(parts, *format, device, true);
+  if (format->tensor_scale) refuse("scale_scales", "given", "none");
+  a.n = size(w.n, "n"), a.k = size(w.k, "k", 8);
+  a.group_size = size(w.group_size, "group_size", w.group_size == w.k ? 8 : 32);
   a.groups = a.k / a.group_size;
-  a.x = address<const void>("x", x, 16);
-  a.qweight = address<const unsigned char>("qweight", qweight, 4);
-  a.scales = address<const void>("scales", scales, scale_alignment(a.scale_type));
-  a.zeros = address<const unsigned char>("zeros", zeros, 1, false);
-  if (nested) {
-    a.scale_scales = address<const float>("scale_scales", scale_scales, 4);
-    a.scale_offset = address<const float>("scale_offset", scale_offset, 4);
-    a.nested_levels = address<const float>("nested_levels", nested_levels, 4);
-    require(scales_stride == a.groups, "scales_stride", scales_stride,
-            "the number of groups, with nested scales");
-  }
-  if (call.code == Code::Codebook4) a.pairs = address<const void>("pairs", pairs, 16);
-  a.bias = address<const void>("bias", bias, 2, false);
-  a.y = address<void>("y", y, 4);
-  if (plan.splits > 1) {
-    a.partial = address<float>("partial", partial, 8);
-    a.counters = address<unsigned>("counters", counters, 4);
-  }
-  // a row's stride is not read where there is one row
-  require(m == 1 || (x_stride >= k && x_stride % 8 == 0), "x_stride", x_stride, "a multiple of 8, k or more");
-  require(qweight_stride >= k * bits / 8 && qweight_stride % 4 == 0, "qweight_stride", qweight_stride,
-          "a multiple of 4, a row or more");
-  a.x_stride = m == 1 ? 0 : x_stride;
-  a.qweight_stride = qweight_stride;
-  const int64_t most = std::numeric_limits<int>::max() / (n + 7);
-  require(scales_stride >= a.groups && scales_stride <= most, "scales_stride", scales_stride,
-          "the number of groups or more, and n + 7 times it below 2**31");
-  a.scales_stride = static_cast<int>(scales_stride);
+  a.scale_type = scale_type(w.scale_kind);
+  require_aligned("qweight", parts.qweight, 4);
+  require(w.codes_stride % 4 == 0, "qweight's stride", w.codes_stride, "a multiple of 4");
+  const int64_t most = std::numeric_limits<int>::max() / (w.n + 7);
+  require(w.scales_stride <= most, "scales' stride", w.scales_stride, "n + 7 times it below 2**31");
+  require(w.zeros_stride <= most, "zeros' stride", w.zeros_stride, "n + 7 times it below 2**31");
+  a.qweight = w.codes;
+  a.scales = w.scales;
+  a.zeros = w.zeros;
+  a.zero_point = w.zero_point;
+  a.scale_scales = w.scale_scales;
+  a.scale_offset = w.scale_offset_at;
+  a.qweight_stride = w.codes_stride;
+  a.scales_stride = static_cast<int>(w.scales_stride);
+  a.zeros_stride = static_cast<int>(w.zeros_stride);
   a.last_scale = (a.n - 1) * a.scales_stride + a.groups - 1;
-  if (a.zeros != nullptr) {
-    require(zeros_stride >= a.groups && zeros_stride <= most, "zeros_stride", zeros_stride,
-            "the number of groups or more, and n + 7 times it below 2**31");
-    a.zeros_stride = static_cast<int>(zeros_stride);
-    a.last_zero = (a.n - 1) * a.zeros_stride + a.groups - 1;
+  a.last_zero = (a.n - 1) * a.zeros_stride + a.groups - 1;
+}
+
+Code code_of(py::handle weight) {
+  WeightFields fields;
+  fields.of(weight.ptr());
+  return static_cast<Code>(format_of(fields.format)->code_kind);
+}
+
+void run(py::handle x, py::handle weight, py::handle bias, py::handle out, const LowbitLinearPlan& plan,
+         uintptr_t stream, py::handle nested_levels, py::handle pairs, py::handle partial, py::handle counters,
+         int64_t first_counter, py::handle out_scale, const Adapters* adapters) {
+  const Tensor from = read("x", x), to = read("out", out);
+  const Float type = float16_type("x", from);
+  const Matrix rows = aligned_rows("x", from);
+  LowbitLinearArgs a{};
+  set_weight(a, weight, from.device);
+  const Code code = code_of(weight);
+  a.m = size(rows.rows, "m");
+  require(a.m <= 8 * plan.token_tiles, "m", a.m, "what the plan was made for");
+  require(rows.columns == a.k, "x", rows.columns, "as many columns as the weight");
+  a.x = rows.data;
+  a.x_stride = rows.stride;
+  require_dtype("out", to, from.dtype);
+  const Matrix into = rows_of("out", to);
+  if (!is_dense(to) || into.rows != a.m || into.columns != a.n)
+    refuse("out", "of shape " + shape_of(to), std::to_string(a.m) + " dense rows of " + std::to_string(a.n));
+  a.y = at_least<void>("out", to, from.dtype, from.device, int64_t{a.m} * a.n, 4);
+  if (!bias.is_none()) {
+    const Tensor t = read("bias", bias);
+    require_device("bias", t, from.device);
+    a.bias = dense<const void>("bias", t, from.dtype, {a.n});
   }
-  require(zero_point >= 0 && zero_point < 1 << bits, "zero_point", zero_point, "a code");
-  a.zero_point = zero_point;
-  require(device >= 0, "device", device, "a device's number");
-  return call;
-}
-
-void run(uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t scale_scales,
-         uintptr_t scale_offset, uintptr_t nested_levels, uintptr_t pairs, uintptr_t bias, uintptr_t y,
-         uintptr_t partial, uintptr_t counters, int64_t x_stride, int64_t qweight_stride,
-         int64_t scales_stride, int64_t zeros_stride, int64_t m, int64_t n, int64_t k, int64_t group_size,
-         int zero_point, int scale_type, int type, int code, const LowbitLinearPlan& plan, int device,
-         uintptr_t stream) {
-  const Call call =
-      make_call(x, qweight, scales, zeros, scale_scales, scale_offset, nested_levels, pairs, bias, y, partial,
-                counters, x_stride, qweight_stride, scales_stride, zeros_stride, m, n, k, group_size,
-                zero_point, scale_type, type, code, plan, device);
+  if (!out_scale.is_none()) {
+    const Tensor t = read("out_scale", out_scale);
+    require_device("out_scale", t, from.device);
+    a.out_scale = dense<const float>("out_scale", t, Dtype::kFloat32, {a.n});
+  }
+  if (a.scale_type == ScaleType::Nested)
+    a.nested_levels = at_least<const float>("nested_levels", read("nested_levels", nested_levels),
+                                            Dtype::kFloat32, from.device, kNestedLevels, 4);
+  if (code == Code::Codebook4)
+    a.pairs = at_least<const void>("pairs", read("pairs", pairs), from.dtype, from.device, 256 * 4 * 2, 16);
+  if (plan.splits > 1) {
+    a.partial = at_least<float>("partial", read("partial", partial), Dtype::kFloat32, from.device,
+                                int64_t{plan.splits} * a.m * (a.n + a.n % 2), 8);
+    require(first_counter >= 0 && first_counter < int64_t{1} << 31, "first_counter", first_counter,
+            "0 to 2**31 - 1");
+    a.counters = at_least<unsigned>("counters", read("counters", counters), Dtype::kInt32, from.device,
+                                    first_counter + plan.tiles, 4) +
+                 first_counter;
+  }
+  if (adapters) {
+    const int64_t blocks = static_cast<int64_t>(plan.tiles) * plan.splits;
+    if (adapters->participants > blocks)
+      refuse("participants", std::to_string(adapters->participants),
+             "at most the plan's " + std::to_string(blocks) + " blocks");
+    require(adapters->device == from.device && adapters->rows == a.m, "h", adapters->rows,
+            "as many rows as x, on its device");
+    require(adapters->k == a.k, "lora_A", adapters->k, "as many columns as x");
+    require(adapters->n == a.n, "lora_B", adapters->n, "as many rows as the weight");
+  }
+  const int device = device_number(from);
   py::gil_scoped_release released;
-  lowbit_linear(call.args, plan, call.type, call.code, device, stream);
-}
-
-void run_lora(uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t zeros, uintptr_t scale_scales,
-              uintptr_t scale_offset, uintptr_t nested_levels, uintptr_t pairs, uintptr_t bias, uintptr_t y,
-              uintptr_t partial, uintptr_t counters, int64_t x_stride, int64_t qweight_stride,
-              int64_t scales_stride, int64_t zeros_stride, int64_t m, int64_t n, int64_t k,
-              int64_t group_size, int zero_point, int scale_type, int type, int code,
-              const LowbitLinearPlan& plan, int device, uintptr_t stream, uintptr_t out_scale,
-              const Adapters* adapters) {
-  Call call = make_call(x, qweight, scales, zeros, scale_scales, scale_offset, nested_levels, pairs, bias, y,
-                        partial, counters, x_stride, qweight_stride, scales_stride, zeros_stride, m, n, k,
-                        group_size, zero_point, scale_type, type, code, plan, device);
-  call.args.out_scale = address<const float>("out_scale", out_scale, 4, false);
-  const int64_t blocks = static_cast<int64_t>(plan.tiles) * plan.splits;
-  require(adapters == nullptr || adapters->participants <= blocks, "participants",
-          adapters == nullptr ? 0 : adapters->participants,
-          "at most the plan's " + std::to_string(blocks) + " blocks");
-  py::gil_scoped_release released;
-  lowbit_linear(call.args, plan, call.type, call.code, device, stream, adapters);
+  lowbit_linear(a, plan, type, code, device, stream, adapters);
 }
 
 }  // namespace
 
 void bind_lowbit_linear(py::module_& module) {
-  module.attr("LOWBIT_LINEAR_MAX_TOKENS") = LowbitLinearMaxTokens;
+  bind_weights(module);
+  py::class_<DeviceInfo>(module, "DeviceInfo", py::module_local(),
+                         "A GPU as plans see it; shared memory in bytes, compute capability as 90.")
+      .def(py::init([](int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int capability) {
+             require(multiprocessors > 0, "multiprocessors", multiprocessors, "a positive number");
+             return DeviceInfo{multiprocessors, shared_per_block, shared_per_multiprocessor, capability};
+           }),
+           py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"),
+           py::arg("capability"));
   py::class_<LowbitLinearPlan>(module, "LowbitLinearPlan", py::module_local())
       .def_readonly("token_tiles", &LowbitLinearPlan::token_tiles)
       .def_readonly("log_warps_n", &LowbitLinearPlan::log_warps_n)
@@ -137,10 +146,15 @@ void bind_lowbit_linear(py::module_& module) {
       .def_readonly("shared_bytes", &LowbitLinearPlan::shared_bytes)
       .def_readonly("tiles", &LowbitLinearPlan::tiles);
   module.def("plan_lowbit_linear", &plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("code"),
-             py::arg("nested"), py::arg("multiprocessors"), py::arg("shared_per_block"),
-             py::arg("shared_per_multiprocessor"), py::arg("capability"), py::arg("adapter") = false);
-  module.def("lowbit_linear", &run);
-  module.def("lora_linear", &run_lora, "As lowbit_linear, then out_scale and the adapters that ride along.");
+             py::arg("nested"), py::arg("device"), py::arg("adapter") = false);
+  module.def("lowbit_linear", &run, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+             py::arg("plan"), py::arg("stream"), py::kw_only(), py::arg("nested_levels") = py::none(),
+             py::arg("pairs") = py::none(), py::arg("partial") = py::none(), py::arg("counters") = py::none(),
+             py::arg("first_counter") = 0, py::arg("out_scale") = py::none(),
+             py::arg("adapters").none(true) = py::none(),
+             "out = x W^T + bias, or out_scale * (x W^T + the adapters') + bias. nested_levels: float32 [256], of "
+             "nested scales; pairs, of x's dtype: the two levels of each byte of a codebook; partial and "
+             "counters, zero before and after: where the plan splits k.");
 }
 
 }  // namespace bitfuse

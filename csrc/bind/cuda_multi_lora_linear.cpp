@@ -1,69 +1,120 @@
 // Adapters as the kernels take them, and multi_lora_linear.
-#include "bind/cuda.h"
+#include "bind/cuda_linear.h"
 #include "cuda/linear/multi_lora_linear.h"
 
 namespace bitfuse {
 namespace {
 
-uintptr_t alignment(AdapterFloat type) { return type == AdapterFloat::Float32 ? 4 : 2; }
-
-Adapters make_adapters(uintptr_t lora_a, uintptr_t lora_b, uintptr_t table, uintptr_t ids,
-                       bool ids_are_64_bit, uintptr_t scaling, float scaling_by, uintptr_t h,
-                       uintptr_t slices, uintptr_t state, int64_t adapters, int64_t rank, int a_type,
-                       int b_type, int64_t participants) {
-  Adapters a{};
-  a.adapters = size(adapters, "adapters");
-  require(rank > 0 && rank <= AdapterMaxRank, "rank", rank, "1 to 512");
-  a.rank = static_cast<int>(rank);
-  a.a_type = choice<AdapterFloat>(a_type, 3, "a_type");
-  a.b_type = choice<AdapterFloat>(b_type, 3, "b_type");
-  a.table = address<const int64_t>("table", table, 8, false);
-  a.lora_a = address<const void>("lora_a", lora_a, 16, table == 0);
-  a.lora_b = address<const void>("lora_b", lora_b, alignment(a.b_type), table == 0);
-  a.ids_are_64_bit = ids_are_64_bit;
-  a.ids = address<const void>("ids", ids, ids_are_64_bit ? 8 : 4, false);
-  a.scaling = address<const float>("scaling", scaling, 4, false);
-  a.scaling_by = scaling_by;
-  a.h = address<float>("h", h, 16);
-  a.partial = address<float>("slices", slices, 16);
-  a.state = address<unsigned long long>("state", state, 8);
-  a.counters = reinterpret_cast<unsigned*>(a.state + 1);
-  a.participants = size(participants, "participants");
-  return a;
+AdapterFloat adapter_type(const char* name, const Tensor& t) {
+  require_float(name, t);
+  return static_cast<AdapterFloat>(t.dtype);  // the three floats are in one order in both
 }
 
-void run(uintptr_t x, uintptr_t y, int64_t x_stride, int64_t m, int64_t n, int64_t k, int type, int device,
-         uintptr_t stream, const Adapters& adapters) {
+Adapters make_adapters(py::handle lora_A, py::handle lora_B, py::handle h, py::handle slices,
+                       py::handle counters, int64_t participants, py::handle table, py::handle ids,
+                       py::handle scaling, double scaling_by) {
+  const Tensor a = read("lora_A", lora_A), b = read("lora_B", lora_B), out = read("h", h);
+  Adapters made{};
+  made.device = out.device;
+  made.a_type = adapter_type("lora_A", a);
+  made.b_type = adapter_type("lora_B", b);
+  require_device("lora_A", a, made.device);
+  require_device("lora_B", b, made.device);
+  require_dtype("h", out, Dtype::kFloat32);
+  if (out.dims != 2) refuse("h", "of shape " + shape_of(out), "2 dimensions");
+  const int64_t rank = out.shape[1];
+  require(rank > 0 && rank <= kMaxRank, "rank", rank, "1 to 512");
+  made.rank = static_cast<int>(rank);
+  made.rows = out.shape[0];
+  made.h = at_least<float>("h", out, Dtype::kFloat32, made.device, made.rows * rank, 16);
+  int64_t count = 1;
+  if (table.is_none()) {
+    if (a.dims != 2 && a.dims != 3) refuse("lora_A", "of shape " + shape_of(a), "[adapters, rank, k] or one");
+    count = a.dims == 3 ? a.shape[0] : 1;
+    made.k = a.shape[a.dims - 1];
+    made.n = b.dims >= 2 ? b.shape[b.dims - 2] : 0;
+    require_aligned("lora_A", a, 16);
+    if (a.dims == 3) {
+      made.lora_a = dense<const void>("lora_A", a, a.dtype, {count, rank, made.k});
+      made.lora_b = dense<const void>("lora_B", b, b.dtype, {count, made.n, rank});
+    } else {
+      made.lora_a = dense<const void>("lora_A", a, a.dtype, {rank, made.k});
+      made.lora_b = dense<const void>("lora_B", b, b.dtype, {made.n, rank});
+    }
+  } else {
+    const Tensor entries = read("table", table);
+    if (entries.dims != 2) refuse("table", "of shape " + shape_of(entries), "[3, adapters]");
+    require_device("table", entries, made.device);
+    count = entries.shape[1];
+    made.table = dense<const int64_t>("table", entries, Dtype::kInt64, {3, count});
+  }
+  made.adapters = size(count, "adapters");
+  if (!ids.is_none()) {
+    const Tensor numbers = read("ids", ids);
+    require_device("ids", numbers, made.device);
+    made.ids_are_64_bit = numbers.dtype == Dtype::kInt64;
+    if (!made.ids_are_64_bit) require_dtype("ids", numbers, Dtype::kInt32);
+    made.ids = dense<const void>("ids", numbers, numbers.dtype, {made.rows});
+  }
+  if (!scaling.is_none()) {
+    const Tensor t = read("scaling", scaling);
+    made.scaling = at_least<const float>("scaling", t, Dtype::kFloat32, made.device, count, 4);
+  }
+  made.scaling_by = static_cast<float>(scaling_by);
+  made.participants = size(participants, "participants");
+  const int64_t token_tiles = made.rows <= 8 ? 1 : made.rows <= 16 ? 2 : made.rows <= 32 ? 4 : 8;
+  made.partial = at_least<float>("slices", read("slices", slices), Dtype::kFloat32, made.device,
+                                 participants * token_tiles * AdapterTileSums, 16);
+  const int64_t used = made.rows < count ? made.rows : count, tiles = (rank + RankTile - 1) / RankTile;
+  made.state = at_least<unsigned long long>("counters", read("counters", counters), Dtype::kInt32, made.device,
+                                            2 + used * tiles, 8);
+  made.counters = reinterpret_cast<unsigned*>(made.state + 1);
+  return made;
+}
+
+void run(py::handle x, py::handle y, const Adapters& adapters, uintptr_t stream) {
+  const Tensor from = read("x", x), to = read("y", y);
+  const Float type = float16_type("x", from);
+  const Matrix rows = aligned_rows("x", from);
   MultiLoraArgs a{};
-  require(m > 0 && m <= AdapterMaxTokens, "m", m, "1 to 64");
-  a.m = static_cast<int>(m), a.n = size(n, "n"), a.k = size(k, "k", 8);
-  a.x = address<const void>("x", x, 16);
-  a.y = address<void>("y", y, 4);
-  // a row's stride is not read where there is one row
-  require(m == 1 || (x_stride >= k && x_stride % 8 == 0), "x_stride", x_stride, "a multiple of 8, k or more");
-  a.x_stride = m == 1 ? 0 : x_stride;
-  const Float float_type = choice<Float>(type, 2, "type");
-  require(device >= 0, "device", device, "a device's number");
+  if (rows.rows < 1 || rows.rows > kMaxTokens)
+    refuse("m", std::to_string(rows.rows), "1 to " + std::to_string(kMaxTokens));
+  require_dtype("y", to, from.dtype);
+  const Matrix into = rows_of("y", to);
+  if (!is_dense(to) || into.rows != rows.rows)
+    refuse("y", "of shape " + shape_of(to), std::to_string(rows.rows) + " dense rows");
+  a.m = static_cast<int>(rows.rows), a.n = size(into.columns, "n"), a.k = size(rows.columns, "k", 8);
+  a.x = rows.data;
+  a.x_stride = rows.stride;
+  a.y = at_least<void>("y", to, from.dtype, from.device, into.rows * into.columns, 4);
+  require(adapters.device == from.device && adapters.rows == a.m, "h", adapters.rows,
+          "as many rows as x, on its device");
+  if (!adapters.table) {
+    require(adapters.k == a.k, "lora_A", adapters.k, "as many columns as x");
+    require(adapters.n == a.n, "lora_B", adapters.n, "as many rows as y has columns");
+  }
+  const int device = device_number(from);
   py::gil_scoped_release released;
-  multi_lora_add(a, adapters, float_type, device, stream);
+  multi_lora_add(a, adapters, type, device, stream);
 }
 
 }  // namespace
 
 void bind_multi_lora_linear(py::module_& module) {
   module.attr("ADAPTER_TILE_SUMS") = AdapterTileSums;
+  module.attr("RANK_TILE") = RankTile;
   py::class_<Adapters>(
       module, "Adapters", py::module_local(),
-      "Adapters of a product: `table` in the place of lora_a and lora_b for lists. For the kernel, "
-      "`slices` has room for participants * tiles of 8 tokens * ADAPTER_TILE_SUMS floats; "
-      "`state`, zero, has 8 bytes, and 4 for each 16 ranks of each adapter in use.")
-      .def(py::init(&make_adapters), py::arg("lora_a"), py::arg("lora_b"), py::arg("table"), py::arg("ids"),
-           py::arg("ids_are_64_bit"), py::arg("scaling"), py::arg("scaling_by"), py::arg("h"),
-           py::arg("slices"), py::arg("state"), py::arg("adapters"), py::arg("rank"), py::arg("a_type"),
-           py::arg("b_type"), py::arg("participants"));
-  module.def("multi_lora_add", &run, py::arg("x"), py::arg("y"), py::arg("x_stride"), py::arg("m"),
-             py::arg("n"), py::arg("k"), py::arg("type"), py::arg("device"), py::arg("stream"),
-             py::arg("adapters"), "y += the adapters' part, by as many blocks as participate.");
+      "Adapters of a product: lora_A and lora_B stacked, or of one adapter; or `table`, int64 [3, adapters] of "
+      "addresses and ranks, and of lora_A and lora_B the dtype alone. h, float32 [m, rank], is written; ids, "
+      "[m]: None for adapter 0; scaling, float32 [adapters]: None for 1. For the kernel, `slices` has room for "
+      "participants * tiles of 8 tokens * ADAPTER_TILE_SUMS floats; `counters`, int32 and zero before and "
+      "after, 2, and one for each RANK_TILE ranks of each adapter in use. It does not keep its tensors.")
+      .def(py::init(&make_adapters), py::arg("lora_A"), py::arg("lora_B"), py::arg("h"), py::arg("slices"),
+           py::arg("counters"), py::arg("participants"), py::kw_only(), py::arg("table") = py::none(),
+           py::arg("ids") = py::none(), py::arg("scaling") = py::none(), py::arg("scaling_by") = 1.0);
+  module.def("multi_lora_add", &run, py::arg("x"), py::arg("y"), py::arg("adapters"), py::arg("stream"),
+             "y += the adapters' part, by as many blocks as participate.");
 }
 
 }  // namespace bitfuse

@@ -2,8 +2,11 @@
 // descriptor of the class Tensor, made of integers, which are not trusted.
 #pragma once
 
+#include <pybind11/stl.h>
+
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bind/bind.h"
 #include "bind/dlpack.h"
@@ -94,8 +97,26 @@ inline bool is_plain(PyObject* object) {
 // Dimensions that a Tensor has no room for.
 constexpr int kTooManyDims = -1;
 
-// The layout of a torch tensor, of more than kMaxDims dimensions with dims = kTooManyDims; false with a
-// Python error set.
+// A dense tensor of more than kMaxDims dimensions becomes one of two: its last, and all before it.
+inline void set_dims(Tensor& out, int dims, const int64_t* shape, const int64_t* strides) {
+  if (dims <= kMaxDims) {
+    out.dims = dims;
+    for (int i = 0; i < dims; ++i) out.shape[i] = shape[i], out.strides[i] = strides[i];
+    return;
+  }
+  int64_t step = 1, rows = 1;
+  out.dims = kTooManyDims;
+  for (int i = dims - 1; i >= 0; --i) {
+    if (shape[i] != 1 && strides[i] != step) return;
+    step *= shape[i];
+    if (i + 1 < dims) rows *= shape[i];
+  }
+  out.dims = 2;
+  out.shape[0] = rows, out.shape[1] = out.strides[0] = shape[dims - 1], out.strides[1] = 1;
+}
+
+// The layout of a torch tensor; dims is kTooManyDims where a Tensor can't hold it. False with a Python error
+// set.
 inline bool layout_of(PyObject* object, Tensor& out) {
   const Torch& names = torch();
   if (names.api) {
@@ -109,19 +130,11 @@ inline bool layout_of(PyObject* object, Tensor& out) {
     out.data = static_cast<char*>(t.data) + t.byte_offset;
     out.dtype = dtype_of(t.dtype);
     out.device = gpu ? t.device.number : kHost;
-    out.dims = t.dims <= kMaxDims ? t.dims : kTooManyDims;
-    for (int i = 0; i < out.dims; ++i) out.shape[i] = t.shape[i], out.strides[i] = t.strides[i];
+    set_dims(out, t.dims, t.shape, t.strides);
     return true;
   }
   try {
     const py::handle t(object);
-    const auto numbers = [](const py::object& found, int64_t* to) {
-      const py::tuple sizes = py::reinterpret_steal<py::tuple>(PySequence_Tuple(found.ptr()));
-      if (!sizes) throw py::error_already_set();
-      if (sizes.size() > size_t(kMaxDims)) return kTooManyDims;
-      for (size_t i = 0; i < sizes.size(); ++i) to[i] = sizes[i].cast<int64_t>();
-      return int(sizes.size());
-    };
     out.data = reinterpret_cast<void*>(t.attr(names.data_ptr)().cast<uintptr_t>());
     PyObject* number = PyDict_GetItemWithError(names.dtypes, py::object(t.attr(names.dtype)).ptr());
     out.dtype = number ? Dtype(PyLong_AsLong(number)) : Dtype::kOther;
@@ -129,8 +142,9 @@ inline bool layout_of(PyObject* object, Tensor& out) {
     const auto type = py::object(device.attr(names.type)).cast<std::string>();
     if (type != "cpu" && type != "cuda") throw py::value_error("a tensor is on " + type);
     out.device = type == "cpu" ? kHost : index.is_none() ? 0 : index.cast<int>();
-    out.dims = numbers(t.attr(names.shape), out.shape);
-    numbers(t.attr(names.stride)(), out.strides);
+    const auto shape = py::object(t.attr(names.shape)).cast<std::vector<int64_t>>();
+    const auto strides = py::object(t.attr(names.stride)()).cast<std::vector<int64_t>>();
+    set_dims(out, int(shape.size()), shape.data(), strides.data());
     return true;
   } catch (py::error_already_set& error) {
     error.restore();

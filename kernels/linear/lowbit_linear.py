@@ -38,7 +38,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core.device import Device, device_of
-from ...weights.formats import FORMATS, NESTED_BLOCK, nested_code
+from ...core.limits import NESTED_BLOCK
+from ...weights.formats import FORMATS, nested_code
 from ...weights.weight import WeightTensors
 from ..core.decoding import CODES, decode16, decode32, decoding, times
 from ..core.dropout import keep, row_keys

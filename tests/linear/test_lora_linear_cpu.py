@@ -7,6 +7,7 @@ That its numbers are right is tested with every other backend's, in test_lora_li
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import bitfuse
@@ -233,76 +234,110 @@ def test_calls_from_several_threads_do_not_share_scratch() -> None:
 
 
 F = torch.zeros(64, 64)  # what addresses point to
-AT = F.data_ptr()
-SHRINK: dict[str, Any] = dict(
-    x=AT, dtype=0, rows=2, row_stride=16, depth=16, a=AT, a_dtype=0, rank=4, h=AT, dropout_p=0.0, seed=0
-)
-EXPAND: dict[str, Any] = dict(
-    out=AT, dtype=0, rows=2, outs=16, t=AT, rank=4, p=AT, p_dtype=0, turned=True, scale=1.0, dropout_p=0.0,
-    seed=0, out_scale=0, bias=0,
-)  # fmt: skip
-TIMES: dict[str, Any] = dict(
-    y=AT, dtype=0, rows=2, row_stride=16, depth=16, b=AT, b_dtype=0, rank=4, scale=1.0, out=AT
-)
-OUTER: dict[str, Any] = dict(
-    t=AT, rank=4, x=AT, dtype=0, rows=2, row_stride=16, columns=16, dropout_p=0.0, seed=0, scale=1.0, out=AT,
-    out_dtype=0, turned=False,
-)  # fmt: skip
-BOTTLENECK: dict[str, Any] = dict(
-    x=AT, dtype=0, rows=2, row_stride=16, depth=16, down=AT, down_dtype=0, down_bias=0, down_bias_dtype=0,
-    activation=0, rank=4, h=AT, t=AT, up=AT, up_dtype=0, up_bias=0, up_bias_dtype=0, residual=True, outs=16,
-    out=AT,
-)  # fmt: skip
-GATED: dict[str, Any] = dict(
-    activation=0, dtype=0, rows=2, columns=16, gate=AT, gate_stride=16, up=AT, up_stride=16, grad=0,
-    grad_stride=0, out=AT, d_gate=0, d_up=0,
-)  # fmt: skip
-CALLS = {
-    "lora_shrink": SHRINK,
-    "lora_expand": EXPAND,
-    "lora_times": TIMES,
-    "lora_outer": OUTER,
-    "bottleneck_adapter": BOTTLENECK,
-    "gated_activation": GATED,
-}
+
+
+def at(address: int, *shape: int, strides: tuple[int, ...] | None = None, dtype: str = "FLOAT32") -> Any:
+    """A descriptor of numbers that may be anybody's."""
+    return cpp._cpu.Tensor(address, getattr(cpp._cpu.Dtype, dtype), shape, strides)
+
+
+def good(*shape: int, **other: Any) -> Any:
+    return at(F.data_ptr(), *shape, **other)
+
+
+def adapter(a: Any, h: Any, **other: Any) -> Any:
+    return cpp._cpu.Adapter(a, h, **other)
+
+
+def calls() -> dict[str, dict[str, Any]]:
+    """Arguments of each binding that it takes."""
+    row = good(2, 16)
+    none = cpp._cpu.Dropout()
+    return {
+        "lora_shrink": {"x": row, "adapter": adapter(good(4, 16), good(2, 4))},
+        "lora_expand": {
+            "out": row, "t": good(2, 4), "p": good(16, 4), "transposed": True, "scale": 1.0, "dropout": none,
+            "out_scale": None, "bias": None,
+        },
+        "lora_times": {"y": row, "b": good(16, 4), "scale": 1.0, "out": good(2, 4)},
+        "lora_outer": {
+            "t": good(2, 4), "x": row, "dropout": none, "scale": 1.0, "out": good(4, 16), "transposed": False,
+        },
+        "bottleneck_adapter": {
+            "x": row, "down": good(4, 16), "down_bias": None, "activation": cpp._cpu.Activation.SILU,
+            "up": good(16, 4), "up_bias": None, "residual": True, "h": good(2, 4), "t": good(2, 4),
+            "out": row,
+        },
+        "gated_activation": {"activation": cpp._cpu.Activation.SILU, "gate": row, "up": row, "out": row},
+        "gated_activation_backward": {
+            "activation": cpp._cpu.Activation.SILU, "grad": row, "gate": row, "up": row, "d_gate": row,
+            "d_up": row,
+        },
+    }  # fmt: skip
+
+
+def test_the_calls_are_good() -> None:
+    for name, arguments in calls().items():
+        getattr(cpp._cpu, name)(**arguments)
 
 
 @pytest.mark.parametrize(
     ("function", "change", "words"),
     [
-        ("lora_shrink", {"x": 0}, "x is null"),
-        ("lora_shrink", {"x": 6}, "x is 6, expected a multiple of 4"),
-        ("lora_shrink", {"dtype": 3}, "dtype is 3"),
-        ("lora_shrink", {"rows": -1}, "x is -1, expected 0 rows or more"),
-        ("lora_shrink", {"row_stride": -16}, "x is -16, expected a row stride"),
-        ("lora_shrink", {"depth": -1}, "x is -1, expected 0 columns"),
-        ("lora_shrink", {"rank": 0}, "rank is 0, expected 1 to 512"),
-        ("lora_shrink", {"rank": 513}, "rank is 513"),
-        ("lora_shrink", {"a_dtype": -1}, "a_dtype is -1"),
-        ("lora_shrink", {"dropout_p": 1.0}, "dropout_p is 1.0"),
-        ("lora_shrink", {"dropout_p": float("nan")}, "dropout_p is nan"),
-        ("lora_shrink", {"rows": 1 << 60}, "x is larger than memory"),
-        ("lora_expand", {"out": 0}, "out is null"),
-        ("lora_expand", {"t": 0}, "t is null"),
-        ("lora_expand", {"out_scale": 2}, "out_scale is 2, expected a multiple of 4"),
-        ("lora_expand", {"bias": 2}, "bias is 2, expected a multiple of 4"),
-        ("lora_expand", {"outs": 1 << 62}, "out is larger than memory"),
-        ("lora_times", {"depth": 0}, "depth is 0"),
-        ("lora_times", {"b": 0}, "b is null"),
-        ("lora_outer", {"out_dtype": 9}, "out_dtype is 9"),
-        ("lora_outer", {"columns": -16}, "x is -16, expected 0 columns"),
-        ("bottleneck_adapter", {"activation": 4}, "activation is 4"),
-        ("bottleneck_adapter", {"outs": 8}, "outs is 8, expected depth = 16 to add x"),
-        ("bottleneck_adapter", {"up_bias_dtype": 5}, "up_bias_dtype is 5"),
-        ("gated_activation", {"gate": 0}, "gate is null"),
-        ("gated_activation", {"grad": AT}, "d_gate is null"),
-        ("gated_activation", {"up_stride": -1}, "up is -1, expected a row stride"),
-        ("gated_activation", {"columns": 1 << 62}, "gate is larger than memory"),
+        ("lora_shrink", lambda: {"x": at(0, 2, 16)}, "x is null"),
+        ("lora_shrink", lambda: {"x": at(6, 2, 16)}, "x is 6, expected a multiple of 4"),
+        ("lora_shrink", lambda: {"x": good(2, 16, dtype="UINT8")}, "x is of dtype uint8, expected float32"),
+        ("lora_shrink", lambda: {"x": good(-1, 16)}, "x is -1, expected 0 rows or more"),
+        ("lora_shrink", lambda: {"x": good(2, 16, strides=(-16, 1))}, "x is -16, expected a row stride"),
+        ("lora_shrink", lambda: {"x": good(2, -1)}, "x is -1, expected 0 columns"),
+        (
+            "lora_shrink",
+            lambda: {"adapter": adapter(good(0, 16), good(2, 0))},
+            "rank is 0, expected 1 to",
+        ),
+        ("lora_shrink", lambda: {"adapter": adapter(good(513, 16), good(2, 513))}, "rank is 513"),
+        (
+            "lora_shrink",
+            lambda: {"adapter": adapter(good(4, 16, dtype="INT32"), good(2, 4))},
+            "a is of dtype int32, expected float32, float16 or bfloat16",
+        ),
+        ("lora_shrink", lambda: {"adapter": adapter(good(4, 8), good(2, 4))}, r"a is of shape \[4, 8\]"),
+        ("lora_shrink", lambda: {"adapter": adapter(good(4, 16), good(2, 5))}, r"h is of shape \[2, 5\]"),
+        ("lora_shrink", lambda: {"x": cpp._cpu.Dropout(1.0)}, "dropout_p is 1.0"),
+        ("lora_shrink", lambda: {"x": cpp._cpu.Dropout(float("nan"))}, "dropout_p is nan"),
+        ("lora_shrink", lambda: {"x": good(1 << 60, 16)}, "x is larger than memory"),
+        ("lora_expand", lambda: {"out": at(0, 2, 16)}, "out is null"),
+        ("lora_expand", lambda: {"t": at(0, 2, 4)}, "t is null"),
+        ("lora_expand", lambda: {"out_scale": at(2, 16)}, "out_scale is 2, expected a multiple of 4"),
+        ("lora_expand", lambda: {"bias": at(2, 16)}, "bias is 2, expected a multiple of 4"),
+        ("lora_expand", lambda: {"bias": good(15)}, r"bias is of shape \[15\], expected \[16\]"),
+        ("lora_expand", lambda: {"out": good(2, 1 << 62)}, "out is larger than memory"),
+        ("lora_times", lambda: {"y": good(2, 0)}, "depth is 0"),
+        ("lora_times", lambda: {"b": at(0, 16, 4)}, "b is null"),
+        ("lora_outer", lambda: {"out": good(4, 16, dtype="INT64")}, "out is of dtype int64"),
+        ("lora_outer", lambda: {"x": good(2, -16)}, "x is -16, expected 0 columns"),
+        (
+            "bottleneck_adapter",
+            lambda: {"up": good(8, 4), "out": good(2, 8)},
+            "outs is 8, expected depth",
+        ),
+        ("bottleneck_adapter", lambda: {"up_bias": good(16, dtype="BOOL")}, "up_bias is of dtype bool"),
+        ("gated_activation", lambda: {"gate": at(0, 2, 16)}, "gate is null"),
+        ("gated_activation_backward", lambda: {"d_gate": at(0, 2, 16)}, "d_gate is null"),
+        (
+            "gated_activation",
+            lambda: {"up": good(2, 16, strides=(-1, 1))},
+            "up is -1, expected a row stride",
+        ),
+        ("gated_activation", lambda: {"gate": good(2, 1 << 62)}, "gate is larger than memory"),
+        ("gated_activation", lambda: {"up": good(2, 15)}, r"up is of shape \[2, 15\], expected \[2, 16\]"),
     ],
 )
-def test_the_bindings_refuse_wrong_integers(function: str, change: dict[str, Any], words: str) -> None:
+def test_the_bindings_refuse_wrong_numbers(
+    function: str, change: Callable[[], dict[str, Any]], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
-        getattr(cpp._cpu, function)(*{**CALLS[function], **change}.values())
+        getattr(cpp._cpu, function)(**calls()[function] | change())
 
 
 def test_a_tensor_scaling_and_rank_0() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bitfuse
@@ -182,40 +182,83 @@ def test_says_what_it_does_not_serve(target: Target) -> None:
     assert y.shape == (0, 16) and h.shape == (0, 4)
 
 
-ADAPTERS: dict[str, Any] = dict(
-    lora_a=64, lora_b=64, table=0, ids=0, ids_are_64_bit=True, scaling=0, scaling_by=1.0, h=64, slices=64,
-    state=64, adapters=1, rank=16, a_type=1, b_type=1, participants=1,
-)  # fmt: skip
+def descriptor(address: int, *shape: int, dtype: str = "FLOAT16") -> Any:
+    """Of numbers that may be anybody's."""
+    return native.Tensor(address, getattr(native.Dtype, dtype), shape)
+
+
+def adapters(**change: Any) -> dict[str, Any]:
+    """Arguments of a descriptor of adapters that point nowhere."""
+    good = {
+        "lora_A": descriptor(64, 16, 64), "lora_B": descriptor(64, 16, 16),
+        "h": descriptor(64, 2, 16, dtype="FLOAT32"), "slices": descriptor(64, 4096, dtype="FLOAT32"),
+        "counters": descriptor(64, 64, dtype="INT32"), "participants": 1,
+    }  # fmt: skip
+    return good | change
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("lora_a", 0), ("lora_a", 8), ("lora_b", 0), ("lora_b", 1), ("table", 4), ("ids", 4), ("scaling", 2),
-     ("h", 0), ("slices", 4), ("state", 4), ("adapters", 0), ("rank", 513), ("rank", 0), ("a_type", 3),
-     ("b_type", -1), ("participants", 0)],
-)  # fmt: skip
-def test_the_binding_names_what_is_wrong(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is"):
-        native.Adapters(**{**ADAPTERS, name: value})
+    ("change", "words"),
+    [
+        (lambda: {"lora_A": descriptor(0, 16, 64)}, "lora_A is null"),
+        (lambda: {"lora_A": descriptor(8, 16, 64)}, "lora_A is 8, expected a multiple of 16"),
+        (lambda: {"lora_A": descriptor(64, 16, 64, dtype="INT32")}, "lora_A is of dtype int32"),
+        (lambda: {"lora_A": descriptor(64, 8, 64)}, r"lora_A is of shape \[8, 64\]"),
+        (lambda: {"lora_B": descriptor(0, 16, 16)}, "lora_B is null"),
+        (lambda: {"lora_B": descriptor(1, 16, 16)}, "lora_B is 1"),
+        (lambda: {"lora_B": descriptor(64, 16, 8)}, r"lora_B is of shape \[16, 8\]"),
+        (lambda: {"lora_B": descriptor(64, 16, 16, dtype="BOOL")}, "lora_B is of dtype bool"),
+        (lambda: {"table": descriptor(4, 3, 2, dtype="INT64")}, "table is 4"),
+        (lambda: {"table": descriptor(64, 2, 2, dtype="INT64")}, r"table is of shape \[2, 2\]"),
+        (lambda: {"table": descriptor(64, 3, 0, dtype="INT64")}, "adapters is 0"),
+        (lambda: {"ids": descriptor(4, 2, dtype="INT64")}, "ids is 4"),
+        (lambda: {"ids": descriptor(64, 3, dtype="INT32")}, r"ids is of shape \[3\]"),
+        (lambda: {"scaling": descriptor(2, 1, dtype="FLOAT32")}, "scaling is 2"),
+        (lambda: {"h": descriptor(0, 2, 16, dtype="FLOAT32")}, "h is null"),
+        (lambda: {"h": descriptor(64, 2, 513, dtype="FLOAT32")}, "rank is 513"),
+        (lambda: {"h": descriptor(64, 2, 0, dtype="FLOAT32")}, "rank is 0"),
+        (lambda: {"slices": descriptor(4, 4096, dtype="FLOAT32")}, "slices is 4"),
+        (lambda: {"slices": descriptor(64, 64, dtype="FLOAT32")}, r"slices is of shape \[64\]"),
+        (lambda: {"counters": descriptor(4, 64, dtype="INT32")}, "counters is 4"),
+        (lambda: {"counters": descriptor(64, 2, dtype="INT32")}, r"counters is of shape \[2\]"),
+        (lambda: {"participants": 0}, "participants is 0"),
+    ],
+)
+def test_the_binding_names_what_is_wrong(change: Callable[[], dict[str, Any]], words: str) -> None:
+    native.Adapters(**adapters())
+    with pytest.raises(ValueError, match=f"^{words}"):
+        native.Adapters(**adapters(**change()))
 
 
 def test_the_bindings_name_what_is_wrong_with_a_product() -> None:
-    plan = native.plan_lowbit_linear(2, 16, 64, 0, False, *H100, True)
-    product: dict[str, Any] = dict(
-        x=64, qweight=64, scales=64, zeros=0, scale_scales=0, scale_offset=0, nested_levels=0, pairs=0,
-        bias=0, y=64, partial=64, counters=64, x_stride=64, qweight_stride=32, scales_stride=2,
-        zeros_stride=2, m=2, n=16, k=64, group_size=32, zero_point=8, scale_type=0, type=0, code=0, plan=plan,
-        device=0, stream=0,
-    )  # fmt: skip
-    many = native.Adapters(**{**ADAPTERS, "participants": 100})
-    for out_scale, adapters, name in ((2, None, "out_scale"), (0, many, "participants")):
+    x, y = descriptor(64, 2, 64), descriptor(64, 2, 16)
+    assert base._code("int4") is not None  # the extension knows the format
+    plan = native.plan_lowbit_linear(2, 16, 64, native.CodeKind.INT4, False, native.DeviceInfo(*H100), True)
+    codes, scales = descriptor(64, 16, 32, dtype="UINT8"), descriptor(64, 16, 2, dtype="FLOAT32")
+    weight = (codes, scales, None, None, None, "int4", 32, None, 1)
+    many = native.Adapters(**adapters(participants=8, slices=descriptor(64, 8192, dtype="FLOAT32")))
+    wide = native.Adapters(**adapters(lora_A=descriptor(64, 16, 72)))
+    tall = native.Adapters(**adapters(lora_B=descriptor(64, 24, 16)))
+    more = native.Adapters(**adapters(h=descriptor(64, 3, 16, dtype="FLOAT32")))
+    for others, name in (
+        ({"out_scale": descriptor(2, 16, dtype="FLOAT32")}, "out_scale"),
+        ({"out_scale": descriptor(64, 8, dtype="FLOAT32")}, "out_scale"),
+        ({"adapters": many}, "participants"), ({"adapters": wide}, "lora_A"), ({"adapters": tall}, "lora_B"),
+        ({"adapters": more}, "h"),
+    ):  # fmt: skip
+        assert plan.tiles * plan.splits < 8
         with pytest.raises(ValueError, match=rf"^{name} is"):
-            native.lora_linear(*product.values(), out_scale, adapters)
-    good: dict[str, Any] = dict(x=64, y=64, x_stride=64, m=2, n=16, k=64, type=0, device=0, stream=0)
-    for name, value in (("x", 8), ("y", 2), ("x_stride", 60), ("m", 65), ("n", 0), ("k", 0), ("type", 2),
-                        ("device", -1)):  # fmt: skip
+            native.lowbit_linear(x, weight, None, y, plan, 0, **others)
+    good: dict[str, Any] = {"x": x, "y": y, "adapters": native.Adapters(**adapters()), "stream": 0}
+    for change, name in (
+        ({"x": descriptor(8, 2, 64)}, "x"), ({"y": descriptor(2, 2, 16)}, "y"),
+        ({"x": descriptor(64, 65, 64)}, "m"),
+        ({"x": descriptor(64, 2, 60)}, "x"), ({"y": descriptor(64, 3, 16)}, "y"),
+        ({"x": descriptor(64, 2, 64, dtype="FLOAT32")}, "x"), ({"y": descriptor(64, 2, 24)}, "lora_B"),
+        ({"adapters": more}, "h"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"^{name} is"):
-            native.multi_lora_add(**{**good, name: value}, adapters=native.Adapters(**ADAPTERS))
+            native.multi_lora_add(**good | change)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts are the simulator's")

@@ -17,6 +17,8 @@ import pytest
 import torch
 from bitfuse.core.cpu import strided_rows
 from bitfuse.ops.linear import lowbit_linear_cpu as cpp
+from bitfuse.ops.linear.lowbit_linear import forward_op
+from bitfuse.weights.weight import WeightTensors
 from levels import LEVELS
 
 FORMATS = ("int4", "nf4", "fp4", "int8", "fp8")
@@ -121,39 +123,111 @@ def test_calls_from_several_threads_do_not_share_scratch() -> None:
     assert not wrong
 
 
+def at(address: int, *shape: int, strides: tuple[int, ...] | None = None, dtype: str = "FLOAT32") -> Any:
+    """A descriptor of numbers that may be anybody's."""
+    return cpp._cpu.Tensor(address, getattr(cpp._cpu.Dtype, dtype), shape, strides)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"x": 0}, "x is null"),
-        ({"x": 2}, "x is 2, expected a multiple of 4"),
-        ({"dtype": 7}, "dtype is 7"),
-        ({"rows": -1}, "rows is -1"),
-        ({"row_stride": -8}, "row_stride is -8"),
-        ({"codes": 0}, "codes is null"),
-        ({"scales": 0}, "scales is null"),
-        ({"scale_kind": 9}, "scale_kind is 9"),
-        ({"scale_kind": 3}, "scale_table is null"),
-        ({"values": 0}, "values is null"),
-        ({"code_kind": -1}, "code_kind is -1"),
-        ({"n": -1}, "n is -1, expected 0 or more"),
-        ({"k": 0}, "k is 0"),
+        ({"x": (0, 2, 64)}, "x is null"),
+        ({"x": (2, 2, 64)}, "x is 2, expected a multiple of 4"),
+        ({"x": (64, -1, 64)}, "x is -1, expected 0 rows"),
+        ({"x": (64, 2, 63)}, r"x is of shape \[2, 63\], expected the last dimension to be 64"),
+        ({"x": (64, 1 << 40, 1 << 40)}, "x is larger than memory"),
+        ({"qweight": (0, 16, 32)}, "qweight is null"),
+        ({"qweight": (64, -1, 32)}, "qweight is -1, expected 0 rows"),
+        ({"qweight": (64, 16, 0)}, "qweight is 0"),
+        ({"qweight": (64, 16, 31)}, "in_features is 62, expected a multiple of 8"),
+        ({"scales": (0, 16, 2)}, "scales is null"),
+        ({"scales": (64, 16, 1)}, r"scales is of shape \[16, 1\], expected \[16, 2\]"),
+        ({"zeros": (64, 16, 1)}, r"zeros is of shape \[16, 1\], expected \[16, 2\]"),
+        ({"scale_offset": (64, 1)}, "scales is of dtype float32, expected uint8"),
+        ({"scale_scales": (64, 1)}, "scale_scales is given, expected none"),
         ({"group_size": 24}, "group_size is 24"),
-        ({"rows": 1 << 40, "row_stride": 1 << 40}, "x is larger than memory"),
-        ({"out": 0}, "out is null"),
+        ({"group_size": -32}, "group_size is -32"),
+        ({"format": "no such"}, "format is no such"),
+        ({"offsets": (64, 16, 2)}, "offsets is given, expected none"),
+        ({"scale_rows": 2}, "scale_rows is 2, expected 1"),
+        ({"bias": (64, 15)}, r"bias is of shape \[15\], expected \[16\]"),
+        ({"out": (0, 2, 16)}, "out is null"),
+        ({"out": (64, 3, 16)}, r"out is of shape \[3, 16\]"),
     ],
 )
-def test_the_binding_refuses_wrong_integers(change: dict[str, int], words: str) -> None:
-    x, out = torch.zeros(2, 64), torch.zeros(2, 16)
-    w = bitfuse.quantize(torch.randn(16, 64), "int4", group_size=32)
-    code_kind, values, zero_point = cpp._code("int4")  # type: ignore[misc]
-    arguments: dict[str, Any] = {
-        "x": x.data_ptr(), "dtype": 0, "rows": 2, "row_stride": 64, "codes": w.qweight.data_ptr(),
-        "scales": w.scales.data_ptr(), "scale_kind": 1, "zeros": 0, "scale_table": 0, "scale_scales": 0,
-        "scale_offset": 0, "values": values, "code_kind": code_kind, "zero_point": zero_point, "n": 16,
-        "k": 64, "group_size": 32, "bias": 0, "out": out.data_ptr(),
+def test_the_binding_refuses_wrong_numbers(change: dict[str, Any], words: str) -> None:
+    assert cpp._known("int4")  # the extension knows the format
+    memory = torch.zeros(64, 64)
+    parts: dict[str, Any] = {
+        "x": (64, 2, 64), "qweight": (64, 16, 32), "scales": (64, 16, 2), "zeros": None, "scale_scales": None,
+        "scale_offset": None, "format": "int4", "group_size": 32, "offsets": None, "scale_rows": 1, "bias": None, "out": (64, 2, 16),
     }  # fmt: skip
+
+    def made(name: str, value: Any) -> Any:
+        if not isinstance(value, tuple):
+            return value
+        address, *shape = value
+        dtype = "UINT8" if name in ("qweight", "zeros") else "FLOAT32"
+        return at(memory.data_ptr() if address == 64 else address, *shape, dtype=dtype)
+
+    tensors = {name: made(name, value) for name, value in parts.items()}
+    weight = cpp._cpu.WEIGHT_FIELDS
+    cpp._cpu.lowbit_linear(tensors["x"], tuple(tensors[n] for n in weight), None, tensors["out"])
+    tensors |= {name: made(name, value) for name, value in change.items()}
     with pytest.raises(ValueError, match=words):
-        cpp._cpu.lowbit_linear(*{**arguments, **change}.values())
+        arguments = tensors["x"], tuple(tensors[n] for n in weight), tensors["bias"], tensors["out"]
+        cpp._cpu.lowbit_linear(*arguments)
+
+
+def test_the_binding_refuses_what_is_no_tensor_and_no_weight() -> None:
+    x, out = torch.zeros(2, 64), torch.zeros(2, 16)
+    w = bitfuse.quantize(torch.randn(16, 64), "int4", group_size=32).op_args
+    assert cpp._known("int4")
+    with pytest.raises(TypeError, match="x is a float, expected a tensor"):
+        cpp._cpu.lowbit_linear(1.0, w, None, out)
+    with pytest.raises(TypeError, match="weight is a list, expected a WeightTensors"):
+        cpp._cpu.lowbit_linear(x, list(w), None, out)
+    with pytest.raises(ValueError, match="x is of dtype another"):
+        cpp._cpu.lowbit_linear(x.double(), w, None, out)
+    with pytest.raises(ValueError, match="qweight is of strides"):
+        cpp._cpu.lowbit_linear(x, w._replace(qweight=w.qweight.t().contiguous().t()), None, out)
+
+
+def test_the_fields_of_a_weight() -> None:
+    assert WeightTensors._fields == cpp._cpu.WEIGHT_FIELDS
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"nested": True}], ids=str)
+def test_the_direct_way_has_the_same_bits(format: str, options: dict[str, bool]) -> None:
+    try:
+        w = bitfuse.quantize(torch.randn(48, 64), format, **options)  # type: ignore[arg-type]
+    except ValueError:
+        pytest.skip("the format has no such option")
+    bias = torch.randn(48)
+    for x in (torch.randn(64), torch.randn(3, 64), torch.randn(2, 3, 80)[..., :64]):
+        assert cpp.supports(x, w.op_args, bias) is None
+        direct = cpp.direct(x, w.op_args, bias)
+        assert direct.shape == (*x.shape[:-1], 48)
+        assert torch.equal(direct, cpp.run(x, w.op_args, bias))
+
+
+def test_the_direct_way_leaves_the_rest_to_the_op() -> None:
+    x, w, bias = torch.randn(3, 64), bitfuse.quantize(torch.randn(48, 64), "int4").op_args, torch.randn(48)
+    assert cpp.direct(x, w, bias) is not None
+    for wrong in (
+        (x.double(), w, bias), (x[:, :63], w, bias), (x[0, 0], w, bias), (x[:0], w, bias), (1.0, w, bias),
+        (x.to("meta"), w, bias), (x.to_sparse(), w, bias), (torch._neg_view(x), w, bias),
+        (x, w, torch._neg_view(bias)), (x, w, bias.double()), (x, w, bias[:47]), (x, w, 1.0),
+        (x, w._replace(qweight=w.qweight[:, :31]), bias), (x, w._replace(scales=w.scales[:47]), bias),
+        (x, w._replace(group_size=0), bias), (x, w._replace(format="no such"), bias), (x, tuple(w)[:6], bias), (x, w._replace(scale_rows=2), bias),
+        (x, w._replace(offsets=w.scales), bias),
+        (x, w._replace(qweight=None), bias), (x.t().contiguous().t(), w, bias),
+    ):  # fmt: skip
+        assert cpp.direct(*wrong) is None
+    # as the rest of the op has it
+    assert torch.equal(forward_op(torch._neg_view(x), w, bias), forward_op(-x, w, bias))
+    assert torch.equal(forward_op(x.t().contiguous().t(), w, bias), forward_op(x, w, bias))
 
 
 def test_rows_are_addressed_where_they_lie() -> None:

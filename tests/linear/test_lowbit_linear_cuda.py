@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bitfuse
@@ -190,10 +190,11 @@ def test_says_what_it_does_not_serve(target: Target) -> None:
 
 def test_the_plan_is_one_that_the_kernel_can_run() -> None:
     sizes = (8, 72, 1000, 1024, 4096, 7392, 14336, 128256)
+    codes = list(native.CodeKind.__members__.values())
     for device, m, n, k, code, nested in itertools.product(
         (H100, A100, SMALL), (1, 8, 9, 16, 17, 33, 64), sizes, sizes, range(4), (False, True)
     ):
-        plan = native.plan_lowbit_linear(m, n, k, code, nested, *device)
+        plan = native.plan_lowbit_linear(m, n, k, codes[code], nested, native.DeviceInfo(*device))
         chunk = 128 if code < 2 else 64
         chunks, warps_k = math.ceil(k / chunk), 8 >> plan.log_warps_n
         if plan.token_tiles == 0:
@@ -209,26 +210,86 @@ def test_the_plan_is_one_that_the_kernel_can_run() -> None:
 
 
 def test_a_large_matrix_fills_the_machine_without_splitting_k() -> None:
-    plan = native.plan_lowbit_linear(1, 8192, 8192, 0, False, *H100)
+    plan = native.plan_lowbit_linear(1, 8192, 8192, native.CodeKind.INT4, False, native.DeviceInfo(*H100))
     assert plan.splits == 1 and plan.tiles >= 120
 
 
+def descriptor(
+    address: int, *shape: int, strides: tuple[int, ...] | None = None, dtype: str = "FLOAT16"
+) -> Any:
+    """Of numbers that may be anybody's."""
+    return native.Tensor(address, getattr(native.Dtype, dtype), shape, strides)
+
+
+def product() -> dict[str, Any]:
+    """Arguments that the binding takes, but that point nowhere: of no call that is made."""
+    assert cuda._code("int4") is not None  # the extension knows the format
+    info = native.DeviceInfo(*H100)
+    return {
+        "x": descriptor(64, 2, 64), "qweight": descriptor(64, 16, 32, dtype="UINT8"),
+        "scales": descriptor(64, 16, 2, dtype="FLOAT32"), "zeros": None, "scale_scales": None,
+        "scale_offset": None, "format": "int4", "group_size": 32, "offsets": None, "scale_rows": 1, "bias": None, "out": descriptor(64, 2, 16),
+        "plan": native.plan_lowbit_linear(2, 16, 64, native.CodeKind.INT4, False, info, True), "stream": 0,
+    }  # fmt: skip
+
+
+def call(arguments: dict[str, Any], **others: Any) -> None:
+    weight = tuple(arguments.pop(name) for name in native.WEIGHT_FIELDS)
+    native.lowbit_linear(weight=weight, **arguments, **others)
+
+
+def some(count: int = 64, **other: Any) -> Any:
+    return descriptor(64, count, **other)
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("x", 0), ("x", 8), ("qweight", 2), ("scales", 1), ("m", 0), ("n", 0), ("k", -8), ("group_size", 24),
-     ("x_stride", 100), ("qweight_stride", 2), ("scales_stride", 2**31), ("zero_point", 16), ("code", 4),
-     ("device", -1)],
-)  # fmt: skip
-def test_the_binding_names_what_is_wrong(name: str, value: int) -> None:
-    plan = native.plan_lowbit_linear(2, 16, 64, 0, False, *H100)
-    good: dict[str, Any] = dict(
-        x=64, qweight=64, scales=64, zeros=0, scale_scales=0, scale_offset=0, nested_levels=0, pairs=0,
-        bias=0, y=64, partial=64, counters=64, x_stride=64, qweight_stride=32, scales_stride=2,
-        zeros_stride=2, m=2, n=16, k=64, group_size=32, zero_point=8, scale_type=0, type=0, code=0, plan=plan,
-        device=0, stream=0,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=rf"^{name} is"):
-        native.lowbit_linear(*{**good, name: value}.values())
+    ("change", "words"),
+    [
+        (lambda: {"x": descriptor(0, 2, 64)}, "x is null"),
+        (lambda: {"x": descriptor(8, 2, 64)}, "x is 8, expected a multiple of 16"),
+        (lambda: {"x": descriptor(64, 2, 64, dtype="FLOAT32")}, "x is of dtype float32"),
+        (lambda: {"x": descriptor(64, 0, 64)}, "m is 0"),
+        (lambda: {"x": descriptor(64, 2, 56)}, "x is 56, expected as many columns as the weight"),
+        (lambda: {"x": descriptor(64, 2, 64, strides=(100, 1))}, r"x is of .*strides \[100, 1\]"),
+        (lambda: {"x": descriptor(64, 9, 64)}, "m is 9, expected what the plan was made for"),
+        (lambda: {"qweight": descriptor(2, 16, 32, dtype="UINT8")}, "qweight is 2, expected a multiple of 4"),
+        (lambda: {"qweight": descriptor(64, 0, 32, dtype="UINT8")}, r"scales is of shape|n is 0"),
+        (
+            lambda: {"qweight": descriptor(64, 16, 32, strides=(34, 1), dtype="UINT8")},
+            "qweight's stride is 34, expected a multiple of 4",
+        ),
+        (
+            lambda: {"qweight": descriptor(64, 16, 32, strides=(2, 1), dtype="UINT8")},
+            r"qweight is of strides \[2, 1\], expected dense rows",
+        ),
+        (lambda: {"scales": descriptor(1, 16, 2, dtype="FLOAT32")}, "scales is 1, expected a multiple of 4"),
+        (
+            lambda: {"scales": descriptor(64, 16, 2, strides=(2**31, 1), dtype="FLOAT32")},
+            "scales' stride is 2147483648",
+        ),
+        (lambda: {"group_size": 24}, "group_size is 24"),
+        (
+            lambda: {"group_size": 16, "scales": descriptor(64, 16, 4)},
+            "group_size is 16, expected a",
+        ),
+        (lambda: {"format": "no such"}, "format is no such"),
+        (lambda: {"bias": descriptor(64, 15)}, r"bias is of shape \[15\], expected \[16\]"),
+        (lambda: {"out": descriptor(2, 2, 16)}, "out is 2, expected a multiple of 4"),
+        (lambda: {"out": descriptor(64, 2, 15)}, r"out is of shape \[2, 15\]"),
+    ],
+)
+def test_the_binding_names_what_is_wrong(change: Callable[[], dict[str, Any]], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        call(product() | change())
+
+
+def test_a_plan_and_a_format_are_checked() -> None:
+    with pytest.raises(ValueError, match="m is 65, expected at most 64"):
+        native.plan_lowbit_linear(65, 16, 64, native.CodeKind.INT4, False, native.DeviceInfo(*H100))
+    with pytest.raises(ValueError, match="multiprocessors is 0"):
+        native.DeviceInfo(0, *H100[1:])
+    with pytest.raises(ValueError, match="zero_point is 16, expected a code"):
+        native.WeightFormat(native.CodeKind.INT4, 16, native.ScaleKind.FLOAT32, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts are the simulator's")

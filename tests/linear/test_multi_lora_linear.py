@@ -539,38 +539,48 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(native._cpu is None, reason="bitfuse._cpu is not built")
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("name", "shape", "words"),
     [
-        ({"y": 0}, "y is null"),
-        ({"x": 2}, "x is 2, expected a multiple of 4"),
-        ({"dtype": 3}, "dtype is 3"),
-        ({"rows": -1}, "rows is -1"),
-        ({"row_stride": -1}, "row_stride is -1"),
-        ({"n": -8}, "n is -8"),
-        ({"k": 1 << 62}, "larger than memory"),
-        ({"a": [0]}, "a is null"),
-        ({"a": []}, "the number of adapters"),
-        ({"b": [1]}, "b is 1, expected a multiple of 4"),
-        ({"ranks": [-1]}, "rank is -1"),
-        ({"ranks": [1 << 40]}, "rank is"),
-        ({"count": -1}, "count is -1"),
-        ({"stacked": False}, "the number of adapters"),
-        ({"a_dtype": -1}, "a_dtype is -1"),
-        ({"scaling": 0}, "scaling is null"),
-        ({"ids": 0}, "ids is null"),
-        ({"ids": 4}, "ids is 4, expected a multiple of 8"),
+        ("y", (0, 6, 40), "y is null"),
+        ("y", (64, 5, 40), r"y is of shape \[5, 40\]"),
+        ("x", (2, 6, 64), "x is 2, expected a multiple of 4"),
+        ("x", (64, -1, 64), "x is -1, expected 0 rows"),
+        ("x", (64, 6, 1 << 62), "x is larger than memory"),
+        ("lora_A", (0, 3, 4, 64), "a is null"),
+        ("lora_A", (64, 3, 4, 63), r"a is of shape \[3, 4, 63\]"),
+        ("lora_A", (64, 3, -1, 64), "a is -1"),
+        ("lora_A", (64, 3, 1 << 40, 64), "a is larger than memory|rank is"),
+        ("lora_A", (64, 4, 64), r"b is of shape \[3, 40, 4\]|a is of shape"),
+        ("lora_B", (1, 3, 40, 4), "b is 1, expected a multiple of 4"),
+        ("lora_B", (64, 3, 40, 5), r"b is of shape \[3, 40, 5\]"),
+        ("scaling", (0, 3), "scaling is null"),
+        ("scaling", (64, 2), r"scaling is of shape \[2\], expected \[3\]"),
+        ("adapter_ids", (0, 6), "adapter_ids is null"),
+        ("adapter_ids", (4, 6), "adapter_ids is 4, expected a multiple of 8"),
+        ("adapter_ids", (64, 5), r"adapter_ids is of shape \[5\]"),
     ],
 )
-def test_the_binding_refuses_wrong_integers(change: dict[str, Any], words: str) -> None:
-    x, _, a, b, ids = small()
-    y, scaling = torch.zeros(6, 40), torch.ones(3)
-    arguments: dict[str, Any] = {
-        "y": y.data_ptr(), "x": x.data_ptr(), "dtype": 0, "rows": 6, "row_stride": 64, "n": 40, "k": 64,
-        "a": [a.data_ptr()], "b": [b.data_ptr()], "ranks": [4], "count": 3, "stacked": True, "a_dtype": 0,
-        "b_dtype": 0, "scaling": scaling.data_ptr(), "ids": ids.data_ptr(), "wide_ids": True,
-    }  # fmt: skip
+def test_the_binding_refuses_wrong_numbers(name: str, shape: tuple[int, ...], words: str) -> None:
+    memory = torch.zeros(64, 64)
+
+    def at(address: int, *sizes: int, dtype: str = "FLOAT32") -> Any:
+        kinds = native._cpu.Dtype
+        place = memory.data_ptr() if address == 64 else address
+        return native._cpu.Tensor(place, getattr(kinds, dtype), sizes)
+
+    def arguments(**change: tuple[int, ...]) -> dict[str, Any]:
+        sizes = {
+            "y": (64, 6, 40), "x": (64, 6, 64), "lora_A": (64, 3, 4, 64), "lora_B": (64, 3, 40, 4),
+            "scaling": (64, 3), "adapter_ids": (64, 6),
+        } | change  # fmt: skip
+        made = {n: at(*s, dtype="INT64" if n == "adapter_ids" else "FLOAT32") for n, s in sizes.items()}
+        return made | {n: [made[n]] for n in ("lora_A", "lora_B")}
+
+    native._cpu.multi_lora_add(**arguments())
     with pytest.raises(ValueError, match=words):
-        native._cpu.multi_lora_add(*{**arguments, **change}.values())
+        native._cpu.multi_lora_add(**arguments(**{name: shape}))
+    with pytest.raises(ValueError, match="the number of adapters is 1 and 0"):
+        native._cpu.multi_lora_add(**arguments() | {"lora_B": []})
 
 
 # the Triton backend

@@ -28,13 +28,15 @@ class Backend:
     """One implementation of an op.
 
     `supports` takes the op's arguments and returns None, or the reason why it can't serve them. `run` takes
-    the same.
+    the same. So does `direct`, of the first backend for CPU tensors: it does what the op's check and `run`
+    do, in one call, for arguments that are plain in every respect, and returns None for all others.
     """
 
     name: str
     devices: tuple[str, ...]
     supports: Callable[..., str | None]
     run: Callable[..., Any]
+    direct: Callable[..., Any] | None = None
 
 
 class BackendError(RuntimeError):

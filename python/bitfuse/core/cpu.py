@@ -1,4 +1,4 @@
-"""bitfuse._cpu, the C++ kernels: the extension, and what every call of it is made of."""
+"""bitfuse._cpu, the C++ kernels: the extension, and what it can't read of a tensor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ except ImportError as error:
     missing = f"the C++ extension bitfuse._cpu can't be imported ({error})"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype
+
+
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a dense copy where no one stride leads from each of its rows to the next."""
+    if x.is_contiguous():
+        return x
+    return strided_rows(x)[0] if x.dim() <= extension.MAX_DIMS else x.contiguous()
 
 
 def strided_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from ..core.limits import NESTED_BLOCK
 from ..nn import Linear
-from ..weights.formats import NESTED_BLOCK, NF4, Format, nested_code, register_format
+from ..weights.formats import NF4, Format, nested_code, register_format
 from ..weights.weight import CHUNK, LowBitWeight
 
 # the 4-bit floats of bitsandbytes: e2m1 but for the smallest, 1/192 of the largest

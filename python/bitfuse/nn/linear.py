@@ -203,9 +203,11 @@ class Linear(torch.nn.Linear):
         bias = p["bias"]
         if bias is not None and bias.dtype is not input.dtype:
             bias = bias.to(input.dtype)
-        tensors = (p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"])
         format = self.format
-        weight = WeightTensors(*tensors, format.name, self.group_size, p.get("offsets"), format.scale_rows)
+        weight = WeightTensors(
+            p["qweight"], p["scales"], p["zeros"], p["scale_scales"], p["scale_offset"], format.name,
+            self.group_size, p.get("offsets"), format.scale_rows,
+        )  # fmt: skip
         return apply_lowbit(input, weight, self._buffers["perm"], bias)
 
     def explain(self, x: torch.Tensor) -> Explanation:

@@ -30,7 +30,6 @@ NAN = float("nan")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # what the OCP MX and NVFP4 formats fix their scales to: powers of two, and e4m3 under a scale of the tensor
 FIXED_SCALE_DTYPES = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
-NESTED_BLOCK = 256  # scales that share one second-level scale, counted over the flattened array
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:

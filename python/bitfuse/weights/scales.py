@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .formats import FIXED_SCALE_DTYPES, NESTED_BLOCK, nested_code
+from ..core.limits import NESTED_BLOCK
+from .formats import FIXED_SCALE_DTYPES, nested_code
 
 
 def as_bytes(t: torch.Tensor) -> torch.Tensor:

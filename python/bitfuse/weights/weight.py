@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..core.limits import NESTED_BLOCK
 from ..core.tensors import check_finite, check_tensor
 from .checks import check_g_idx, check_perm, check_shape
 from .cuts import cut_multiple, shard
 from .formats import (
     FIXED_SCALE_DTYPES,
     FORMATS,
-    NESTED_BLOCK,
     SCALE_DTYPES,
     Format,
     check_scale_dtype,

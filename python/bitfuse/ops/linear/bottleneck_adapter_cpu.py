@@ -1,14 +1,13 @@
-"""bottleneck_adapter on the CPU: tensors to addresses. The kernel: csrc/cpu/linear/lora_linear.cpp."""
+"""bottleneck_adapter on the CPU. Its kernel, csrc/cpu/linear/lora_linear.cpp, reads tensors as they lie."""
 
 from __future__ import annotations
 
 import torch
 
-from ...core.cpu import DTYPES, missing, strided_rows
+from ...core.cpu import addressable, missing
 from ...core.cpu import extension as _cpu
-from .gated_activation_cpu import _NUMBERS
-
-MAX_RANK = 512  # of csrc/bind/cpu_lora_linear.cpp
+from ...core.limits import MAX_RANK
+from .gated_activation_cpu import kernels_activation
 
 
 def supports(
@@ -38,18 +37,14 @@ def run(
     residual: bool,
 ) -> list[torch.Tensor]:
     """y [..., N], and h = x D^T + c. The arguments have passed the op's check and `supports`."""
-    *outer, k = x.shape
+    outer = x.shape[:-1]
     rows, rank, n = x.shape[:-1].numel(), down.shape[0], up.shape[0]
     y = x.new_empty(*outer, n)
     make = x.new_empty if n else x.new_zeros  # without outputs the kernel writes neither
     h, activated = (make(rows, rank, dtype=torch.float32) for _ in range(2))
-    x, stride = (x, k) if x.is_contiguous() else strided_rows(x)
-    down, up = down.contiguous(), up.contiguous()
     biases = [None if b is None else b.contiguous() for b in (down_bias, up_bias)]
-    (c, c_dtype), (b, b_dtype) = [(0, 0) if b is None else (b.data_ptr(), DTYPES[b.dtype]) for b in biases]
     _cpu.bottleneck_adapter(
-        x.data_ptr(), DTYPES[x.dtype], rows, stride, k, down.data_ptr(), DTYPES[down.dtype], c, c_dtype,
-        _NUMBERS[activation], rank, h.data_ptr(), activated.data_ptr(), up.data_ptr(), DTYPES[up.dtype], b,
-        b_dtype, residual, n, y.data_ptr(),
+        addressable(x), down.contiguous(), biases[0], kernels_activation(activation), up.contiguous(),
+        biases[1], residual, h=h, t=activated, out=y,
     )  # fmt: skip
     return [y, h]

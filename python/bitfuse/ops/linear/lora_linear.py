@@ -19,6 +19,7 @@ from ...core.cost import Cost, moved
 from ...core.declaration import LINEAR, ROWS, Declaration, Part, Tuned, declare
 from ...core.dropout import keep, new_seed
 from ...core.explain import Explanation
+from ...core.limits import MAX_RANK
 from ...core.op import Op
 from ...core.policy import bucket
 from ...core.tensors import PLAIN, as_rows, check_tensor
@@ -30,9 +31,6 @@ from . import lora_linear_cuda as cuda
 from .batched import Place, batched, check_matrix, of_each
 from .lora_args import LoraArgs
 from .lowbit_linear import FLOATS, check_float, check_weight
-
-MAX_RANK = 512
-
 
 # the op
 

@@ -1,4 +1,4 @@
-"""lora_linear on CUDA for few tokens, over few-bit W: tensors to addresses.
+"""lora_linear on CUDA for few tokens, over few-bit W.
 
 The adapter rides along in the kernel of lowbit_linear: csrc/cuda/linear/adapter.cuh.
 """
@@ -13,9 +13,7 @@ from ...weights.weight import WeightTensors
 from . import lowbit_linear_cuda as base
 from .lora_args import LoraArgs
 
-# the numbers of AdapterFloat in csrc/cuda/linear/adapter.h
-ADAPTER_FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-RANK_TILE = 16
+RANK_TILE = 16  # ranks of a tensor-core tile
 
 
 def supports(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) -> str | None:
@@ -50,7 +48,7 @@ def _run(x: torch.Tensor, p: LoraArgs) -> tuple[torch.Tensor, torch.Tensor]:
     if call.plan is None:
         return call.y, h
     out_scale = None if p.out_scale is None else p.out_scale.contiguous()
-    adapter, kept = None, None
+    adapters = None
     if rank:
         lora_A, lora_B = p.lora_A.contiguous(), p.lora_B.contiguous()
         if lora_A.data_ptr() % 16:
@@ -58,16 +56,11 @@ def _run(x: torch.Tensor, p: LoraArgs) -> tuple[torch.Tensor, torch.Tensor]:
         # as many blocks as surely run at once make h between them
         participants = min(call.plan.tiles * call.plan.splits, device_of(device).multiprocessors)
         slices = sums_of_slices(participants, call.plan.token_tiles, device)
-        assert call.counters is not None
-        adapter = cuda.module.Adapters(
-            lora_A.data_ptr(), lora_B.data_ptr(), 0, 0, False,
-            0 if p.scale_by is None else p.scale_by.data_ptr(), p.scaling, h.data_ptr(), slices.data_ptr(),
-            call.counters.data_ptr(), 1, rank, ADAPTER_FLOATS[lora_A.dtype], ADAPTER_FLOATS[lora_B.dtype],
-            participants,
-        )  # fmt: skip
-        kept = (lora_A, lora_B, slices)
-    cuda.module.lora_linear(*call.arguments, 0 if out_scale is None else out_scale.data_ptr(), adapter)
-    del kept  # until here
+        adapters = cuda.module.Adapters(
+            lora_A, lora_B, h, slices, call.counters, participants, scaling=p.scale_by, scaling_by=p.scaling
+        )
+    # copies live until here
+    call.launch(out_scale=out_scale, adapters=adapters)
     return call.y, h
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...core import autocast
 from ...core.autograd import Function, elsewhere, no_forward_mode, recorded
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
@@ -161,7 +162,7 @@ forward_op = Op(
     _reference,
     _fake,
     (
-        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run, cpp.direct),
         Backend("cuda", ("cuda",), cuda.supports, cuda.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
@@ -274,11 +275,10 @@ def apply_lowbit(
     x: torch.Tensor, weight: WeightTensors, perm: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`lowbit_linear` on the parts of a weight, as `LowBitWeight.op_args` gives them: what layers call."""
-    device = "cpu" if x.is_cpu else x.device.type  # the shorter way is a sixth of the longer
-    # as torch: integers and float64 are not cast
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOATS:
-        dtype = torch.get_autocast_dtype(device)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if autocast.is_any_enabled() and x.dtype in FLOATS:  # as torch: integers and float64 are not cast
+        dtype = autocast.dtype_of(x)
+        if dtype is not None:
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if perm is not None:
         check_float(x, "x", perm.shape[0])
     if recorded(x, bias):

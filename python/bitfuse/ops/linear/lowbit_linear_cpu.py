@@ -1,4 +1,5 @@
-"""lowbit_linear on the CPU: tensors to addresses. The kernels, and what bounds them: csrc/cpu/."""
+"""lowbit_linear on the CPU: which calls its kernels serve. The kernels, and what bounds them: csrc/cpu/; they
+read tensors where they lie."""
 
 from __future__ import annotations
 
@@ -7,50 +8,51 @@ from typing import Any
 
 import torch
 
-from ...core.cpu import DTYPES, missing, strided_rows
+from ...core.cpu import addressable, missing
 from ...core.cpu import extension as _cpu
 from ...core.tensors import aside
-from ...weights.formats import FORMATS, nested_code
-from ...weights.weight import WeightTensors
-
-# ScaleKind: scales in 8 bits are looked up in a table of 256
-_SCALES = {**DTYPES, torch.uint8: 3, torch.float8_e8m0fnu: 4, torch.float8_e4m3fn: 4}
-_NIBBLE, _BYTE, _E4M3 = 0, 2, 3  # CodeKind of csrc/common/types.h
+from ...weights.formats import FORMATS, Format, nested_code
+from ...weights.weight import WeightTensors, weight_tensors
 
 
-@functools.cache
-@aside()
-def _code(format: str) -> tuple[int, int, int] | None:
-    """CodeKind, address of the values and zero point of a format; None for one without a kernel."""
-    fmt = FORMATS[format]
+def code_kind(fmt: Format, kinds: Any) -> Any:
+    """The CodeKind, of an extension's enum, by which kernels read a format; None for one without."""
     if fmt.bits == 4:
-        return _NIBBLE, _kept(fmt.values()), fmt.zero_point
+        return kinds.INT4 if fmt.is_integer else kinds.CODEBOOK4
     if fmt.bits == 8 and fmt.is_integer:
-        return _BYTE, 0, fmt.zero_point
-    return (_E4M3, 0, 0) if fmt.codebook == FORMATS["fp8"].codebook else None
+        return kinds.INT8
+    return kinds.E4M3 if fmt.bits == 8 and fmt.codebook == FORMATS["fp8"].codebook else None
+
+
+def scale_kind(fmt: Format, kinds: Any) -> Any:
+    """The ScaleKind of a format whose scales are floats of eight bits; FLOAT32 says any other float."""
+    fixed = {torch.float8_e8m0fnu: kinds.E8M0, torch.float8_e4m3fn: kinds.E4M3}
+    return fixed.get(fmt.scale_dtype, kinds.FLOAT32)
 
 
 @functools.cache
 @aside()
-def _scale_table(dtype: torch.dtype) -> int:
-    """Address of the 256 values of a scale in 8 bits."""
-    if dtype is torch.uint8:
-        return _kept(nested_code())
-    return _kept(torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float())
+def _known(format: str) -> bool:
+    """Whether the kernels read a format, of which they are told."""
+    fmt = FORMATS[format]
+    kind = code_kind(fmt, _cpu.CodeKind)
+    if kind is None:
+        return False
+    scales = scale_kind(fmt, _cpu.ScaleKind)
+    if scales == _cpu.ScaleKind.FLOAT32:
+        levels = nested_code()
+    else:
+        levels = torch.arange(256, dtype=torch.uint8, device="cpu").view(fmt.scale_dtype).float()
+    values = fmt.values() if fmt.bits == 4 else None
+    _cpu.formats[format] = _cpu.WeightFormat(kind, fmt.zero_point, scales, fmt.tensor_scale, values, levels)
+    return True
 
 
-_tables: list[torch.Tensor] = []
-
-
-def _kept(table: torch.Tensor) -> int:
-    _tables.append(table)
-    return table.data_ptr()
-
-
-def _reason(weight: WeightTensors) -> str | None:
+def reason(weight: WeightTensors) -> str | None:
+    """Why the kernels can't read a weight; None when they can."""
     if missing is not None:
         return missing
-    if _code(weight.format) is None:
+    if not _known(weight.format):
         return f"it has no kernel for format {weight.format}"
     if weight.group_size % 8:
         return f"group_size {weight.group_size} is not a multiple of 8"
@@ -59,21 +61,24 @@ def _reason(weight: WeightTensors) -> str | None:
 
 def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
     """None when `run` can serve the call, else the reason."""
-    return _reason(weight)
+    return reason(weight)
 
 
 def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     """None when `run_grad_x` can serve the call, else the reason."""
-    return _reason(weight)
+    return reason(weight)
+
+
+# the op's check, `supports` and `run` in one call, of arguments that are plain in every respect; else None
+direct: Any = getattr(_cpu, "lowbit_linear_direct", None)
 
 
 def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> torch.Tensor:
     """y = x W^T + b. The arguments have passed the op's check and `supports`."""
-    n, k = weight.qweight.shape[0], x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], n)
+    out = x.new_empty(*x.shape[:-1], weight.qweight.shape[0])
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    _call(_cpu.lowbit_linear, x, weight, n, k, 0 if bias is None else bias.data_ptr(), out.data_ptr())
+    _cpu.lowbit_linear(addressable(x), readable(weight), bias, out)
     return out
 
 
@@ -83,36 +88,15 @@ def run_grad_x(grad: torch.Tensor, weight: WeightTensors) -> torch.Tensor:
     if n == 0:
         return grad.new_zeros((*grad.shape[:-1], k))
     out = grad.new_empty(*grad.shape[:-1], k)
-    _call(_cpu.lowbit_linear_grad_x, grad, weight, n, k, out.data_ptr())
+    _cpu.lowbit_linear_grad_x(addressable(grad), readable(weight), out)
     return out
 
 
-def _call(function: Any, x: torch.Tensor, weight: WeightTensors, n: int, k: int, *rest: float) -> None:
-    """Call a compiled function. No helpers here: their calls would be a good part of a tiny product's time.
-    Copies of what is not contiguous live until the function returns."""
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, _, _ = weight
-    code_kind, values, zero_point = _code(format)  # type: ignore[misc]
-    scale_dtype = scales.dtype
-    if scale_dtype is torch.uint8 and scale_offset is None:  # the bytes of the format's eight-bit floats
-        scale_dtype = FORMATS[format].scale_dtype
-    scale_kind = _SCALES[scale_dtype]
-    stride = x.shape[-1]
-    rows = x.numel() // stride if stride else 0
-    if not x.is_contiguous():
-        x, stride = strided_rows(x)
-    if not qweight.is_contiguous():
-        qweight = qweight.contiguous()
-    if not scales.is_contiguous():
-        scales = scales.contiguous()
-    if zeros is not None and not zeros.is_contiguous():
-        zeros = zeros.contiguous()
-    if scale_scales is not None and not scale_scales.is_contiguous():
-        scale_scales = scale_scales.contiguous()
-    function(
-        x.data_ptr(), DTYPES[x.dtype], rows, stride,
-        qweight.data_ptr(), scales.data_ptr(), scale_kind, 0 if zeros is None else zeros.data_ptr(),
-        _scale_table(scale_dtype) if scale_kind >= 3 else 0,
-        0 if scale_scales is None else scale_scales.data_ptr(),
-        0 if scale_offset is None else scale_offset.data_ptr(),
-        values, code_kind, zero_point, n, k, group_size, *rest,
-    )  # fmt: skip
+def readable(weight: WeightTensors) -> WeightTensors:
+    """The weight, with contiguous copies of those of its tensors that are not; the kernels are told of its
+    format."""
+    _known(weight.format)
+    tensors = weight.tensors()
+    if all(t is None or t.is_contiguous() for t in tensors):
+        return weight
+    return weight_tensors([None if t is None else t.contiguous() for t in tensors], *weight.how())

@@ -1,52 +1,47 @@
-"""lowbit_linear on CUDA for few tokens: tensors to addresses.
+"""lowbit_linear on CUDA for few tokens.
 
-The kernel, its layout and what bounds it: csrc/cuda/linear/lowbit_linear.cu.
+The kernel, its layout and what bounds it: csrc/cuda/linear/lowbit_linear.cu. It reads tensors where they lie.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 
-from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
+from ...core.cuda import cuda, stream_of, zeroed_counters
 from ...core.device import Device, device_of
+from ...core.limits import MAX_TOKENS
 from ...core.tensors import table
 from ...weights.codebook import pairs_of_levels
 from ...weights.formats import FORMATS, nested_code
 from ...weights.weight import WeightTensors
+from .lowbit_linear_cpu import code_kind, scale_kind
 
-# the numbers of the enums of csrc/cuda/linear/lowbit_linear.h
-_SCALES = {
-    torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e8m0fnu: 3, torch.uint8: 4,
-}  # fmt: skip
-_INT4, _CODEBOOK4, _INT8, _FP8 = range(4)
-
-MAX_TOKENS = 64
+# dtypes that tensor cores take, and of scales those that the kernel reads
+HALVES = (torch.float16, torch.bfloat16)
+_SCALES = (torch.float32, *HALVES, torch.float8_e8m0fnu, torch.uint8)
 SPAN = 32  # columns that a step of the kernel sums before a scale can change
 
 
-@functools.cache
-def _code(format: str) -> int | None:
-    """Which decoder of the kernel reads a format; None when there is none."""
-    fmt = FORMATS[format]
-    if fmt.bits == 4:
-        return _INT4 if fmt.is_integer else _CODEBOOK4
-    if fmt.bits == 8:
-        return _INT8 if fmt.is_integer else _FP8 if fmt.codebook == FORMATS["fp8"].codebook else None
-    return None
+@cuda.cached
+def _code(format: str) -> Any:
+    """The CodeKind by which the kernel reads a format, of which it is told; None when there is none."""
+    native, fmt = cuda.module, FORMATS[format]
+    kind = code_kind(fmt, native.CodeKind)
+    if kind is not None:
+        scales = scale_kind(fmt, native.ScaleKind)
+        native.formats[format] = native.WeightFormat(kind, fmt.zero_point, scales, fmt.tensor_scale)
+    return kind
 
 
 @cuda.cached
-def _plan(
-    m: int, n: int, k: int, code: int | None, nested: bool, device: Device, adapter: bool = False
-) -> Any:
-    arch = device.arch
-    return cuda.module.plan_lowbit_linear(
-        m, n, k, code, nested, device.multiprocessors, arch.block_kib << 10, arch.shared_kib << 10,
-        device.capability, adapter,
-    )  # fmt: skip
+def _plan(m: int, n: int, k: int, format: str, nested: bool, device: Device, adapter: bool = False) -> Any:
+    native, arch = cuda.module, device.arch
+    info = native.DeviceInfo(
+        device.multiprocessors, arch.block_kib << 10, arch.shared_kib << 10, device.capability
+    )
+    return native.plan_lowbit_linear(m, n, k, _code(format), nested, info, adapter)
 
 
 @table
@@ -79,7 +74,7 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
         return f"it has no kernel for format {format}"
     if (reason := weight.beyond()) is not None:
         return reason
-    if x.dtype not in FLOATS:
+    if x.dtype not in HALVES:
         return f"x is {str(x.dtype)[6:]}: its tensor cores take float16 and bfloat16"
     k = x.shape[-1]
     if x.numel() > MAX_TOKENS * k:
@@ -102,7 +97,7 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
     device = device_of(x.device)
     if not device.arch.roomy and x.numel() and qweight.numel():
         m, n = x.numel() // k, qweight.shape[0]
-        if _plan(m, n, k, _code(format), scale_offset is not None, device).token_tiles == 0:
+        if _plan(m, n, k, format, scale_offset is not None, device).token_tiles == 0:
             return f"M = {m} needs more shared memory than the device has: the Triton kernel serves it"
     return None
 
@@ -111,7 +106,7 @@ def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> to
     """y = x W^T + b. The arguments have passed the op's check and `supports`."""
     call = prepare(x, weight, bias)
     if call.plan is not None:
-        cuda.module.lowbit_linear(*call.arguments)
+        call.launch()
     return call.y
 
 
@@ -121,16 +116,21 @@ class Call(NamedTuple):
     Attributes:
         y: the output, to be written.
         plan: how the work is cut; None where there is no work.
-        arguments: of the binding.
+        tensors: x, the weight and the bias, and the output as rows.
+        others: what else the binding takes, by name.
         counters: zero, as many as were asked for.
-        kept: tensors that must live until the launch is queued.
     """
 
     y: torch.Tensor
     plan: Any = None
-    arguments: tuple[Any, ...] = ()
+    tensors: tuple[Any, ...] = ()
+    others: dict[str, Any] = {}  # noqa: RUF012  (never written)
     counters: torch.Tensor | None = None
-    kept: tuple[Any, ...] = ()
+
+    def launch(self, **more: Any) -> None:
+        """Queue it, with what rides along."""
+        stream = stream_of(self.y)
+        cuda.module.lowbit_linear(*self.tensors, self.plan, stream, **self.others, **more)
 
 
 def prepare(
@@ -141,8 +141,8 @@ def prepare(
     more_counters: int = 0,
 ) -> Call:
     """All that a launch takes; with room for what rides along if there is an adapter."""
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, _, _ = weight
-    device, n, k = x.device, qweight.shape[0], x.shape[-1]
+    format = weight.format
+    device, n, k = x.device, weight.qweight.shape[0], x.shape[-1]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
     m = x.numel() // k
     if m == 0 or n == 0:
@@ -154,28 +154,18 @@ def prepare(
     if bias is not None:
         bias = bias.contiguous()
 
-    index = device.index or 0
-    stream = stream_of(x)
-    nested = scale_offset is not None
-    code = _code(format)
-    plan = _plan(m, n, k, code, nested, device_of(device), adapter)
-    partial = counters = None
+    nested = weight.scale_offset is not None
+    plan = _plan(m, n, k, format, nested, device_of(device), adapter)
+    others: dict[str, Any] = {}
+    counters = None
     if plan.splits > 1:
         partial = torch.empty((plan.splits, m, n + n % 2), dtype=torch.float32, device=device)
-        counters = zeroed_counters(more_counters + plan.tiles, device, stream)
+        counters = zeroed_counters(more_counters + plan.tiles, device, stream_of(x))
+        others |= {"partial": partial, "counters": counters, "first_counter": more_counters}
     elif more_counters:
-        counters = zeroed_counters(more_counters, device, stream)
-    arguments = (
-        x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
-        scale_scales.data_ptr() if scale_scales is not None else 0,
-        scale_offset.data_ptr() if scale_offset is not None else 0,
-        _nested_levels(device).data_ptr() if nested else 0,
-        _pairs(format, x.dtype, device).data_ptr() if code == _CODEBOOK4 else 0,
-        0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        0 if partial is None else partial.data_ptr(),
-        0 if counters is None else counters.data_ptr() + 4 * more_counters,
-        x.stride(0) if x.dim() == 2 else k, qweight.stride(0), scales.stride(0),
-        0 if zeros is None else zeros.stride(0), m, n, k, group_size, FORMATS[format].zero_point,
-        _SCALES[_scale_dtype(scales, scale_offset, format)], FLOATS[x.dtype], code, plan, index, stream,
-    )  # fmt: skip
-    return Call(y, plan, arguments, counters, (x, bias, partial))
+        counters = zeroed_counters(more_counters, device, stream_of(x))
+    if nested:
+        others["nested_levels"] = _nested_levels(device)
+    if _code(format) == cuda.module.CodeKind.CODEBOOK4:
+        others["pairs"] = _pairs(format, x.dtype, device)
+    return Call(y, plan, (x, weight, bias, y), others, counters)

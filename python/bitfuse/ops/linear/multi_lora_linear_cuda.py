@@ -1,4 +1,4 @@
-"""multi_lora_linear on CUDA for few tokens: tensors to addresses.
+"""multi_lora_linear on CUDA for few tokens.
 
 The kernel, its layout and what bounds it: multi_lora_linear.cu and adapter.cuh of csrc/cuda/linear.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
+from ...core.cuda import cuda, stream_of, zeroed_counters
 from ...core.device import device_of
-from .lora_linear_cuda import ADAPTER_FLOATS, RANK_TILE, sums_of_slices
-from .lowbit_linear_cuda import MAX_TOKENS
+from ...core.limits import MAX_TOKENS
+from .lora_linear_cuda import RANK_TILE, sums_of_slices
+from .lowbit_linear_cuda import HALVES
 from .multi_lora_args import Adapters, count_of, is_stacked, table
 
 _BLOCKS = 2  # on a multiprocessor
@@ -27,7 +28,7 @@ def supports(
     """None when `run` can serve the call, else the reason."""
     if cuda.missing is not None:
         return cuda.missing
-    if x.dtype not in FLOATS:
+    if x.dtype not in HALVES:
         return f"x is {str(x.dtype)[6:]}: its tensor cores take float16 and bfloat16"
     k = x.shape[-1]
     if k == 0 or k % 8:
@@ -57,29 +58,24 @@ def run(
     if is_stacked(lora_A):
         a, b = lora_A[0].contiguous(), lora_B[0].contiguous()
         rank = a.shape[1]
-        where = (a.data_ptr(), b.data_ptr(), 0)
+        entries = None
     else:
         a, b = lora_A[0], lora_B[0]
         found = table(lora_A, lora_B)
         rank = found.max_rank
-        where = (0, 0, found.entries.data_ptr())
+        entries = found.entries
     if rank == 0:
         return
     x = x.reshape(m, k)
     if x.stride(1) != 1 or x.data_ptr() % 16 or (m > 1 and (x.stride(0) < k or x.stride(0) % 8)):
         x = x.clone(memory_format=torch.contiguous_format)
     ids, scaling = adapter_ids.reshape(m).contiguous(), scaling.contiguous()
-    index = device.index or 0
     stream = stream_of(x)
     participants = _BLOCKS * device_of(device).multiprocessors
     h = torch.empty((m, rank), dtype=torch.float32, device=device)
     slices = sums_of_slices(participants, 1 if m <= 8 else 2 if m <= 16 else 4 if m <= 32 else 8, device)
     counters = zeroed_counters(2 + min(m, count) * -(-rank // RANK_TILE), device, stream)
     adapters = cuda.module.Adapters(
-        *where, ids.data_ptr(), ids.dtype == torch.int64, scaling.data_ptr(), 1.0, h.data_ptr(),
-        slices.data_ptr(), counters.data_ptr(), count, rank, ADAPTER_FLOATS[a.dtype], ADAPTER_FLOATS[b.dtype],
-        participants,
-    )  # fmt: skip
-    cuda.module.multi_lora_add(
-        x.data_ptr(), y.data_ptr(), x.stride(0), m, n, k, FLOATS[x.dtype], index, stream, adapters
+        a, b, h, slices, counters, participants, table=entries, ids=ids, scaling=scaling
     )
+    cuda.module.multi_lora_add(x, y, adapters, stream)

@@ -1,0 +1,54 @@
+// Problems of the linear family on a GPU, from tensors.
+#pragma once
+
+#include "bind/cuda.h"
+#include "bind/weights.h"
+#include "cuda/linear/lowbit_linear.h"
+
+namespace bitfuse {
+
+// The number of a tensor's GPU; the simulator's, whose tensors are on the host, is 0.
+inline int device_number(const Tensor& t) { return t.device == kHost ? 0 : t.device; }
+
+// Of the two dtypes that tensor cores take here.
+inline Float float16_type(const char* name, const Tensor& t) {
+  if (t.dtype != Dtype::kFloat16 && t.dtype != Dtype::kBfloat16)
+    refuse(name, std::string("of dtype ") + name_of(t.dtype), "float16 or bfloat16");
+  return t.dtype == Dtype::kFloat16 ? Float::Float16 : Float::BFloat16;
+}
+
+inline void require_aligned(const char* name, const Tensor& t, uintptr_t alignment) {
+  address<void>(name, reinterpret_cast<uintptr_t>(t.data), alignment, false);
+}
+
+// x [..., k] as rows that start at multiples of 16 bytes. The stride is 0 where there is one row: it is not
+// read.
+inline Matrix aligned_rows(const char* name, const Tensor& t) {
+  Matrix m = rows_of(name, t);
+  require_aligned(name, t, 16);
+  require(m.columns > 0 && m.columns % 8 == 0, name, m.columns, "columns that are a multiple of 8");
+  if (m.rows == 1) m.stride = 0;
+  if (m.rows > 1 && (m.stride < m.columns || m.stride % 8))
+    refuse(name, "of strides " + text_of(t.strides, t.dims), "a row stride that is a multiple of 8, a row or more");
+  return m;
+}
+
+// A dense tensor on a GPU with so many elements or more.
+template <class T>
+T* at_least(const char* name, const Tensor& t, Dtype dtype, int device, int64_t count, uintptr_t alignment) {
+  require_dtype(name, t, dtype);
+  require_device(name, t, device);
+  require_aligned(name, t, alignment);
+  if (!is_dense(t) || count_of(t) < count)
+    refuse(name, "of shape " + shape_of(t), "a contiguous tensor of " + std::to_string(count) + " elements");
+  return static_cast<T*>(t.data);
+}
+
+// Adapters as kernels take them, with what is checked against the product: columns of A, rows of B, the device.
+struct Adapters : AdapterArgs {
+  int64_t k, n;  // 0: by the table
+  int64_t rows;  // of h
+  int device;
+};
+
+}  // namespace bitfuse
