@@ -160,7 +160,8 @@ def test_the_binding_refuses_wrong_numbers(change: dict[str, Any], words: str) -
     memory = torch.zeros(64, 64)
     parts: dict[str, Any] = {
         "x": (64, 2, 64), "qweight": (64, 16, 32), "scales": (64, 16, 2), "zeros": None, "scale_scales": None,
-        "scale_offset": None, "format": "int4", "group_size": 32, "offsets": None, "scale_rows": 1, "bias": None, "out": (64, 2, 16),
+        "scale_offset": None, "format": "int4", "group_size": 32, "offsets": None, "scale_rows": 1,
+        "bias": None, "out": (64, 2, 16),
     }  # fmt: skip
 
     def made(name: str, value: Any) -> Any:
@@ -220,7 +221,8 @@ def test_the_direct_way_leaves_the_rest_to_the_op() -> None:
         (x.to("meta"), w, bias), (x.to_sparse(), w, bias), (torch._neg_view(x), w, bias),
         (x, w, torch._neg_view(bias)), (x, w, bias.double()), (x, w, bias[:47]), (x, w, 1.0),
         (x, w._replace(qweight=w.qweight[:, :31]), bias), (x, w._replace(scales=w.scales[:47]), bias),
-        (x, w._replace(group_size=0), bias), (x, w._replace(format="no such"), bias), (x, tuple(w)[:6], bias), (x, w._replace(scale_rows=2), bias),
+        (x, w._replace(group_size=0), bias), (x, w._replace(format="no such"), bias), (x, tuple(w)[:6], bias),
+        (x, w._replace(scale_rows=2), bias),
         (x, w._replace(offsets=w.scales), bias),
         (x, w._replace(qweight=None), bias), (x.t().contiguous().t(), w, bias),
     ):  # fmt: skip

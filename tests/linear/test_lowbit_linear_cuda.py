@@ -228,7 +228,8 @@ def product() -> dict[str, Any]:
     return {
         "x": descriptor(64, 2, 64), "qweight": descriptor(64, 16, 32, dtype="UINT8"),
         "scales": descriptor(64, 16, 2, dtype="FLOAT32"), "zeros": None, "scale_scales": None,
-        "scale_offset": None, "format": "int4", "group_size": 32, "offsets": None, "scale_rows": 1, "bias": None, "out": descriptor(64, 2, 16),
+        "scale_offset": None, "format": "int4", "group_size": 32, "offsets": None, "scale_rows": 1,
+        "bias": None, "out": descriptor(64, 2, 16),
         "plan": native.plan_lowbit_linear(2, 16, 64, native.CodeKind.INT4, False, info, True), "stream": 0,
     }  # fmt: skip
 

@@ -4,10 +4,11 @@ it."""
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +406,98 @@ def test_from_float_refuses() -> None:
 
 def test_repr_names_the_format() -> None:
     assert "format=nf4, g64, double quantised" in repr(make(format="nf4", nested=True))
+
+
+# storage that is swapped under a weight which was called before
+
+
+def _by_data(layer: bitfuse.nn.Linear, other: bitfuse.nn.Linear) -> None:
+    for name, p in layer.named_parameters():
+        p.data = other.get_parameter(name).data.clone()
+
+
+def _by_swap_tensors(layer: bitfuse.nn.Linear, other: bitfuse.nn.Linear) -> None:
+    for name, p in layer.named_parameters():
+        theirs = torch.nn.Parameter(other.get_parameter(name).detach().clone(), requires_grad=p.requires_grad)
+        torch.utils.swap_tensors(p, theirs)
+
+
+def _by_set(layer: bitfuse.nn.Linear, other: bitfuse.nn.Linear) -> None:
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            p.set_(other.get_parameter(name).detach().clone())  # type: ignore[call-overload]
+
+
+def _by_resized_storage(layer: bitfuse.nn.Linear, other: bitfuse.nn.Linear) -> None:
+    """What FSDP does to the parameters that it gathers: their storage is freed, and allocated again."""
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            storage = p.untyped_storage()
+            size = storage.nbytes()
+            storage.resize_(0)
+            if name == "qweight":
+                with pytest.raises(ValueError, match="qweight is null"):
+                    layer(torch.randn(3, 64))
+            storage.resize_(size)
+            p.copy_(other.get_parameter(name))
+
+
+def _by_loading(layer: bitfuse.nn.Linear, other: bitfuse.nn.Linear, assign: bool = False) -> None:
+    layer.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=assign)
+
+
+def _by_new_parameters(layer: bitfuse.nn.Linear, other: bitfuse.nn.Linear) -> None:
+    for name, p in list(layer.named_parameters()):
+        setattr(layer, name, torch.nn.Parameter(other.get_parameter(name).detach(), p.requires_grad))
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [
+        _by_data,
+        _by_swap_tensors,
+        _by_set,
+        _by_resized_storage,
+        _by_loading,
+        functools.partial(_by_loading, assign=True),
+        _by_new_parameters,
+    ],
+    ids=["data", "swap_tensors", "set_", "storage", "load_state_dict", "assign", "Parameter"],
+)
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"format": "nf4", "nested": True}], ids=str)
+def test_storage_swapped_under_a_weight(
+    swap: Callable[[bitfuse.nn.Linear, bitfuse.nn.Linear], None], options: dict[str, Any]
+) -> None:
+    layer, other = (bitfuse.nn.Linear.from_float(torch.nn.Linear(64, 32), **options) for _ in range(2))
+    x = torch.randn(3, 64)
+    w = layer.weight  # of the tensors that are swapped
+    with torch.no_grad():
+        first, expected = layer(x), other(x)
+        assert torch.equal(bitfuse.lowbit_linear(x, w, layer.bias), first)
+        assert not torch.equal(first, expected)
+        swap(layer, other)
+        assert torch.equal(layer(x), expected)
+        if swap not in (_by_new_parameters, _by_swap_tensors) and getattr(swap, "keywords", {}) == {}:
+            assert torch.equal(bitfuse.lowbit_linear(x, w, layer.bias), expected)
+
+
+def test_a_weight_of_another_shape_under_a_layer() -> None:
+    layer, wider = (bitfuse.nn.Linear.from_float(torch.nn.Linear(64, n)) for n in (32, 48))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert layer(x).shape == (3, 32)
+        for name, p in layer.named_parameters():
+            p.data = wider.get_parameter(name).data
+        assert torch.equal(layer(x), wider(x))
+        layer.scales.data = layer.scales.data[:47]  # and one that does not fit the others
+        with pytest.raises(ValueError, match=r"scales has shape \[47, 2\]"):
+            layer(x)
+
+
+def test_a_weight_moved_in_place() -> None:
+    layer = bitfuse.nn.Linear.from_float(torch.nn.Linear(64, 32))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(layer.double().float()(x), expected)
+        assert layer.to("meta")(x.to("meta")).is_meta

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .formats import NESTED_BLOCK
+from ..core.limits import NESTED_BLOCK
 
 if TYPE_CHECKING:
     from .weight import LowBitWeight

@@ -15,7 +15,8 @@ from ..bench.results import ResultsError, shown
 from .figures import Device, OpFigures, Row, Setting, in_order, peer, short
 
 DEMO = "demo.json"  # what `bitfuse demo` wrote, put beside a device's results
-OTHERS = ("gpu.json", limits.FILE)  # what `make gpu` has done there, and the machine's ceiling: no rows
+# what `make gpu` has done there, the machine's ceiling, what a tiny call costs: no rows
+OTHERS = ("gpu.json", "call_overhead.json", limits.FILE)
 
 
 def default_folder() -> Path:
