@@ -1,10 +1,10 @@
-"""What a call costs where there is next to nothing to compute, beside the same call of plain PyTorch, on the CPU.
+"""What a call costs where there is next to nothing to compute, beside plain PyTorch's, on the CPU.
 
-python benchmarks/bench_call_overhead.py           # a table, and benchmarks/results/<device>/call_overhead.json
-python benchmarks/bench_call_overhead.py --dry     # the table alone
+python benchmarks/bench_call_overhead.py          # a table, and results/<device>/call_overhead.json
+python benchmarks/bench_call_overhead.py --dry    # the table alone
 
-Both calls of a pair alternate in one process, on one thread, with gradients off; a figure is the least of many
-rounds, for everything else that a machine does only adds.
+Both calls of a pair alternate in one process, on one thread, with gradients off; a figure is the least of
+many rounds, for everything else that a machine does only adds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ def pairs() -> dict[str, tuple[Call, Call]]:
     layer = bitfuse.nn.Linear.from_float(dense, "int4", group_size=32)
 
     def plain_lora() -> torch.Tensor:
-        return (
-            functional.linear(x, weight, bias) + functional.linear(functional.linear(x, lora_A), lora_B) * 0.5
-        )
+        h = functional.linear(x, lora_A)
+        return functional.linear(x, weight, bias) + functional.linear(h, lora_B) * 0.5
 
     q, key, value = (torch.randn(1, 2, 4, 16) for _ in range(3))  # [batch, heads, rows, dim]
     ours = [t.transpose(1, 2).contiguous() for t in (q, key, value)]
