@@ -1,5 +1,5 @@
-// bitfuse._cpu: addresses and sizes in, nothing out. Each op's binding, in a file of its own, checks what a
-// wrong integer could break; here the level is picked.
+// bitfuse._cpu: tensors in, those that are written among them. Each op's binding, in a file of its own, reads
+// them where they lie and checks what a kernel could not read; here the level is picked.
 #include "bind/cpu.h"
 
 #include <cstdlib>
@@ -58,7 +58,7 @@ Level level() { return picked().level; }
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() =
-      "C++ kernels of bitfuse on the CPU. Arguments are addresses (Tensor.data_ptr()), sizes and strides.";
+      "C++ kernels of bitfuse on the CPU. Arguments are tensors, or descriptors of the class Tensor.";
   // A function and not an attribute: what it raises for a bad BITFUSE_CPU_ISA stays a ValueError, where an
   // exception of the module's own initialisation would become an ImportError. bitfuse asks as it is imported.
   m.def("isa", [] { return bitfuse::picked().name; }, "The instruction-set level in use.");

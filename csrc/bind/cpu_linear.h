@@ -74,4 +74,60 @@ inline const float* out_scale_of(py::handle out_scale, int64_t n) {
 // Of a product with W, all but bias, adapter and out. x: of the forward, or the gradient of what it gave.
 LowbitLinearArgs lowbit_linear_args(const char* name, const Tensor& x, const LowBitMatrix& w, bool gradient);
 
+// What a direct call needs: one that does all of an op in C++, for arguments that are plain in every respect.
+
+// Whether an object is a tensor that can be read as it is: of torch's own classes, and no negated view, whose
+// memory has the other sign.
+inline bool is_readable(py::handle object) {
+  if (!is_plain(object.ptr())) return false;
+  PyObject* negated = PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg);
+  if (!negated) throw py::error_already_set();
+  Py_DECREF(negated);
+  return negated == Py_False;
+}
+
+// A new tensor [..., columns] of x's dtype and device, as x.new_empty makes it.
+inline py::object new_rows(py::handle x, const Tensor& layout, int64_t columns) {
+  PyObject* arguments[kMaxDims + 1] = {x.ptr()};
+  for (int i = 0; i < layout.dims; ++i)
+    arguments[i + 1] = PyLong_FromLongLong(i + 1 < layout.dims ? layout.shape[i] : columns);
+  PyObject* made = PyObject_VectorcallMethod(torch().new_empty, arguments, size_t(layout.dims) + 1, nullptr);
+  for (int i = 0; i < layout.dims; ++i) Py_XDECREF(arguments[i + 1]);
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+// A new float32 tensor [rows, columns] on x's device.
+inline py::object new_floats(py::handle x, int64_t rows, int64_t columns) {
+  const py::int_ sizes[] = {rows, columns};
+  PyObject* arguments[] = {x.ptr(), sizes[0].ptr(), sizes[1].ptr(), torch().float32};
+  PyObject* made = PyObject_VectorcallMethod(torch().new_empty, arguments, 3, torch().dtype_only);
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+inline bool is_readable_or_none(py::handle object) { return object.is_none() || is_readable(object); }
+
+// Float rows of the host that can be read as they are, one at least.
+inline bool plain_rows(py::handle x, Tensor& layout) {
+  if (!is_readable(x)) return false;
+  if (!layout_of(x.ptr(), layout)) {
+    PyErr_Clear();
+    return false;
+  }
+  if (!is_float(layout.dtype) || layout.device != kHost || layout.dims < 1) return false;
+  Matrix m;
+  if (!fold_rows(layout, m) || m.rows == 0) return false;
+  check_layout("x", layout);
+  return true;
+}
+
+// The format of a weight whose tensors are torch's own; null for another.
+inline const WeightFormat* plain_weight(py::handle weight, WeightFields& fields) {
+  if (!fields.of(weight.ptr()) || !is_plain(fields.qweight) || !is_plain(fields.scales)) return nullptr;
+  for (PyObject* part : {fields.zeros, fields.scale_scales, fields.scale_offset})
+    if (part != Py_None && !is_plain(part)) return nullptr;
+  return format_of(fields.format);
+}
+
 }  // namespace bitfuse

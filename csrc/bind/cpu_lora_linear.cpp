@@ -181,6 +181,70 @@ void lora_outer(py::handle t, py::handle x, const Dropout& dropout, double scale
   BITFUSE_OF_LEVEL(lora_outer)(args);
 }
 
+// The fields of LoraArgs (python/bitfuse/ops/linear/lora_args.py), in its order.
+struct ProjectionFields {
+  PyObject *weight, *lora_A, *lora_B, *scaling, *scale_by, *bias, *out_scale, *seed;
+  static constexpr const char* kNames[] = {"weight",   "lora_A", "lora_B",    "scaling",
+                                           "scale_by", "bias",   "out_scale", "seed"};
+  static constexpr Py_ssize_t kCount = std::size(kNames);
+
+  bool of(PyObject* projection) {
+    if (!PyTuple_Check(projection) || PyTuple_GET_SIZE(projection) != kCount) return false;
+    PyObject** fields[] = {&weight, &lora_A, &lora_B, &scaling, &scale_by, &bias, &out_scale, &seed};
+    for (Py_ssize_t i = 0; i < kCount; ++i) *fields[i] = PyTuple_GET_ITEM(projection, i);
+    return true;
+  }
+};
+
+// The output and h of one projection; false where something is not plain.
+bool project(py::handle x, const Tensor& layout, py::handle projection, py::object& y, py::object& h) {
+  ProjectionFields p;
+  WeightFields fields;
+  if (!p.of(projection.ptr()) || p.scale_by != Py_None || !PyFloat_Check(p.scaling)) return false;
+  const WeightFormat* format = plain_weight(p.weight, fields);
+  if (!format || !is_readable(p.lora_A) || !is_readable(p.lora_B) || !is_readable_or_none(p.bias) ||
+      !is_readable_or_none(p.out_scale))
+    return false;
+  const LowBitMatrix w = make_host_matrix(read_parts(fields), *format);
+  if (w.n == 0 || layout.shape[layout.dims - 1] != w.k) return false;
+  LowbitLinearArgs args = lowbit_linear_args("x", layout, w, false);
+  args.bias = bias_of(p.bias, args.dtype, w.n);
+  args.out_scale = out_scale_of(p.out_scale, w.n);
+  AdapterTensors adapter{
+      read("lora_A", p.lora_A), read("lora_B", p.lora_B), {}, true, PyFloat_AS_DOUBLE(p.scaling), {}};
+  if (adapter.a.dims != 2) return false;
+  h = new_floats(x, args.rows, adapter.a.shape[0]);
+  adapter.h = read("h", h);
+  const Adapter rides = make_adapter(adapter, args.rows, w.n, w.k, false);
+  args.adapter = &rides;
+  y = new_rows(x, layout, w.n);
+  args.out = dense_rows("out", read("out", y), args.dtype, args.rows, w.n);
+  py::gil_scoped_release release;
+  BITFUSE_OF_LEVEL(lowbit_linear)(args);
+  return true;
+}
+
+// lora_linear from the check to the outputs in one call, for arguments that are plain in every respect and without
+// dropout; None for all others, whoever is to serve them or to say what is wrong.
+py::object lora_linear_direct(py::handle x, const py::tuple& projections, double dropout_p) {
+  try {
+    Tensor layout;
+    if (dropout_p != 0 || !plain_rows(x, layout)) return py::none();
+    const size_t count = projections.size();
+    py::list made(2 * count);
+    for (size_t i = 0; i < count; ++i) {
+      py::object y, h;
+      if (!project(x, layout, projections[i], y, h)) return py::none();
+      made[i] = y;
+      made[count + i] = h;
+    }
+    return made;
+  } catch (const py::builtin_exception&) {  // what a check has refused: the op's own says it better
+  } catch (const py::error_already_set&) {
+  }
+  return py::none();
+}
+
 }  // namespace
 
 void bind_lora_linear(py::module_& module) {
@@ -206,6 +270,11 @@ void bind_lora_linear(py::module_& module) {
              py::arg("bias"), py::arg("out_scale"), py::arg("out"));
   module.def("lora_linear_grad_x", lora_linear_grad_x, py::arg("grad"), py::arg("weight"),
              py::arg("adapter").none(true), py::arg("out"), py::arg("accumulate"));
+  module.attr("PROJECTION_FIELDS") = py::tuple(py::cast(
+      std::vector<std::string>(std::begin(ProjectionFields::kNames), std::end(ProjectionFields::kNames))));
+  module.def("lora_linear_direct", lora_linear_direct, py::arg("x"), py::arg("projections"),
+             py::arg("dropout_p"),
+             "The outputs, then every h, for arguments that are plain in every respect, else None.");
   module.def("lora_shrink", lora_shrink, py::arg("x"), py::arg("adapter"));
   module.def("lora_expand", lora_expand, py::arg("out"), py::arg("t"), py::arg("p"), py::arg("transposed"),
              py::arg("scale") = 1.0, py::arg("dropout") = Dropout{}, py::arg("out_scale") = py::none(),

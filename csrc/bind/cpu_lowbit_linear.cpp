@@ -40,48 +40,16 @@ void lowbit_linear_grad_x(py::handle grad, py::handle weight, py::handle out) {
   BITFUSE_OF_LEVEL(lowbit_linear_grad_x)(args);
 }
 
-// Whether an object is a tensor that can be read as it is: of torch's own classes, and no negated view, whose
-// memory has the other sign.
-bool is_readable(py::handle object) {
-  if (!is_plain(object.ptr())) return false;
-  PyObject* negated = PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg);
-  if (!negated) throw py::error_already_set();
-  Py_DECREF(negated);
-  return negated == Py_False;
-}
-
-// A new tensor [..., columns] of x's dtype and device, as x.new_empty makes it.
-py::object new_rows(py::handle x, const Tensor& layout, int64_t columns) {
-  PyObject* arguments[kMaxDims + 1] = {x.ptr()};
-  for (int i = 0; i < layout.dims; ++i)
-    arguments[i + 1] = PyLong_FromLongLong(i + 1 < layout.dims ? layout.shape[i] : columns);
-  PyObject* made = PyObject_VectorcallMethod(torch().new_empty, arguments, size_t(layout.dims) + 1, nullptr);
-  for (int i = 0; i < layout.dims; ++i) Py_XDECREF(arguments[i + 1]);
-  if (!made) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(made);
-}
-
 // lowbit_linear from the check to the output in one call, for arguments that are plain in every respect; None
 // for all others, whoever is to serve them or to say what is wrong.
 py::object lowbit_linear_direct(py::handle x, py::handle weight, py::handle bias) {
   try {
     WeightFields fields;
-    if (!fields.of(weight.ptr()) || !is_readable(x)) return py::none();
-    if (!is_plain(fields.qweight) || !is_plain(fields.scales)) return py::none();
-    for (PyObject* part : {fields.zeros, fields.scale_scales, fields.scale_offset})
-      if (part != Py_None && !is_plain(part)) return py::none();
-    if (!bias.is_none() && !is_readable(bias)) return py::none();
-    const WeightFormat* format = format_of(fields.format);
     Tensor layout;
-    if (!format || !layout_of(x.ptr(), layout)) {
-      PyErr_Clear();
-      return py::none();
-    }
-    if (!is_float(layout.dtype) || layout.device != kHost || layout.dims < 1) return py::none();
+    const WeightFormat* format = plain_weight(weight, fields);
+    if (!format || !is_readable_or_none(bias) || !plain_rows(x, layout)) return py::none();
     const LowBitMatrix w = make_host_matrix(read_parts(fields), *format);
-    Matrix m;
-    if (!fold_rows(layout, m) || m.columns != w.k || m.rows == 0 || w.n == 0) return py::none();
-    check_layout("x", layout);
+    if (w.n == 0 || layout.shape[layout.dims - 1] != w.k) return py::none();
     LowbitLinearArgs args = lowbit_linear_args("x", layout, w, false);
     args.bias = bias_of(bias, args.dtype, w.n);
     py::object out = new_rows(x, layout, w.n);

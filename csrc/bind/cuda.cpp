@@ -1,6 +1,6 @@
-// bitfuse._cuda: addresses, sizes, strides and a stream in, nothing out. Each op's binding, in a file of its
-// own, checks what a wrong integer could break and raises ValueError with the argument's name; shapes and
-// dtypes were checked by the op. The GIL is released while a kernel is queued.
+// bitfuse._cuda: tensors and a stream in, nothing out. Each op's binding, in a file of its own, reads tensors
+// where they lie, checks what a kernel could not read and raises ValueError with the argument's name. The GIL
+// is released while a kernel is queued.
 #include "bind/cuda.h"
 
 #include "bind/common.h"
@@ -9,7 +9,7 @@
 
 PYBIND11_MODULE(_cuda, module) {
   using namespace bitfuse;
-  module.doc() = "CUDA kernels of bitfuse: addresses, sizes and a stream in, nothing out.";
+  module.doc() = "CUDA kernels of bitfuse: tensors, or descriptors of them, and a stream in, nothing out.";
   module.def(
       "architectures", [] { return BITFUSE_CUDA_ARCHITECTURES; },
       "What the kernels are compiled for: sm_ machine code, compute_ PTX for the driver to compile.");

@@ -7,6 +7,15 @@
 
 namespace bitfuse {
 
+// Kinds and limits of the kernels' own headers are those of csrc/common, by the same numbers.
+static_assert(int(Code::Int4) == int(CodeKind::kInt4) && int(Code::Codebook4) == int(CodeKind::kCodebook4) &&
+              int(Code::Int8) == int(CodeKind::kInt8) && int(Code::Fp8) == int(CodeKind::kE4m3));
+static_assert(int(AdapterFloat::Float32) == int(Dtype::kFloat32) &&
+              int(AdapterFloat::Float16) == int(Dtype::kFloat16) &&
+              int(AdapterFloat::BFloat16) == int(Dtype::kBfloat16));
+static_assert(LowbitLinearMaxTokens == kMaxTokens && AdapterMaxTokens == kMaxTokens &&
+              AdapterMaxRank == kMaxRank);
+
 // The number of a tensor's GPU; the simulator's, whose tensors are on the host, is 0.
 inline int device_number(const Tensor& t) { return t.device == kHost ? 0 : t.device; }
 
@@ -29,7 +38,8 @@ inline Matrix aligned_rows(const char* name, const Tensor& t) {
   require(m.columns > 0 && m.columns % 8 == 0, name, m.columns, "columns that are a multiple of 8");
   if (m.rows == 1) m.stride = 0;
   if (m.rows > 1 && (m.stride < m.columns || m.stride % 8))
-    refuse(name, "of strides " + text_of(t.strides, t.dims), "a row stride that is a multiple of 8, a row or more");
+    refuse(name, "of strides " + text_of(t.strides, t.dims),
+           "a row stride that is a multiple of 8, a row or more");
   return m;
 }
 

@@ -68,8 +68,8 @@ Code code_of(py::handle weight) {
 }
 
 void run(py::handle x, py::handle weight, py::handle bias, py::handle out, const LowbitLinearPlan& plan,
-         uintptr_t stream, py::handle nested_levels, py::handle pairs, py::handle partial, py::handle counters,
-         int64_t first_counter, py::handle out_scale, const Adapters* adapters) {
+         uintptr_t stream, py::handle nested_levels, py::handle pairs, py::handle partial,
+         py::handle counters, int64_t first_counter, py::handle out_scale, const Adapters* adapters) {
   const Tensor from = read("x", x), to = read("out", out);
   const Float type = float16_type("x", from);
   const Matrix rows = aligned_rows("x", from);
@@ -131,10 +131,11 @@ void bind_lowbit_linear(py::module_& module) {
   bind_weights(module);
   py::class_<DeviceInfo>(module, "DeviceInfo", py::module_local(),
                          "A GPU as plans see it; shared memory in bytes, compute capability as 90.")
-      .def(py::init([](int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int capability) {
-             require(multiprocessors > 0, "multiprocessors", multiprocessors, "a positive number");
-             return DeviceInfo{multiprocessors, shared_per_block, shared_per_multiprocessor, capability};
-           }),
+      .def(py::init(
+               [](int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int capability) {
+                 require(multiprocessors > 0, "multiprocessors", multiprocessors, "a positive number");
+                 return DeviceInfo{multiprocessors, shared_per_block, shared_per_multiprocessor, capability};
+               }),
            py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"),
            py::arg("capability"));
   py::class_<LowbitLinearPlan>(module, "LowbitLinearPlan", py::module_local())
@@ -147,14 +148,15 @@ void bind_lowbit_linear(py::module_& module) {
       .def_readonly("tiles", &LowbitLinearPlan::tiles);
   module.def("plan_lowbit_linear", &plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("code"),
              py::arg("nested"), py::arg("device"), py::arg("adapter") = false);
-  module.def("lowbit_linear", &run, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
-             py::arg("plan"), py::arg("stream"), py::kw_only(), py::arg("nested_levels") = py::none(),
-             py::arg("pairs") = py::none(), py::arg("partial") = py::none(), py::arg("counters") = py::none(),
-             py::arg("first_counter") = 0, py::arg("out_scale") = py::none(),
-             py::arg("adapters").none(true) = py::none(),
-             "out = x W^T + bias, or out_scale * (x W^T + the adapters') + bias. nested_levels: float32 [256], of "
-             "nested scales; pairs, of x's dtype: the two levels of each byte of a codebook; partial and "
-             "counters, zero before and after: where the plan splits k.");
+  module.def(
+      "lowbit_linear", &run, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+      py::arg("plan"), py::arg("stream"), py::kw_only(), py::arg("nested_levels") = py::none(),
+      py::arg("pairs") = py::none(), py::arg("partial") = py::none(), py::arg("counters") = py::none(),
+      py::arg("first_counter") = 0, py::arg("out_scale") = py::none(),
+      py::arg("adapters").none(true) = py::none(),
+      "out = x W^T + bias, or out_scale * (x W^T + the adapters') + bias. nested_levels: float32 [256], of "
+      "nested scales; pairs, of x's dtype: the two levels of each byte of a codebook; partial and "
+      "counters, zero before and after: where the plan splits k.");
 }
 
 }  // namespace bitfuse

@@ -66,8 +66,8 @@ Adapters make_adapters(py::handle lora_A, py::handle lora_B, py::handle h, py::h
   made.partial = at_least<float>("slices", read("slices", slices), Dtype::kFloat32, made.device,
                                  participants * token_tiles * AdapterTileSums, 16);
   const int64_t used = made.rows < count ? made.rows : count, tiles = (rank + RankTile - 1) / RankTile;
-  made.state = at_least<unsigned long long>("counters", read("counters", counters), Dtype::kInt32, made.device,
-                                            2 + used * tiles, 8);
+  made.state = at_least<unsigned long long>("counters", read("counters", counters), Dtype::kInt32,
+                                            made.device, 2 + used * tiles, 8);
   made.counters = reinterpret_cast<unsigned*>(made.state + 1);
   return made;
 }
@@ -105,9 +105,11 @@ void bind_multi_lora_linear(py::module_& module) {
   module.attr("RANK_TILE") = RankTile;
   py::class_<Adapters>(
       module, "Adapters", py::module_local(),
-      "Adapters of a product: lora_A and lora_B stacked, or of one adapter; or `table`, int64 [3, adapters] of "
+      "Adapters of a product: lora_A and lora_B stacked, or of one adapter; or `table`, int64 [3, adapters] "
+      "of "
       "addresses and ranks, and of lora_A and lora_B the dtype alone. h, float32 [m, rank], is written; ids, "
-      "[m]: None for adapter 0; scaling, float32 [adapters]: None for 1. For the kernel, `slices` has room for "
+      "[m]: None for adapter 0; scaling, float32 [adapters]: None for 1. For the kernel, `slices` has room "
+      "for "
       "participants * tiles of 8 tokens * ADAPTER_TILE_SUMS floats; `counters`, int32 and zero before and "
       "after, 2, and one for each RANK_TILE ranks of each adapter in use. It does not keep its tensors.")
       .def(py::init(&make_adapters), py::arg("lora_A"), py::arg("lora_B"), py::arg("h"), py::arg("slices"),

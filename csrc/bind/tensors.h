@@ -19,7 +19,8 @@ struct Torch {
   PyTypeObject *tensor, *parameter;
   const dlpack::ExchangeApi* api = nullptr;  // null: torch before 2.10, whose tensors are asked by attributes
   PyObject *data_ptr, *stride, *shape, *dtype, *device, *type, *index, *is_neg, *new_empty;  // names
-  PyObject* dtypes;                                                                          // to numbers
+  PyObject *float32, *dtype_only;  // a dtype, and the names of arguments of which the dtype is the only one
+  PyObject* dtypes;                // to numbers
 
   Torch() {
     py::module_ torch = py::module_::import("torch");
@@ -42,6 +43,8 @@ struct Torch {
     index = PyUnicode_InternFromString("index");
     is_neg = PyUnicode_InternFromString("is_neg");
     new_empty = PyUnicode_InternFromString("new_empty");
+    float32 = py::object(torch.attr("float32")).release().ptr();
+    dtype_only = PyTuple_Pack(1, dtype);
     py::dict numbers;
     constexpr std::pair<const char*, Dtype> kDtypes[] = {
         {"float32", Dtype::kFloat32},    {"float16", Dtype::kFloat16}, {"bfloat16", Dtype::kBfloat16},

@@ -16,7 +16,13 @@ try:
 except ImportError as error:
     missing = f"the C++ extension bitfuse._cpu can't be imported ({error})"
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype
+# the numbers of the extension's Dtype
+DTYPES: dict[torch.dtype, int] = {}
+if extension is not None:
+    DTYPES = {
+        torch.float32: int(extension.Dtype.FLOAT32), torch.float16: int(extension.Dtype.FLOAT16),
+        torch.bfloat16: int(extension.Dtype.BFLOAT16),
+    }  # fmt: skip
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:

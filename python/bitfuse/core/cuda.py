@@ -15,7 +15,8 @@ from . import bundle
 from .device import device_of, pretended, served
 from .tensors import aside
 
-FLOATS = {torch.float16: 0, torch.bfloat16: 1}  # Float
+# what tensor cores take here, by the number of Float
+FLOATS = {torch.float16: 0, torch.bfloat16: 1}
 
 _machine_code = functools.cache(bundle.machine_code)
 _told: set[str] = set()

@@ -195,7 +195,7 @@ lora_linear_op = Op(
     _reference,
     _fake,
     (
-        Backend("cpp", ("cpu",), cpp.supports, cpp.run),
+        Backend("cpp", ("cpu",), cpp.supports, cpp.run, cpp.direct),
         Backend("cuda", ("cuda",), cuda.supports, cuda.run),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),

@@ -45,6 +45,10 @@ def supports_backward(
     return _unserved(projections)
 
 
+# the op's check, `supports` and `run` in one call, of arguments that are plain in every respect; else None
+direct: Any = getattr(_cpu, "lora_linear_direct", None)
+
+
 def run(x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float) -> list[torch.Tensor]:
     """The outputs [..., N], then every h. The arguments have passed the op's check and `supports`."""
     *outer, k = x.shape

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...core.cuda import cuda, stream_of, zeroed_counters
+from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
 from ...core.device import Device, device_of
 from ...core.limits import MAX_TOKENS
 from ...core.tensors import table
@@ -18,9 +18,8 @@ from ...weights.formats import FORMATS, nested_code
 from ...weights.weight import WeightTensors
 from .lowbit_linear_cpu import code_kind, scale_kind
 
-# dtypes that tensor cores take, and of scales those that the kernel reads
-HALVES = (torch.float16, torch.bfloat16)
-_SCALES = (torch.float32, *HALVES, torch.float8_e8m0fnu, torch.uint8)
+# dtypes of scales that the kernel reads
+_SCALES = (torch.float32, *FLOATS, torch.float8_e8m0fnu, torch.uint8)
 SPAN = 32  # columns that a step of the kernel sums before a scale can change
 
 
@@ -74,7 +73,7 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
         return f"it has no kernel for format {format}"
     if (reason := weight.beyond()) is not None:
         return reason
-    if x.dtype not in HALVES:
+    if x.dtype not in FLOATS:
         return f"x is {str(x.dtype)[6:]}: its tensor cores take float16 and bfloat16"
     k = x.shape[-1]
     if x.numel() > MAX_TOKENS * k:

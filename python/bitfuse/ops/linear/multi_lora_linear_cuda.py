@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from ...core.cuda import cuda, stream_of, zeroed_counters
+from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
 from ...core.device import device_of
 from ...core.limits import MAX_TOKENS
 from .lora_linear_cuda import RANK_TILE, sums_of_slices
-from .lowbit_linear_cuda import HALVES
 from .multi_lora_args import Adapters, count_of, is_stacked, table
 
 _BLOCKS = 2  # on a multiprocessor
@@ -28,7 +27,7 @@ def supports(
     """None when `run` can serve the call, else the reason."""
     if cuda.missing is not None:
         return cuda.missing
-    if x.dtype not in HALVES:
+    if x.dtype not in FLOATS:
         return f"x is {str(x.dtype)[6:]}: its tensor cores take float16 and bfloat16"
     k = x.shape[-1]
     if k == 0 or k % 8:
