@@ -34,8 +34,10 @@ constexpr int64_t count_of(const Tensor& t) {
 }
 
 // Whether elements lie one after the other, row-major. The stride of a dimension of one is not looked at.
+// One that holds nothing is dense.
 constexpr bool is_dense(const Tensor& t) {
-  if (count_of(t) == 0) return true;
+  for (int i = 0; i < t.dims; ++i)
+    if (t.shape[i] == 0) return true;
   int64_t step = 1;
   for (int i = t.dims - 1; i >= 0; --i) {
     if (t.shape[i] != 1 && t.strides[i] != step) return false;
