@@ -4,7 +4,6 @@
 #include "bind/cuda.h"
 
 #include "bind/common.h"
-
 #include "cuda/linear/lowbit_linear.h"
 
 PYBIND11_MODULE(_cuda, module) {

@@ -19,13 +19,6 @@ static_assert(LowbitLinearMaxTokens == kMaxTokens && AdapterMaxTokens == kMaxTok
 // The number of a tensor's GPU; the simulator's, whose tensors are on the host, is 0.
 inline int device_number(const Tensor& t) { return t.device == kHost ? 0 : t.device; }
 
-// Of the two dtypes that tensor cores take here.
-inline Float float16_type(const char* name, const Tensor& t) {
-  if (t.dtype != Dtype::kFloat16 && t.dtype != Dtype::kBfloat16)
-    refuse(name, std::string("of dtype ") + name_of(t.dtype), "float16 or bfloat16");
-  return t.dtype == Dtype::kFloat16 ? Float::Float16 : Float::BFloat16;
-}
-
 inline void require_aligned(const char* name, const Tensor& t, uintptr_t alignment) {
   address<void>(name, reinterpret_cast<uintptr_t>(t.data), alignment, false);
 }

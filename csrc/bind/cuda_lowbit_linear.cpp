@@ -71,7 +71,7 @@ void run(py::handle x, py::handle weight, py::handle bias, py::handle out, const
          uintptr_t stream, py::handle nested_levels, py::handle pairs, py::handle partial,
          py::handle counters, int64_t first_counter, py::handle out_scale, const Adapters* adapters) {
   const Tensor from = read("x", x), to = read("out", out);
-  const Float type = float16_type("x", from);
+  const Float type = float_type("x", from.dtype);
   const Matrix rows = aligned_rows("x", from);
   LowbitLinearArgs a{};
   set_weight(a, weight, from.device);

@@ -74,7 +74,7 @@ Adapters make_adapters(py::handle lora_A, py::handle lora_B, py::handle h, py::h
 
 void run(py::handle x, py::handle y, const Adapters& adapters, uintptr_t stream) {
   const Tensor from = read("x", x), to = read("y", y);
-  const Float type = float16_type("x", from);
+  const Float type = float_type("x", from.dtype);
   const Matrix rows = aligned_rows("x", from);
   MultiLoraArgs a{};
   if (rows.rows < 1 || rows.rows > kMaxTokens)
