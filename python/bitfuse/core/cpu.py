@@ -16,14 +16,6 @@ try:
 except ImportError as error:
     missing = f"the C++ extension bitfuse._cpu can't be imported ({error})"
 
-# the numbers of the extension's Dtype
-DTYPES: dict[torch.dtype, int] = {}
-if extension is not None:
-    DTYPES = {
-        torch.float32: int(extension.Dtype.FLOAT32), torch.float16: int(extension.Dtype.FLOAT16),
-        torch.bfloat16: int(extension.Dtype.BFLOAT16),
-    }  # fmt: skip
-
 
 def addressable(x: torch.Tensor) -> torch.Tensor:
     """x, or a dense copy where no one stride leads from each of its rows to the next."""

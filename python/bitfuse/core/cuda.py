@@ -15,8 +15,7 @@ from . import bundle
 from .device import device_of, pretended, served
 from .tensors import aside
 
-# what tensor cores take here, by the number of Float
-FLOATS = {torch.float16: 0, torch.bfloat16: 1}
+FLOATS = (torch.float16, torch.bfloat16)  # what tensor cores take here
 
 _machine_code = functools.cache(bundle.machine_code)
 _told: set[str] = set()
