@@ -37,7 +37,7 @@ def pairs() -> dict[str, tuple[Call, Call]]:
         return functional.linear(x, weight, bias) + functional.linear(h, lora_B) * 0.5
 
     q, key, value = (torch.randn(1, 2, 4, 16) for _ in range(3))  # [batch, heads, rows, dim]
-    ours = [t.transpose(1, 2).contiguous() for t in (q, key, value)]
+    our_q, our_k, our_v = (t.transpose(1, 2).contiguous() for t in (q, key, value))
     cache = bitfuse.KVCache(1, 16, 2, 16, dtype=torch.float32)
     bitfuse.append_kv(torch.randn(1, 4, 2, 16), torch.randn(1, 4, 2, 16), cache)
     one = torch.randn(1, 1, 2, 16)
@@ -50,7 +50,7 @@ def pairs() -> dict[str, tuple[Call, Call]]:
         "nn.Linear": (lambda: layer(x), lambda: dense(x)),
         "lora_linear": (lambda: bitfuse.lora_linear(x, few_bits, lora_A, lora_B, 0.5, bias), plain_lora),
         "attention": (
-            lambda: bitfuse.attention(*ours),
+            lambda: bitfuse.attention(our_q, our_k, our_v),
             lambda: functional.scaled_dot_product_attention(q, key, value),
         ),
         "decode_attention": (

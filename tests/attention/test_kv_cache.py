@@ -670,6 +670,7 @@ def test_native_code_trusts_no_integer() -> None:
         ("v_scales", dict(shape=(2, 64, 2, 2))), ("v_offsets", dict(dtype="FLOAT32")),
         ("k_tail", dict(address=2)), ("v_tail", dict(shape=(2, 64, 2, 32))),
     ]  # fmt: skip
+    assert cache.k_tail is not None
     bad: list[Any] = [
         cache._replace(**{name: described(_cpu, getattr(cache, name), **changes)}) for name, changes in wrong
     ]

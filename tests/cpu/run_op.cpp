@@ -114,12 +114,12 @@ void gated_activation(const Problem& p, Bytes* outs) {
   neon::gated_activation(call);
 }
 
-HeadsView dense(const void* data, int64_t rows, int64_t heads, int64_t dim) {
+HeadRows dense(const void* data, int64_t rows, int64_t heads, int64_t dim) {
   return {data, rows * heads * dim, heads * dim, dim};
 }
 
 void attention(const Problem& p, Bytes* outs) {
-  AttentionCall call{};
+  AttentionArgs call{};
   call.dtype = static_cast<Dtype>(p.whole("dtype"));
   call.batch = p.whole("batch");
   call.heads = p.whole("heads");

@@ -142,7 +142,7 @@ CODE_KINDS = {"int4": 0, "nf4": 1, "int8": 2, "fp8": 3}
 def test_lowbit_linear_on_neon(neon: Run, format: str, symmetric: bool | None, dtype: torch.dtype) -> None:
     fmt = FORMATS[format]
     for m, n, k, group in ((1, 41, 72, 24), (3, 27, 384, 64), (9, 72, 136, 136), (100, 41, 128, 32)):
-        options = {} if symmetric is None else {"symmetric": symmetric}
+        options: dict[str, Any] = {} if symmetric is None else {"symmetric": symmetric}
         w = bitfuse.quantize(torch.randn(n, k), format, group_size=group, scale_dtype=dtype, **options)
         x, grad, bias = (torch.randn(s).to(dtype) for s in ((m, k), (m, n), (n,)))
         parts: dict[str, Any] = {

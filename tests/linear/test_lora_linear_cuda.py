@@ -127,7 +127,7 @@ def test_blocks_that_split_k_agree_on_the_sums(target: Target, m: int, k: int) -
     """Both W's product and h are sums of many blocks, in one order."""
     x, p = case(m, 72, k, 24, torch.float16)
     with simulated(target, multiprocessors=32, resident=64):
-        plan = base._plan(m, 72, k, 0, False, device_of(torch.device("cpu")), True)
+        plan = base._plan(m, 72, k, "int4", False, device_of(torch.device("cpu")), True)
         assert plan.splits > 1 and plan.tiles * plan.splits > 4
         first = check(target, x, p)
         for _ in range(2):  # another schedule each time

@@ -216,6 +216,7 @@ def test_the_direct_way_has_the_same_bits(format: str, options: dict[str, bool])
 def test_the_direct_way_leaves_the_rest_to_the_op() -> None:
     x, w, bias = torch.randn(3, 64), bitfuse.quantize(torch.randn(48, 64), "int4").op_args, torch.randn(48)
     assert cpp.direct(x, w, bias) is not None
+    nothing: Any = None
     for wrong in (
         (x.double(), w, bias), (x[:, :63], w, bias), (x[0, 0], w, bias), (x[:0], w, bias), (1.0, w, bias),
         (x.to("meta"), w, bias), (x.to_sparse(), w, bias), (torch._neg_view(x), w, bias),
@@ -224,7 +225,7 @@ def test_the_direct_way_leaves_the_rest_to_the_op() -> None:
         (x, w._replace(group_size=0), bias), (x, w._replace(format="no such"), bias), (x, tuple(w)[:6], bias),
         (x, w._replace(scale_rows=2), bias),
         (x, w._replace(offsets=w.scales), bias),
-        (x, w._replace(qweight=None), bias), (x.t().contiguous().t(), w, bias),
+        (x, w._replace(qweight=nothing), bias), (x.t().contiguous().t(), w, bias),
     ):  # fmt: skip
         assert cpp.direct(*wrong) is None
     # as the rest of the op has it

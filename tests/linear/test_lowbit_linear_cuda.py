@@ -74,7 +74,7 @@ def test_blocks_that_split_k_are_added_in_one_order(target: Target, m: int) -> N
     x = torch.randn(m, k, dtype=torch.float16)
     with many_multiprocessors(target):
         device = device_of(torch.device("cpu"))
-        assert cuda._plan(m, n, k, 0, False, device).splits > 1
+        assert cuda._plan(m, n, k, "int4", False, device).splits > 1
         first = check(target, x, w)
         for _ in range(2):  # another schedule each time
             assert torch.equal(check(target, x, w), first)

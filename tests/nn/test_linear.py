@@ -489,7 +489,8 @@ def test_a_weight_of_another_shape_under_a_layer() -> None:
         for name, p in layer.named_parameters():
             p.data = wider.get_parameter(name).data
         assert torch.equal(layer(x), wider(x))
-        layer.scales.data = layer.scales.data[:47]  # and one that does not fit the others
+        scales = layer.get_parameter("scales")
+        scales.data = scales.data[:47]  # and one that does not fit the others
         with pytest.raises(ValueError, match=r"scales has shape \[47, 1\]"):
             layer(x)
 
