@@ -166,14 +166,20 @@ def build(run: Run) -> None:
 def tests(run: Run) -> None:
     """A file at a time on each worker, those of the GPU's kernels first."""
     until = run.stage("tests")
-    files = sorted(ROOT.glob("tests/test_*.py"), key=lambda p: ("cuda" not in p.stem, "triton" not in p.stem))
-    left = [p for p in files if not run.done(f"tests/{p.name}")]
+    files = sorted(
+        ROOT.glob("tests/*/test_*.py"), key=lambda p: ("cuda" not in p.stem, "triton" not in p.stem)
+    )
+    left = [p for p in files if not run.done(unit_of(p))]
     with ThreadPoolExecutor(run.workers) as pool:
         list(pool.map(lambda file: test(run, file, until), left))
 
 
+def unit_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
 def test(run: Run, file: Path, until: float) -> None:
-    name, log, xml = f"tests/{file.name}", STATE / f"{file.stem}.log", STATE / f"{file.stem}.xml"
+    name, log, xml = unit_of(file), STATE / f"{file.stem}.log", STATE / f"{file.stem}.xml"
     xml.unlink(missing_ok=True)
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", str(file)]
     threads = str(max(1, (os.cpu_count() or 1) // run.workers))

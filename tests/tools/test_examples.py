@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import runpy
 import sys
@@ -16,31 +17,33 @@ pytest.importorskip("peft")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-WORKSHOP = (
-    "ahead",
-    "arch",
-    "bench",
-    "cli",
-    "cpu",
-    "cuda",
-    "demo",
-    "finetune",
-    "hypothetical",
-    "info",
-    "report",
-)
+
+
+def public(module: str, name: str) -> bool:
+    """Whether a module of bitfuse says that a name is for everybody."""
+    return name in getattr(importlib.import_module(module), "__all__", ())
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_can_be_copied(path: Path) -> None:
-    """It imports nothing of the workshop, nothing private, nothing beside it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
-            parts = name.split(".")
-            assert parts[0] != "bitfuse" or not any(p.startswith("_") or p in WORKSHOP for p in parts), name
-            assert not (ROOT / "examples" / f"{parts[0]}.py").exists()
+    """It uses names that are public, and nothing beside it."""
+    tree = ast.parse(path.read_text())
+    used: set[tuple[str, str]] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            used |= {(module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            # modules are used by their own names: the attributes below
+            assert all(a.name == "bitfuse" for a in node.names if a.name.startswith("bitfuse")), path
+            used |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"bitfuse(\.\w+)*", ast.unparse(node)):
+            module, _, name = ast.unparse(node).rpartition(".")
+            used.add((module, name))
+    ours = {(module, name) for module, name in used if module.partition(".")[0] == "bitfuse" and name}
+    assert ours and "bitfuse_tools" not in {module.partition(".")[0] for module, _ in used}
+    assert [f"{module}.{name}" for module, name in sorted(ours) if not public(module, name)] == []
+    assert not {module.partition(".")[0] for module, _ in used} & {p.stem for p in EXAMPLES}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -16,6 +16,9 @@ NAME = "bitfuse"
 log = logging.getLogger("bitfuse")
 
 
+__all__ = ["register"]
+
+
 def register() -> None:
     """Make transformers know `attn_implementation="bitfuse"` and `model.set_attn_implementation("bitfuse")`.
 
