@@ -57,8 +57,7 @@ Level level() { return picked().level; }
 }  // namespace bitfuse
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() =
-      "C++ kernels of bitfuse on the CPU. Arguments are tensors, or descriptors of the class Tensor.";
+  m.doc() = "C++ kernels of bitfuse on the CPU. Arguments are tensors, or descriptors of the class Tensor.";
   // A function and not an attribute: what it raises for a bad BITFUSE_CPU_ISA stays a ValueError, where an
   // exception of the module's own initialisation would become an ImportError. bitfuse asks as it is imported.
   m.def("isa", [] { return bitfuse::picked().name; }, "The instruction-set level in use.");

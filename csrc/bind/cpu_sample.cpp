@@ -17,7 +17,7 @@ void sample(py::handle logits_, py::handle uniforms, py::handle temperature, py:
   require(args.vocabulary >= 1 && args.vocabulary <= kMaxVocabulary, "vocabulary", args.vocabulary,
           "1 to 2^20");
   args.dtype = logits.dtype;
-  if (args.vocabulary > 1 && logits.strides[1] != 1)
+  if (!has_dense_rows(logits))
     refuse("logits", "of strides " + text_of(logits.strides, 2), "a dense last dimension");
   args.logits = logits.data;
   args.stride = logits.strides[0];

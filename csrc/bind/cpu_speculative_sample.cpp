@@ -13,8 +13,7 @@ ProbabilityRows probabilities(const char* name, const Tensor& t, int64_t batch, 
   const int64_t sizes[] = {batch, rows, vocabulary};
   if (t.dims != 3 || t.shape[0] != batch || t.shape[1] != rows || t.shape[2] != vocabulary)
     refuse(name, "of shape " + shape_of(t), text_of(sizes, 3));
-  if (vocabulary > 1 && t.strides[2] != 1)
-    refuse(name, "of strides " + text_of(t.strides, 3), "a dense last dimension");
+  if (!has_dense_rows(t)) refuse(name, "of strides " + text_of(t.strides, 3), "a dense last dimension");
   return {t.dtype, t.data, t.strides[0], t.strides[1]};
 }
 

@@ -18,8 +18,7 @@ inline HeadRows head_rows(const char* name, const Tensor& t, const Tensor& like,
     const int64_t sizes[] = {batch, rows, heads, dim};
     refuse(name, "of shape " + shape_of(t), packed ? text_of(sizes + 1, 3) : text_of(sizes, 4));
   }
-  if (dim > 1 && t.strides[first + 2] != 1)
-    refuse(name, "of strides " + text_of(t.strides, t.dims), "a dense last dimension");
+  if (!has_dense_rows(t)) refuse(name, "of strides " + text_of(t.strides, t.dims), "a dense last dimension");
   // more than the tensor's own bytes: kernels count in padded rows
   check_bytes(name, {batch, rows, heads, dim, 16});
   return {t.data, packed ? 0 : t.strides[0], t.strides[first], t.strides[first + 1]};

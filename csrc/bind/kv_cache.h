@@ -28,8 +28,7 @@ struct CacheNames {
 inline CacheRows cache_rows(const char* name, const Tensor& t, Dtype dtype, int device) {
   require_dtype(name, t, dtype);
   require_device(name, t, device);
-  if (t.shape[3] > 1 && t.strides[3] != 1)
-    refuse(name, "of strides " + text_of(t.strides, t.dims), "a dense last dimension");
+  if (!has_dense_rows(t)) refuse(name, "of strides " + text_of(t.strides, t.dims), "a dense last dimension");
   const int64_t unit = size_of(dtype);
   check_bytes(name, {t.shape[0], t.shape[1], t.shape[2], kMaxHeadDim, 8});
   return {static_cast<char*>(t.data), t.strides[0] * unit, t.strides[1] * unit, t.strides[2] * unit};

@@ -243,6 +243,12 @@ T* dense(const char* name, const Tensor& t, Dtype dtype, std::initializer_list<i
   return static_cast<T*>(t.data);
 }
 
+// Whether numbers of the last dimension lie side by side, where there are two.
+inline bool has_dense_rows(const Tensor& t) {
+  const int last = t.dims - 1;
+  return t.shape[last] <= 1 || t.strides[last] == 1 || is_dense(t);
+}
+
 // [..., columns] as rows.
 inline Matrix rows_of(const char* name, const Tensor& t) {
   Matrix m;

@@ -188,7 +188,7 @@ def test_the_binding_refuses_what_is_no_tensor_and_no_weight() -> None:
         cpp._cpu.lowbit_linear(1.0, w, None, out)
     with pytest.raises(TypeError, match="weight is a list, expected a WeightTensors"):
         cpp._cpu.lowbit_linear(x, list(w), None, out)
-    with pytest.raises(ValueError, match="x is of dtype another"):
+    with pytest.raises(ValueError, match="x is of dtype float64, expected float32, float16 or bfloat16"):
         cpp._cpu.lowbit_linear(x.double(), w, None, out)
     with pytest.raises(ValueError, match="qweight is of strides"):
         cpp._cpu.lowbit_linear(x, w._replace(qweight=w.qweight.t().contiguous().t()), None, out)

@@ -248,7 +248,7 @@ def some(count: int = 64, **other: Any) -> Any:
     [
         (lambda: {"x": descriptor(0, 2, 64)}, "x is null"),
         (lambda: {"x": descriptor(8, 2, 64)}, "x is 8, expected a multiple of 16"),
-        (lambda: {"x": descriptor(64, 2, 64, dtype="FLOAT32")}, "x is of dtype float32"),
+        (lambda: {"x": descriptor(64, 2, 64, dtype="FLOAT32")}, "x is float32, expected float16 or bfloat16"),
         (lambda: {"x": descriptor(64, 0, 64)}, "m is 0"),
         (lambda: {"x": descriptor(64, 2, 56)}, "x is 56, expected as many columns as the weight"),
         (lambda: {"x": descriptor(64, 2, 64, strides=(100, 1))}, r"x is of .*strides \[100, 1\]"),

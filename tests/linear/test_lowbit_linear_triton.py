@@ -77,7 +77,7 @@ def test_every_code_decodes_exactly(target: Target, dtype: torch.dtype, format: 
     tensors = (pack(codes, kind.bits), one, tensor_scale)
     qweight, scales, scale_scales = (t if t is None else target.place(t)[0] for t in tensors)
     (x,) = target.place(torch.eye(256, dtype=dtype))
-    weight = WeightTensors._make((qweight, scales, None, scale_scales, None, format, group))
+    weight = WeightTensors(qweight, scales, None, scale_scales, None, format, group)
     assert torch.equal(target.run(forward_op, x, weight, None).cpu(), values[codes.int()].T)
 
 

@@ -34,8 +34,10 @@ from bitfuse.nn import (
     Linear,
     LoRAAdapter,
     LoRALinear,
+    adapters,
 )
 from bitfuse.nn.dora import RowNorms
+from bitfuse.weights import weight as weight_module
 from safetensors.torch import load_file, save_file
 from test_weight import EVERY, name_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -513,7 +515,8 @@ def test_merge_in_slices_is_the_same(
     whole = layer.merge()
     weight = layer.merged_layer
     layer.unmerge()
-    monkeypatch.setattr(bitfuse.nn.adapters, "CHUNK", 16 * K)
+    for module in (adapters, weight_module):
+        monkeypatch.setattr(module, "CHUNK", 16 * K)
     with Largest() as seen:
         sliced = layer.merge()
     assert all(
@@ -562,7 +565,8 @@ def test_dora_is_the_formula(options: dict[str, Any]) -> None:
 def test_dora_norm_needs_no_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make(FEW_BIT, use_dora=True)
     x = torch.randn(2, K, requires_grad=True)
-    monkeypatch.setattr(bitfuse.nn.adapters, "CHUNK", 8 * K)
+    for module in (adapters, weight_module):
+        monkeypatch.setattr(module, "CHUNK", 8 * K)
     layer.clear_norms()
     with Largest() as seen:
         layer(x)

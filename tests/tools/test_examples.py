@@ -68,7 +68,7 @@ def test_an_example_runs(
 def test_variables_of_the_environment_are_in_the_readme() -> None:
     """All that the package, its kernels and its build read."""
     files = [ROOT / "setup.py"]
-    for folder in ("build_backend", "python/bitfuse", "kernels", "csrc"):
+    for folder in ("build_backend", "python", "kernels", "csrc"):
         files += [path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".cpp", ".h")]
     read = {name for file in files for name in re.findall(r'"(BITFUSE_[A-Z_]+)"', file.read_text())}
     told = set(re.findall(r"^\| `(BITFUSE_\w+)", (ROOT / "README.md").read_text(), re.M))
