@@ -64,7 +64,7 @@ gpu: $(SETUP)
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(PIP) install -c constraints.txt 'setuptools>=77' 'pybind11>=2.13' torch
+	$(PIP) install -c constraints.txt 'setuptools>=77' 'pybind11>=2.13' 'numpy>=2' torch
 	touch $@
 
 # Triton, and a CUDA compiler where there is none

@@ -74,8 +74,8 @@ def test_every_code_decodes_exactly(target: Target, dtype: torch.dtype, format: 
     group = 256 if kind.group_size == -1 else kind.group_size
     one = torch.ones(8, 256 // group).to(kind.scale_dtype)
     tensor_scale = torch.ones(1) if kind.tensor_scale else None
-    tensors = (pack(codes, kind.bits), one, tensor_scale)
-    qweight, scales, scale_scales = (t if t is None else target.place(t)[0] for t in tensors)
+    qweight, scales = target.place(pack(codes, kind.bits), one)
+    scale_scales = None if tensor_scale is None else target.place(tensor_scale)[0]
     (x,) = target.place(torch.eye(256, dtype=dtype))
     weight = WeightTensors(qweight, scales, None, scale_scales, None, format, group)
     assert torch.equal(target.run(forward_op, x, weight, None).cpu(), values[codes.int()].T)
