@@ -202,7 +202,7 @@ def test_the_fields_of_a_weight() -> None:
 def having(format: str, options: dict[str, bool]) -> bool:
     """Whether a format has these options."""
     try:
-        get_format(format, **options)  # type: ignore[arg-type]
+        get_format(format, **options)
     except ValueError:
         return False
     return True
