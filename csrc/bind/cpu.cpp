@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "bind/common.h"
+#include "bind/types.h"
 
 namespace bitfuse {
 namespace {
@@ -61,7 +61,7 @@ PYBIND11_MODULE(_cpu, m) {
   // A function and not an attribute: what it raises for a bad BITFUSE_CPU_ISA stays a ValueError, where an
   // exception of the module's own initialisation would become an ImportError. bitfuse asks as it is imported.
   m.def("isa", [] { return bitfuse::picked().name; }, "The instruction-set level in use.");
-  bitfuse::bind_common(m);
+  bitfuse::bind_types(m);
   bitfuse::bind_lowbit_linear(m);
   bitfuse::bind_lora_linear(m);
   bitfuse::bind_gated_activation(m);

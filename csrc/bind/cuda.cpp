@@ -3,7 +3,7 @@
 // is released while a kernel is queued.
 #include "bind/cuda.h"
 
-#include "bind/common.h"
+#include "bind/types.h"
 #include "cuda/linear/lowbit_linear.h"
 
 PYBIND11_MODULE(_cuda, module) {
@@ -22,7 +22,7 @@ PYBIND11_MODULE(_cuda, module) {
       py::arg("index"),
       "Multiprocessors, bytes of shared memory of a block and of a multiprocessor, compute capability as "
       "90.");
-  bind_common(module);
+  bind_types(module);
   bind_decode_attention(module);
   bind_multi_lora_linear(module);
   bind_lowbit_linear(module);

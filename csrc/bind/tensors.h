@@ -47,10 +47,10 @@ struct Torch {
     dtype_only = PyTuple_Pack(1, dtype);
     py::dict numbers;
     constexpr std::pair<const char*, Dtype> kDtypes[] = {
-        {"float32", Dtype::kFloat32},    {"float16", Dtype::kFloat16}, {"bfloat16", Dtype::kBfloat16},
-        {"uint8", Dtype::kUint8},        {"int8", Dtype::kInt8},       {"int32", Dtype::kInt32},
-        {"int64", Dtype::kInt64},        {"bool", Dtype::kBool},       {"float8_e4m3fn", Dtype::kE4m3},
-        {"float8_e8m0fnu", Dtype::kE8m0}};
+        {"float32", Dtype::kFloat32},    {"float16", Dtype::kFloat16},    {"bfloat16", Dtype::kBfloat16},
+        {"uint8", Dtype::kUint8},        {"int8", Dtype::kInt8},          {"int32", Dtype::kInt32},
+        {"int64", Dtype::kInt64},        {"float64", Dtype::kFloat64},    {"bool", Dtype::kBool},
+        {"float8_e4m3fn", Dtype::kE4m3}, {"float8_e8m0fnu", Dtype::kE8m0}};
     for (const auto& [name, number] : kDtypes) numbers[torch.attr(name)] = int(number);
     dtypes = numbers.release().ptr();
   }

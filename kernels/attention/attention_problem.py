@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...core.limits import MAX_HEAD_SIZE
 from ...ops.attention.attention_args import AttentionArgs
 from ..core.dropout import threshold_of
 from ..core.launch import Plan, alignment_of, contiguous, dtypes_of, refuse
 from .attention_logits import Forms
-from .layouts import FARTHEST, LONGEST, MAX_HEAD_DIM, Layout, layout, padded, vector
+from .layouts import FARTHEST, LONGEST, Layout, layout, padded, vector
 
 
 class Bias(NamedTuple):
@@ -65,9 +66,9 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs
     longest = max(q.shape[-3], k.shape[-3] + prefix, a.max_seqlen_q, a.max_seqlen_k)
     if longest >= LONGEST:
         return f"{longest} queries or keys are more than 2**29 - 1"
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_SIZE:
         return (
-            f"head dims {q.shape[-1]} and {v.shape[-1]} are more than the {MAX_HEAD_DIM} that its tiles hold"
+            f"head dims {q.shape[-1]} and {v.shape[-1]} are more than the {MAX_HEAD_SIZE} that its tiles hold"
         )
     if q.shape[-2] * max(q.shape[-1], v.shape[-1]) >= FARTHEST:
         return f"{q.shape[-2]} heads are too many"

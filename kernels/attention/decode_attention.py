@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core.device import Device, device_of
+from ...core.limits import MAX_HEAD_SIZE
 from ...ops.attention.kv_cache import BITS, CacheTensors, DecodeArgs, Rotary
 from ..core.launch import Plan, alignment_of, contiguous, dtypes_of, jit, planned, tl
 from . import append_kv
@@ -58,7 +59,7 @@ from .decode_attention_codes import (
     value_scales,
 )
 from .decode_attention_tiles import choose, splits_of
-from .layouts import LONGEST, MAX_HEAD_DIM, padded
+from .layouts import LONGEST, padded
 from .rope import rotary_numbers, rotary_tensors, turned
 
 # who has which tiles: the same on every program, from lengths, for one tile of rows, whose queries are those
@@ -459,9 +460,9 @@ def supports(
     """None when `run` can serve the call, else the reason."""
     if (reason := append_kv.refused(q.device, cache, q.shape[1] if k is None else k.shape[1])) is not None:
         return reason
-    if max(q.shape[3], cache.head_dim_v) > MAX_HEAD_DIM:
+    if max(q.shape[3], cache.head_dim_v) > MAX_HEAD_SIZE:
         dims = f"{q.shape[3]} and {cache.head_dim_v}"
-        return f"head dims {dims} are more than the {MAX_HEAD_DIM} that its tiles hold"
+        return f"head dims {dims} are more than the {MAX_HEAD_SIZE} that its tiles hold"
     if max(q.shape[0] * q.shape[1] * q.shape[2], q.shape[1] ** 2) >= 2**31:
         return f"{q.shape[0]} x {q.shape[1]} queries of {q.shape[2]} heads are too many"
     return None

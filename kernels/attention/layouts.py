@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 LONGEST = 2**29  # rows of queries or of keys, so that a row plus a window is an int32
-MAX_HEAD_DIM = 256  # what the tiles of every kernel here hold
 FARTHEST = 2**23  # elements between rows, so that those of a tile are an int32 apart
 
 

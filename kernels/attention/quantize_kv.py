@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
+from ...core.limits import MAX_HEAD_SIZE
 from ...ops.attention.kv_cache import BITS, FP8, CacheTensors, Rotary, head_scales
 from . import append_kv
-from .layouts import MAX_HEAD_DIM
 
 
 def supports(
@@ -15,8 +15,8 @@ def supports(
 ) -> str | None:
     """None when `run` can serve the call, else the reason."""
     for name, t in (("k", k), ("v", v)):
-        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
-            return f"{name} has head_dim {t.shape[-1]}, not 1 to {MAX_HEAD_DIM}"
+        if not 1 <= t.shape[-1] <= MAX_HEAD_SIZE:
+            return f"{name} has head_dim {t.shape[-1]}, not 1 to {MAX_HEAD_SIZE}"
     rows = CacheTensors(k, v)
     return append_kv.refused(k.device, rows, k.shape[1])
 

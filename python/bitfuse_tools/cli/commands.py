@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from . import bench, compile, demo, explain, finetune, info, report, tune
-from .common import app
+from .application import app
 
 __all__ = ["app", "bench", "compile", "demo", "explain", "finetune", "info", "report", "tune"]

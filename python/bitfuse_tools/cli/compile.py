@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import command, fail, refuse_asked_backend
+from .application import command, fail, refuse_asked_backend
 
 
 @command

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import command, fail
+from .application import command, fail
 
 
 @command

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import command
+from .application import command
 
 
 @command

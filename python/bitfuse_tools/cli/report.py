@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import command, fail
+from .application import command, fail
 
 
 @command

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import command, fail, refuse_asked_backend
+from .application import command, fail, refuse_asked_backend
 
 
 @command

@@ -19,6 +19,7 @@ from ...core.tensors import check_tensor
 from ...kernels.attention import append_kv as triton
 from ..linear.lowbit_linear import FLOATS
 from . import append_kv_cpu as cpp
+from .attention_args import MAX_HEAD_DIM
 from .example import example_qkv
 from .kv_cache import (
     BITS,
@@ -42,8 +43,6 @@ from .kv_cache import (
 )
 from .pages import Copies, Pages
 from .rope import CHECK_PLACES, as_rotary
-
-MAX_HEAD_DIM = 512
 
 CACHE_SCHEMA = (
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? k_offsets, "

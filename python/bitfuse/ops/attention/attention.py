@@ -29,10 +29,9 @@ from ...kernels.attention import attention_backward as triton_backward
 from ..linear.lowbit_linear import FLOATS
 from . import attention_cpu as cpp
 from . import attention_cuda as cuda
-from .attention_args import NO_WINDOW, AttentionArgs, window_of
+from .attention_args import MAX_HEAD_DIM, NO_WINDOW, AttentionArgs, window_of
 from .example import example_qkv
 
-MAX_HEAD_DIM = 512
 _PREFIXES = ("prefix_k", "prefix_v")
 
 

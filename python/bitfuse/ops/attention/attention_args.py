@@ -23,6 +23,9 @@ def window_of(window_size: tuple[int, int]) -> tuple[int, int]:
         raise TypeError(f"window_size is {window_size!r}, expected two ints, (left, right)") from None
 
 
+MAX_HEAD_DIM = 512  # of the reference and the C++ kernels
+
+
 class AttentionArgs(NamedTuple):
     """How queries meet keys.
 

@@ -11,10 +11,10 @@ import torch
 
 from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
 from ...core.device import device_of
+from ...core.limits import MAX_HEAD_SIZE
 from .kv_cache import BITS, CacheTensors, DecodeArgs, Rotary
 from .operands import decode_operands, dense_rows, rotary_operands
 
-MAX_HEAD_DIM = 256  # kMaxHeadSize of csrc/common/limits.h
 MAX_ROWS = 128  # queries times query heads of a kv head: beyond, K and V would be read too often
 GROUP_STEP = 32  # tokens that a warp takes at once: they must share K's scales
 _UNIT = 16  # bytes that are copied at once
@@ -83,8 +83,8 @@ def supports(
     bits = BITS.get(cache.format, cache.k.element_size() * 8)
     step = _UNIT * 8 // bits
     dim_v = cache.head_dim_v
-    if max(dim, dim_v) > MAX_HEAD_DIM:
-        return f"head dims {dim} and {dim_v} are more than {MAX_HEAD_DIM}, its widest kernel"
+    if max(dim, dim_v) > MAX_HEAD_SIZE:
+        return f"head dims {dim} and {dim_v} are more than {MAX_HEAD_SIZE}, its widest kernel"
     if dim % step or dim_v % step:
         return f"head dims {dim} and {dim_v} are not multiples of {step}, the channels of {_UNIT} bytes"
     for name, t in (("k_cache", cache.k), ("v_cache", cache.v)):

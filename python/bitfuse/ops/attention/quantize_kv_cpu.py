@@ -6,10 +6,9 @@ import torch
 
 from ...core.cpu import extension as _cpu
 from . import append_kv_cpu as cpp
+from .attention_args import MAX_HEAD_DIM
 from .kv_cache import BITS, FP8, CacheTensors, head_scales
 from .operands import dense_rows
-
-MAX_HEAD_DIM = 512
 
 
 def supports(

@@ -6,10 +6,9 @@ import torch
 
 from ...core.cpu import extension as _cpu
 from . import append_kv_cpu as cpp
+from .attention_args import MAX_HEAD_DIM
 from .kv_cache import Rotary
 from .operands import dense_rows, rotary_operands
-
-MAX_HEAD_DIM = 512
 
 
 def supports(x: torch.Tensor, rotary: Rotary, inverse: bool) -> str | None:

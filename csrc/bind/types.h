@@ -1,5 +1,5 @@
-// What both extensions have of csrc/common: the enums, the limits, the descriptor of a tensor. Included once
-// an extension.
+// The types of csrc/common as Python has them, of both extensions: the enums, the limits, the descriptor of a
+// tensor. Included once an extension.
 #pragma once
 
 #include <pybind11/stl.h>
@@ -11,7 +11,7 @@
 
 namespace bitfuse {
 
-inline void bind_common(py::module_& module) {
+inline void bind_types(py::module_& module) {
   py::enum_<Dtype>(module, "Dtype", py::module_local(), "Of a tensor's elements.")
       .value("FLOAT32", Dtype::kFloat32)
       .value("FLOAT16", Dtype::kFloat16)
