@@ -12,7 +12,9 @@ from typing import Any
 
 import bitfuse
 import cusim
+import pytest
 import torch
+from bitfuse.core.backends import left_out
 from bitfuse.core.op import Op
 from torch.overrides import TorchFunctionMode
 
@@ -58,11 +60,17 @@ class Target:
 
     def reason(self, op: Op, *args: Any) -> str | None:
         """Why the backend can't serve these arguments; None when it can."""
+        self._skip_without(op)
         return next(b for b in op.backends if b.name == self.backend).supports(*args)
+
+    def _skip_without(self, op: Op) -> None:
+        if (op.name, self.backend) in left_out():
+            pytest.skip(f"BITFUSE_WITHOUT leaves {op.name}:{self.backend} out")
 
     def run(self, op: Op, *args: Any) -> Any:
         """The op on this target: outputs poisoned and guarded; simulated, races are checked and each run is
         scheduled anew."""
+        self._skip_without(op)
         with contextlib.ExitStack() as stack:
             if self.sm:
                 level = max(1, int(os.environ.get("CUSIM_RACECHECK", 0)))  # a test may ask for more

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import bitfuse
 import pytest
 import torch
-from bitfuse.core import device
+from bitfuse.core import backends, device
 from bitfuse.core.backends import BACKENDS, Backend, BackendError, asked
 from bitfuse.core.gpus import find
 from bitfuse.core.op import Op
@@ -31,6 +35,12 @@ def reference(x: torch.Tensor) -> torch.Tensor:
     """One more."""
     calls.append("reference")
     return x + 1
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_out() -> Iterator[None]:
+    yield
+    backends.left_out.cache_clear()
 
 
 def check(x: torch.Tensor) -> None:
@@ -112,6 +122,65 @@ def test_asking_for_a_backend() -> None:
     asked.reset(token)
     with pytest.raises(ValueError, match="name is 'tritn'"), bitfuse.use_backend("tritn"):
         pass
+
+
+def test_a_backend_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one op; it serves nothing, not by name either, and explain says why."""
+    monkeypatch.setattr(backends, "_without", "plus_one_without:cpp, rope:triton")  # as BITFUSE_WITHOUT does
+    backends.left_out.cache_clear()
+    monkeypatch.setattr(backends, "_every", list(backends._every))
+    op = Op(
+        "plus_one_without(Tensor x) -> Tensor", check, reference, torch.empty_like,
+        (backend("cpp"), backend("cuda")),
+    )  # fmt: skip
+    calls.clear()
+    op(torch.zeros(3))
+    assert calls == ["reference"] and served(torch.zeros(3)) == ["cpp"]
+    assert op.explain(torch.zeros(3)).refused["cpp"] == "BITFUSE_WITHOUT leaves it out"
+    with bitfuse.use_backend("cpp"), pytest.raises(BackendError, match="but BITFUSE_WITHOUT leaves it out"):
+        op(torch.zeros(3))
+    monkeypatch.undo()
+    backends.left_out.cache_clear()
+    assert op(torch.zeros(3)).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("rope", "rope has cpp, triton"),
+        ("rope:cuda", "rope has cpp, triton"),
+        ("rope:reference", "rope has cpp, triton"),
+        ("attention:triton,", "no op '' has kernels"),
+        ("rpoe:cpp", "no op 'rpoe' has kernels"),
+    ],
+)
+def test_what_can_not_be_left_out(said: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_without", said)
+    backends.left_out.cache_clear()
+    with pytest.raises(ValueError, match=f"BITFUSE_WITHOUT is '{said}', expected ops and backends .*: {why}"):
+        backends.left_out()
+
+
+def test_a_public_function_stands_for_its_ops() -> None:
+    """In a process of its own, whose environment says so; a wrong name is an error of every call."""
+    code = (
+        "import bitfuse, torch\n"
+        "from bitfuse.core.backends import left_out\n"
+        "q = torch.randn(1, 3, 2, 16)\n"
+        "print(bitfuse.explain(bitfuse.attention, q, q, q).chosen, sorted(left_out()))\n"
+        "print(bitfuse.attention(q, q, q).shape)\n"
+    )
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True,
+            env={**os.environ, "BITFUSE_WITHOUT": names},
+        )
+        for names in ("varlen_attention:cpp", "attention:cp")
+    ]  # fmt: skip
+    assert done[0].stdout.splitlines()[0] == (
+        "reference [('attention', 'cpp'), ('attention_backward', 'cpp'), ('varlen_attention', 'cpp')]"
+    ), done[0].stderr
+    assert "ValueError: BITFUSE_WITHOUT is 'attention:cp', expected" in done[1].stderr
 
 
 def test_plain_by_design(caplog: pytest.LogCaptureFixture) -> None:

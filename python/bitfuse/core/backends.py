@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import policy
+from . import declaration, policy
 from .device import planning, pretended, simulated
 
 # the backend that alone is to serve, None for any. The environment is read once, for that costs as much as
@@ -21,6 +21,8 @@ asked: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "bitfuse_backend", default=os.environ.get("BITFUSE_BACKEND") or None
 )
 BACKENDS = ("cpp", "cuda", "triton", "reference")
+# backends that serve nothing, "attention:cuda,rope:triton": for a kernel that hangs, crashes or is wrong here
+_without = os.environ.get("BITFUSE_WITHOUT") or None
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,41 @@ def asked_backend() -> str | None:
     return None if name is None else _check_backend(name, "BITFUSE_BACKEND")
 
 
+@functools.cache
+def left_out() -> frozenset[tuple[str, str]]:
+    """The ops and backends that BITFUSE_WITHOUT leaves out; a public function's name stands for all ops that
+    it is made of.
+
+    Raises:
+        ValueError: it names an op or a backend that there is not, or the reference, which serves what nobody
+            else does.
+    """
+    found: set[tuple[str, str]] = set()
+    if _without is None:
+        return frozenset()
+    functions = {each.name: each for each in declaration.declarations()}
+    for word in _without.split(","):
+        op, _, backend = word.strip().partition(":")
+        parts = {part.op.name for part in functions[op].kernels} if op in functions else set()
+        there = {b.name for each in _every if each.op in parts | {op} for b in each.backends} - {"reference"}
+        if backend not in there:
+            kernels = f"{op} has {', '.join(sorted(there))}" if there else f"no op {op!r} has kernels"
+            raise ValueError(
+                f"BITFUSE_WITHOUT is {_without!r}, expected ops and backends such as "
+                f"attention:cuda,rope:triton: {kernels}"
+            )
+        found |= {(each, backend) for each in parts | {op}}
+    return frozenset(found)
+
+
+_LEFT_OUT = "BITFUSE_WITHOUT leaves it out"
+
+
 def always(*args: Any) -> None:
     """`Backend.supports` of one that serves whatever the op does."""
+
+
+_every: list[Candidates] = []  # of every op
 
 
 class Candidates:
@@ -85,6 +120,7 @@ class Candidates:
         plain: the reference serves every call, whichever backend is asked for.
 
     Attributes:
+        op, backends: as they were given.
         quick: the order for CPU tensors; None where it takes more than their device to find it.
     """
 
@@ -96,9 +132,11 @@ class Candidates:
         kind: Callable[..., tuple[Any, ...]] | None,
         plain: bool,
     ) -> None:
-        self._op, self._all, self._kind, self._plain = op, backends, kind, plain
+        self.op, self.backends, self._kind, self._plain = op, backends, kind, plain
         self._fake = Backend("fake", ("meta",), always, fake)
-        self.quick: tuple[Backend, ...] | None = self._on("cpu")
+        _every.append(self)
+        # what is left out is known when all ops are
+        self.quick: tuple[Backend, ...] | None = None if _without else self._on("cpu")
         # of GPUs, by their number
         self._orders: dict[int, tuple[Backend, ...]] = {}
         # by device that has measurements: its name, and the fastest backend of a kind of call, or None
@@ -122,10 +160,11 @@ class Candidates:
 
     def _on(self, kind: str) -> tuple[Backend, ...]:
         """Those that run on this kind of device."""
+        here = [b for b in self.backends if _without is None or (self.op, b.name) not in left_out()]
         if kind != "meta":
-            return tuple(b for b in self._all if kind in b.devices or b.name == "reference")
+            return tuple(b for b in here if kind in b.devices or b.name == "reference")
         # a GPU that is planned for is Triton's: the CUDA extension asks nobody to plan
-        return (*(b for b in self._all if b.name == "triton" and planning()), self._fake)
+        return (*(b for b in here if b.name == "triton" and planning()), self._fake)
 
     def measured_as(self, device: torch.device, name: str) -> None:
         """Calls on this device are served by what `bitfuse tune` measured to be the fastest on the GPU of
@@ -143,7 +182,7 @@ class Candidates:
         name, fastest = measured
         kind = self._kind(*args)
         if kind not in fastest:
-            fastest[kind] = policy.fastest(name, self._op, kind)
+            fastest[kind] = policy.fastest(name, self.op, kind)
         first = fastest[kind]
         return tuple(sorted(order, key=lambda b: b.name != first)) if first else order
 
@@ -154,18 +193,20 @@ class Candidates:
             BackendError: it can't serve the call.
         """
         if self._plain:
-            return self._all[-1]
-        for backend in self._all:
+            return self.backends[-1]
+        for backend in self.backends:
             if backend.name != name:
                 continue
+            if _without is not None and (self.op, name) in left_out():
+                raise BackendError(f"{self.op}: backend {name!r} was asked for, but {_LEFT_OUT}")
             if device not in backend.devices and not (simulated() and "cuda" in backend.devices):
                 raise BackendError(
-                    f"{self._op}: backend {name!r} was asked for, but it does not run on {device} tensors"
+                    f"{self.op}: backend {name!r} was asked for, but it does not run on {device} tensors"
                 )
             if reason := backend.supports(*args):
-                raise BackendError(f"{self._op}: backend {name!r} was asked for, but {reason}")
+                raise BackendError(f"{self.op}: backend {name!r} was asked for, but {reason}")
             return backend
-        raise BackendError(f"{self._op}: backend {name!r} was asked for, but this op has none of that name")
+        raise BackendError(f"{self.op}: backend {name!r} was asked for, but this op has none of that name")
 
     def judged(self, device: torch.device, args: tuple[Any, ...]) -> tuple[str, dict[str, str], str]:
         """Who would serve a call, why those before it would not, and a note about the first."""
@@ -174,8 +215,8 @@ class Candidates:
             return "reference", {}, "plain torch on every device by design"
         if name is not None:
             chosen = self.only(name, device.type, args).name
-            return chosen, {b.name: f"{name} was asked for" for b in self._all if b.name != chosen}, ""
-        order = self._all
+            return chosen, {b.name: f"{name} was asked for" for b in self.backends if b.name != chosen}, ""
+        order = self.backends
         if pretended() is None:
             self._ordered(device)  # a GPU's measurements are looked for at its first call
             order = self._preferring(device, order, args)
@@ -184,6 +225,8 @@ class Candidates:
             if device.type not in backend.devices:
                 on = " and ".join(backend.devices)
                 refused[backend.name] = f"it runs on {on}, the tensors are on {device.type}"
+            elif (self.op, backend.name) in left_out():
+                refused[backend.name] = _LEFT_OUT
             elif reason := backend.supports(*args):
                 refused[backend.name] = reason
             else:

@@ -31,7 +31,7 @@ class Command(typer.core.TyperCommand):
         except BackendError as error:  # what BITFUSE_BACKEND asks for and this machine can't do
             fail(name, f"{error} (BITFUSE_BACKEND is {asked!r})" if asked else error)
         except ValueError as error:
-            if not str(error).startswith("BITFUSE_BACKEND is "):
+            if not str(error).startswith(("BITFUSE_BACKEND is ", "BITFUSE_WITHOUT is ")):
                 raise
             fail(name, error)
         except ModuleNotFoundError as missing:
