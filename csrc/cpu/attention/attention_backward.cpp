@@ -202,7 +202,7 @@ class Backward {
         if (shares == 1) write_keys(unit, own, 1, {0, prefix_ + most_keys_});
       }
       if (shares > 1) {
-#pragma omp barrier
+        wait_for_team(team);
         for (int64_t unit = 0; unit < units; ++unit)
           write_keys(unit, totals + unit * shares * sums, shares, share(prefix_ + most_keys_, thread, team));
       }

@@ -15,8 +15,8 @@
 #pragma once
 
 #include "cpu/core/elements.h"
+#include "cpu/core/threads.h"
 #include "cpu/linear/codes.h"
-#include "cpu/linear/matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
 

@@ -993,7 +993,7 @@ void decode_attention(const DecodeArgs& call) {
                 .run(t.batch, t.query, t.queries, t.begin, t.end, out, state);
           }
         }
-#pragma omp barrier
+        wait_for_team(team);
         const Range mine = share(cache.batch * call.queries * call.heads, thread, team);
         for (int64_t r = mine.begin; r < mine.end; ++r) {
           const int64_t head = r % call.heads, row = r / call.heads, b = row / call.queries;

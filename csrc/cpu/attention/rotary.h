@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cpu/attention/kv_cache.h"
-#include "cpu/linear/matmul.h"
+#include "cpu/core/elements.h"
+#include "cpu/core/threads.h"
 
 namespace bitfuse::BITFUSE_ISA {
 

@@ -16,6 +16,15 @@ BITFUSE_INLINE float bfloat_to_float(uint16_t h) {
   return f;
 }
 
+// Tells the core that this thread waits in a loop.
+BITFUSE_INLINE void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 constexpr float kE4m3Unit = 256;
 
 }  // namespace bitfuse::BITFUSE_ISA

@@ -248,9 +248,7 @@ void few_rows(const LowbitLinearArgs& call) {
     RowAddend addend;
     if (call.adapter) {
       shrink.run(0, call.rows, thread, team, my.shrink);
-      if (team > 1) {
-#pragma omp barrier
-      }
+      wait_for_team(team);
       for (int64_t r = 0; r < call.rows; ++r)
         for (int64_t j = 0; j < t_stride; ++j)
           my.t[r * t_stride + j] =

@@ -8,7 +8,7 @@
 
 #include "cpu/core/activations.h"
 #include "cpu/core/elements.h"
-#include "cpu/linear/matmul.h"
+#include "cpu/core/threads.h"
 
 namespace bitfuse::BITFUSE_ISA {
 namespace {

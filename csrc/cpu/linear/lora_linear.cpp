@@ -113,11 +113,7 @@ void bottleneck_adapter(const BottleneckArgs& call) {
   parallel(threads, [&](int thread, int team) {
     Carver mine(block + size_t(thread) * need.used());
     const Worker my = carve_worker(mine);
-    auto wait = [&] {
-      if (team > 1) {
-#pragma omp barrier
-      }
-    };
+    auto wait = [&] { wait_for_team(team); };
     shrink.run(0, rows, thread, team, my.shrink);
     wait();
     const Range own = share(rows, thread, team);

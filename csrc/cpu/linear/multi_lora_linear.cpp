@@ -238,7 +238,7 @@ void add_adapters(const MultiLoraSegments& call) {
     for (int r = 0; r < kBlockRows; ++r)
       for (int64_t i = call.k; i < x_stride; ++i) mine[r * x_stride + i] = 0;
     shrink<Dots>(call, share(tasks, thread, team), mine, x_stride, h);
-#pragma omp barrier
+    wait_for_team(team);
     const Range columns = share(tiles, thread, team);
     float* panel = panels + thread * panel_size;
     if (call.b_dtype == Dtype::kFloat32) {

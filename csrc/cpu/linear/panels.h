@@ -591,9 +591,7 @@ void multiply(const LowbitLinearArgs& call) {
         from = x;
         stride = packed_stride;
       }
-      if ((packed || shrinks) && team > 1) {
-#pragma omp barrier
-      }
+      if (packed || shrinks) wait_for_team(team);
       const Range tasks = share(tiles * parts, thread, team);
       for (int64_t task = tasks.begin; task < tasks.end; ++task) {
         const int64_t out = task / parts * kWidth, valid = least(kWidth, outs - out);

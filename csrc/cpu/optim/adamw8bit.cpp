@@ -22,8 +22,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/core/elements.h"
+#include "cpu/core/threads.h"
 #include "cpu/isa/contract.h"
-#include "cpu/linear/matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
 namespace {

@@ -13,7 +13,8 @@
 #include <bit>
 #include <cmath>
 
-#include "cpu/linear/matmul.h"
+#include "cpu/core/elements.h"
+#include "cpu/core/threads.h"
 
 namespace bitfuse::BITFUSE_ISA {
 namespace {

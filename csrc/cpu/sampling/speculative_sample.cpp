@@ -9,7 +9,8 @@
 // python/bitfuse/ops/sampling/speculative_sample_tree.py is the formula.
 #include "cpu/sampling/speculative_sample.h"
 
-#include "cpu/linear/matmul.h"
+#include "cpu/core/elements.h"
+#include "cpu/core/threads.h"
 
 namespace bitfuse::BITFUSE_ISA {
 namespace {
