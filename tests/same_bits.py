@@ -238,6 +238,25 @@ def gated_activation(r: Inputs, activation: str, size: int, dtype: str) -> Any:
     return bitfuse.gated_activation(gate, up, activation)
 
 
+HOW_NORM = ("", "residual", "weight")
+
+
+@cases(triton=5, size=(5, 1027), dtype=FLOATS, how=(*HOW_NORM, "offset"))
+def rms_norm(r: Inputs, size: int, dtype: str, how: str) -> Any:
+    weight = r.leaf("weight", size, dtype="float32" if how == "weight" else dtype)
+    residual = r.leaf("residual", 37, size, dtype=dtype) if how == "residual" else None
+    x = r.leaf("x", 37, size, dtype=dtype)
+    return bitfuse.rms_norm(x, weight, residual=residual, offset=float(how == "offset"))
+
+
+@cases(triton=5, size=(5, 1027), dtype=FLOATS, how=HOW_NORM)
+def layer_norm(r: Inputs, size: int, dtype: str, how: str) -> Any:
+    of = "float32" if how == "weight" else dtype
+    weight, bias = r.leaf("weight", size, dtype=of), r.leaf("bias", size, dtype=of)
+    residual = r.leaf("residual", 37, size, dtype=dtype) if how == "residual" else None
+    return bitfuse.layer_norm(r.leaf("x", 37, size, dtype=dtype), weight, bias, residual=residual)
+
+
 @cases(triton=17, activation=ACTIVATIONS, m=M, dtype=FLOATS, how=("", "wider"))
 def bottleneck_adapter(r: Inputs, activation: str, m: int, dtype: str, how: str) -> Any:
     n = 72 if how else 136

@@ -66,6 +66,7 @@ PYBIND11_MODULE(_cpu, m) {
   bitfuse::bind_lora_linear(m);
   bitfuse::bind_gated_activation(m);
   bitfuse::bind_multi_lora_linear(m);
+  bitfuse::bind_norm(m);
   bitfuse::bind_adamw8bit(m);
   bitfuse::bind_attention(m);
   bitfuse::bind_decode_attention(m);

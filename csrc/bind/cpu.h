@@ -27,6 +27,7 @@ void bind_lowbit_linear(py::module_& module);
 void bind_lora_linear(py::module_& module);
 void bind_gated_activation(py::module_& module);
 void bind_multi_lora_linear(py::module_& module);
+void bind_norm(py::module_& module);
 void bind_adamw8bit(py::module_& module);
 void bind_attention(py::module_& module);
 void bind_decode_attention(py::module_& module);

@@ -53,6 +53,8 @@ from .ops.linear.lora_mlp import lora_mlp as lora_mlp
 from .ops.linear.lora_mlp import lora_qkv as lora_qkv
 from .ops.linear.lowbit_linear import lowbit_linear as lowbit_linear
 from .ops.linear.multi_lora_linear import multi_lora_linear as multi_lora_linear
+from .ops.norm.layer_norm import layer_norm as layer_norm
+from .ops.norm.rms_norm import rms_norm as rms_norm
 from .ops.sampling.sample import sample as sample
 from .ops.sampling.speculative_sample import speculative_sample as speculative_sample
 from .ops.sampling.speculative_sample_tree import speculative_sample_tree as speculative_sample_tree

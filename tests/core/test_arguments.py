@@ -83,6 +83,10 @@ CALLS: dict[Callable[..., Any], Callable[[], dict[str, Any]]] = {
         "x": randn(3, K), "down": randn(R, K), "up": randn(K, R), "down_bias": randn(R), "up_bias": randn(K),
     },
     bitfuse.gated_activation: lambda: {"gate": randn(3, K), "up": randn(3, K) + 1},
+    bitfuse.rms_norm: lambda: {"x": randn(3, K), "weight": randn(K), "residual": randn(3, K) + 1},
+    bitfuse.layer_norm: lambda: {
+        "x": randn(3, K), "weight": randn(K), "bias": randn(K) + 1, "residual": randn(3, K) + 1,
+    },
     bitfuse.attention: lambda: {
         "q": heads(1, 3, 2), "k": heads(1, 4, 1), "v": heads(1, 4, 1) + 1, "attn_bias": randn(3, 4),
         "alibi_slopes": randn(2), "sinks": randn(2) + 1, "prefix_k": heads(1, 2, 1),
@@ -328,6 +332,19 @@ def test_adapters_and_gates_of_nothing(leading: tuple[int, ...], backend: str) -
             gate, up = leaves((*leading, k), (*leading, k))
             out = bitfuse.gated_activation(gate, up)
             same_gradients(out, torch.nn.functional.silu(gate) * up, [gate, up])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+def test_norms_of_nothing(leading: tuple[int, ...], backend: str) -> None:
+    with bitfuse.use_backend(backend):
+        for k in (K, 0):
+            x, residual, w, b = inputs = leaves((*leading, k), (*leading, k), (k,), (k,))
+            y, s = bitfuse.rms_norm(x, w, residual=residual)
+            plain = torch.nn.functional.rms_norm(x + residual, (k,), w, 1e-6) if k else x + residual + w
+            same_gradients(y + s, plain + x + residual, inputs[:3])
+            y = bitfuse.layer_norm(x, w, b)
+            same_gradients(y, torch.nn.functional.layer_norm(x, (k,), w, b), [x, w, b])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -128,6 +128,21 @@ CASES = {
     "gated_activation": Case(
         bitfuse.gated_activation, lambda g, u: torch.nn.functional.silu(g) * u, (draw(3, 8), draw(3, 8) + 1)
     ),
+    "rms_norm": Case(
+        lambda x, w: bitfuse.rms_norm(x, w, 1e-5),
+        lambda x, w: torch.nn.functional.rms_norm(x, (8,), w, 1e-5),
+        (draw(3, 8), draw(8)),
+    ),
+    "rms_norm with a residual": Case(
+        lambda x, w, r: sum(bitfuse.rms_norm(x, w, 1e-5, residual=r)),
+        lambda x, w, r: torch.nn.functional.rms_norm(x + r, (8,), w, 1e-5) + (x + r),
+        (draw(3, 8), draw(8), draw(3, 8) + 1),
+    ),
+    "layer_norm": Case(
+        bitfuse.layer_norm,
+        lambda x, w, b: torch.nn.functional.layer_norm(x, (8,), w, b),
+        (draw(3, 8), draw(8), draw(8) + 1),
+    ),
     "bottleneck_adapter": Case(
         bitfuse.bottleneck_adapter, adapter_plain, (draw(3, 16), draw(4, 16), draw(16, 4))
     ),
@@ -334,6 +349,8 @@ def test_jit_trace(name: str, grad: bool) -> None:
     if name in (
         "lowbit_linear",
         "gated_activation",
+        "rms_norm",
+        "layer_norm",
         "lora_linear",
         "lora_mlp",
         "lora_qkv",

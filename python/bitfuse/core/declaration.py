@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .explain import Explanation
     from .op import Op
 
-FAMILIES = ("linear", "attention", "sampling", "optim")  # in lists
+FAMILIES = ("linear", "attention", "norm", "sampling", "optim")  # in lists
 Make = Callable[..., torch.Tensor]  # a tensor of a shape, and of a dtype that is not the sizes'
 
 

@@ -23,6 +23,8 @@ from .linear.lora_mlp import lora_qkv as lora_qkv
 from .linear.lowbit_linear import lowbit_linear as lowbit_linear
 from .linear.lowbit_linear import lowbit_linear_grad_x as lowbit_linear_grad_x
 from .linear.multi_lora_linear import multi_lora_linear as multi_lora_linear
+from .norm.layer_norm import layer_norm as layer_norm
+from .norm.rms_norm import rms_norm as rms_norm
 from .optim.adamw8bit import adamw8bit as _adamw8bit  # noqa: F401  the step of bitfuse.optim.AdamW8bit
 from .sampling.sample import sample as sample
 from .sampling.speculative_sample import speculative_sample as speculative_sample
