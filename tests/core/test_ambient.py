@@ -201,7 +201,10 @@ CALLS: dict[str, Any] = {
         for a in ("gelu", "gelu_tanh", "silu", "relu")
     },
     "rms_norm": lambda: learnt(
-        lambda x, w, r: sum(bitfuse.rms_norm(x, w, residual=r)), numbers(*X), numbers(K), numbers(*X, seed=1)
+        lambda x, w, r: torch.add(*bitfuse.rms_norm(x, w, residual=r)),
+        numbers(*X),
+        numbers(K),
+        numbers(*X, seed=1),
     ),
     "layer_norm": lambda: learnt(
         lambda x, w, b: bitfuse.layer_norm(x, w, b), numbers(*X), numbers(K), numbers(K, seed=1)

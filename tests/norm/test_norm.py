@@ -76,19 +76,30 @@ KINDS: dict[str, tuple[Op, Op, Callable[..., torch.Tensor], float, bool]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+# on the simulator, where a kernel takes seconds to compile: rows in one piece and in three
+SIMULATED = {
+    (torch.float32, "rms_norm"): (9, 1000),
+    (torch.float32, "layer_norm"): (9, 1000),
+    (torch.float16, "gemma"): (3, 5, 40),
+    (torch.float16, "layer_norm without bias"): (3, 5, 40),
+    (torch.bfloat16, "rms_norm"): (3, 9000),
+    (torch.bfloat16, "layer_norm"): (3, 9000),
+}
+CASES = [
+    pytest.param(target, dtype, kind, id=f"{target}-{dtype}-{kind}")
+    for target in TARGETS
+    for dtype in DTYPES
+    for kind in KINDS
+    if not target.sm or (dtype, kind) in SIMULATED
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "kind"), CASES)
 def test_forward_and_backward(target: Target, dtype: torch.dtype, kind: str) -> None:
     op, backward, plain, offset, biased = KINDS[kind]
     rms = op is rms_norm_op
-    shapes = SHAPES
-    if target.sm:  # long rows in one dtype, and in the ops that have different loops for them
-        shapes = [(3, 5, 40), (9, 1000)]
-        if dtype == torch.bfloat16 and kind in ("rms_norm", "layer_norm"):
-            shapes = [(5, 33), (3, 9_000)]
-    for i, shape in enumerate(shapes):
-        weights = DTYPES[i % 3] if i % 2 else dtype
+    for i, shape in enumerate([SIMULATED[dtype, kind]] if target.sm else SHAPES):
+        weights = DTYPES[i % 3] if i % 2 or target.sm else dtype
         given = drawn(target, shape, dtype, weights)
         x, residual, weight, bias = (given[n] for n in ("x", "residual", "weight", "bias"))
         middle = [weight] if rms else [weight, bias if biased else None]
@@ -96,12 +107,15 @@ def test_forward_and_backward(target: Target, dtype: torch.dtype, kind: str) -> 
         exact, exact_grads = both(plain, given, torch.float64, offset, biased)
         close, close_grads = both(plain, given, dtype, offset, biased)
         what = f"{kind} {shape} {dtype} weight {weights}"
-        (y,) = target.run(op, x, *middle, None, *last)
-        assert_accurate(y.cpu(), exact[2], close[2], what)
+        if not target.sm or dtype == torch.float16:
+            (y,) = target.run(op, x, *middle, None, *last)
+            assert_accurate(y.cpu(), exact[2], close[2], what)
         y, s = target.run(op, x, *middle, residual, *last)
         assert_accurate(y.cpu(), exact[0], close[0], f"{what} with a residual")
         assert torch.equal(s.cpu(), close[1])
         for name, above, at in (("alone", None, x), ("residual", given["grad_sum"], s)):
+            if target.sm and (name == "alone") != (dtype == torch.float16):
+                continue
             got = target.run(backward, given["grad"], above, at, *middle, *last, True)
             assert [t.dtype for t in got[1:]] == [weights] * (len(got) - 1)
             parts = zip(got, exact_grads[name], close_grads[name], strict=True)
@@ -187,14 +201,14 @@ def test_autograd_and_compile(biased: bool | None) -> None:
     leaves = [torch.randn(4, 24, requires_grad=True), torch.randn(4, 24, requires_grad=True)]
     leaves += [torch.randn(24, requires_grad=True) for _ in range(2 if biased else 1)]
 
-    def ours(x: torch.Tensor, r: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def ours(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, b: Any = None) -> Any:
         if biased is None:
-            return bitfuse.rms_norm(x, *w, EPS, residual=r)
-        return bitfuse.layer_norm(x, *w, eps=EPS, residual=r)
+            return bitfuse.rms_norm(x, w, EPS, residual=r)
+        return bitfuse.layer_norm(x, w, b, EPS, residual=r)
 
-    def plain(x: torch.Tensor, r: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def plain(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, b: Any = None) -> Any:
         s = x + r
-        return (F.rms_norm(s, (24,), *w, EPS) if biased is None else F.layer_norm(s, (24,), *w, eps=EPS)), s
+        return (F.rms_norm(s, (24,), w, EPS) if biased is None else F.layer_norm(s, (24,), w, b, EPS)), s
 
     def loss(f: Callable[..., Any], uses: str, *given: torch.Tensor) -> torch.Tensor:
         y, s = f(*given)

@@ -22,7 +22,8 @@ class LayerNorm(RMSNorm):
     parameters: ClassVar[int] = 2
 
     def _plain(self, s: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(s, (self.n,), *parameters, EPS)
+        weight, bias = parameters
+        return F.layer_norm(s, (self.n,), weight, bias, EPS)
 
     def _liger(self) -> Any:
         if self.residual:
