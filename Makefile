@@ -7,7 +7,7 @@
 #   make test-cuda-torch   one op's tests on the simulator with a torch that was built for CUDA, as PyPI serves it
 #                          (each of the two fetches some 3 GB into a folder of its own beside .venv)
 #   make bench   every benchmark, figures as JSON under benchmarks/results/
-#   make gpu PYTHON=python3    on a machine with a GPU: build, all tests, all benchmarks, tuning, sanitizer; no network
+#   make gpu PYTHON=python3    on a machine with a GPU: build, smoke, benchmarks, tests, tuning, sanitizer; no network
 #
 # ARGS="..." passes further arguments to the demo, pytest or the benchmarks.
 

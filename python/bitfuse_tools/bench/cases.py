@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from bitfuse.core.backends import BackendError, use_backend
+from bitfuse.core.device import simulated
 from bitfuse.core.op import Op
 from bitfuse.weights.quantize import quantize
 from bitfuse.weights.weight import LowBitWeight
@@ -80,7 +81,10 @@ class Setting:
     def native(self, op: Op) -> list[str]:
         """The backends of an op to measure: those asked for, else all on this device but the reference (it
         stands in where there is no other)."""
-        names = [b.name for b in op.backends if self.device in b.devices]
+        # by name also a GPU's, where the simulator stands in for one
+        stands_in = simulated() and self.backends is not None
+        here = (self.device, "cuda" if stands_in else self.device)
+        names = [b.name for b in op.backends if not set(here).isdisjoint(b.devices)]
         if self.backends is not None:
             return [name for name in names if name in self.backends]
         return [name for name in names if name != "reference"] or ["reference"]
@@ -289,8 +293,17 @@ def quantized(weight: torch.Tensor, spec: str) -> LowBitWeight:
         raise Unavailable(str(error)) from None
 
 
+_draw = 0
+
+
+def drawn(number: int) -> None:
+    """From here on random numbers are others, the same for the same number."""
+    global _draw
+    _draw = number << 8
+
+
 def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator(device="cpu").manual_seed(seed)
+    return torch.Generator(device="cpu").manual_seed(seed + _draw)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from bitfuse.core.backends import asked_backend
+from bitfuse.core.device import simulated
 from bitfuse.ops.linear import lowbit_linear_cpu as cpp
 
 from ..info import commit, cuda
@@ -109,6 +110,8 @@ class Chain:
             first = contender.build(0)
             depth = max(1, min(MOST_LAYERS, round(cold_bytes / first.own_bytes))) if problem.streamed else 1
             depth = min(depth, max(1, int(most_held / max(first.held_bytes, first.own_bytes, 1))))
+            if simulated() and contender.backend in ("cuda", "triton"):
+                depth = 1  # the simulator has no cache
             self._layers: list[Layer] = [first]
             if depth > 1:  # a peer may keep more than it says: a second float matrix, a session's own copy
                 before = resident()
