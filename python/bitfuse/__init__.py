@@ -33,6 +33,7 @@ from .models.lora import (
     unmerge_adapters_,
 )
 from .models.quantization import QuantizationReport, quantize_
+from .models.rotary import RopeFrequencies, rope_frequencies, rope_tables
 from .ops.attention.append_kv import KVCache as KVCache
 from .ops.attention.append_kv import append_kv as append_kv
 from .ops.attention.attention import attention as attention
@@ -71,6 +72,7 @@ __all__ = [
     "LowBitWeight",
     "MergeReport",
     "QuantizationReport",
+    "RopeFrequencies",
     "__version__",
     "add_ia3_",
     "add_lora_",
@@ -89,6 +91,8 @@ __all__ = [
     "quantize_",
     "register_format",
     "remove_adapters_",
+    "rope_frequencies",
+    "rope_tables",
     "save_peft",
     "set_adapter_",
     "unfuse_peft_",
