@@ -72,4 +72,5 @@ PYBIND11_MODULE(_cpu, m) {
   bitfuse::bind_decode_attention(m);
   bitfuse::bind_speculative_sample(m);
   bitfuse::bind_sample(m);
+  bitfuse::bind_decoder(m);
 }

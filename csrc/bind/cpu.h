@@ -33,5 +33,6 @@ void bind_attention(py::module_& module);
 void bind_decode_attention(py::module_& module);
 void bind_speculative_sample(py::module_& module);
 void bind_sample(py::module_& module);
+void bind_decoder(py::module_& module);
 
 }  // namespace bitfuse

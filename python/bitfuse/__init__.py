@@ -20,6 +20,8 @@ from .core.bundle import load_kernels
 from .core.declaration import declarations as _declarations
 from .core.explain import Explanation, explain
 from .integrations import FuseReport, fuse_peft_, unfuse_peft_, with_bitfuse_layers
+from .models.decoder import Decoder, Unserved
+from .models.generation import Generation, generate
 from .models.lora import (
     AdapterReport,
     MergeReport,
@@ -66,13 +68,16 @@ from .weights.weight import LowBitWeight
 __all__ = [
     "AdapterReport",
     "BackendError",
+    "Decoder",
     "Explanation",
     "Format",
     "FuseReport",
+    "Generation",
     "LowBitWeight",
     "MergeReport",
     "QuantizationReport",
     "RopeFrequencies",
+    "Unserved",
     "__version__",
     "add_ia3_",
     "add_lora_",
@@ -80,6 +85,7 @@ __all__ = [
     "disable_adapters",
     "explain",
     "fuse_peft_",
+    "generate",
     "load_kernels",
     "load_peft_",
     "lora_parameters",

@@ -1,1 +1,1 @@
-"""What works on a whole model: `quantize_`, adapters."""
+"""What works on a whole model: `quantize_`, adapters; `generate`."""
