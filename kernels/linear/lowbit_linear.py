@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...core.cost import Cost, Prediction, Rates
 from ...core.device import Device, device_of
 from ...core.limits import NESTED_BLOCK
 from ...weights.formats import FORMATS, nested_code
@@ -46,6 +47,7 @@ from ..core.dropout import keep, row_keys
 from ..core.launch import Plan, alignment_of, as_matrix, contiguous, dtype_of, jit, planned, refuse, tl
 from ..core.products import multiply_add
 from .lowbit_linear_tiles import Config, Product, choose, tuned
+from .lowbit_linear_tiles import predicted as tiles_of_the_rule
 
 # what goes to a kernel together
 
@@ -432,6 +434,25 @@ def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     if grad.numel() >= 2**31 and grad.numel() // grad.shape[-1] >= 2**31:
         return f"{grad.numel() // grad.shape[-1]} rows are more than 2**31 - 1"
     return None
+
+
+def predicted(cost: Cost, rates: Rates, x: torch.Tensor, weight: WeightTensors, *rest: Any) -> Prediction:
+    """The time to expect of the forward, by the tiles of the rule."""
+    return tiles_of_the_rule(_product(x, weight, False), device_of(x.device), cost, rates)
+
+
+def predicted_grad_x(cost: Cost, rates: Rates, grad: torch.Tensor, weight: WeightTensors) -> Prediction:
+    """The same of the gradient."""
+    return tiles_of_the_rule(_product(grad, weight, True), device_of(grad.device), cost, rates)
+
+
+def _product(x: torch.Tensor, weight: WeightTensors, grad_x: bool) -> Product:
+    n, k = weight.shape
+    m = x.numel() // max(x.shape[-1], 1)
+    width, depth = (k, n) if grad_x else (n, k)
+    group_size = 0 if weight.group_size == k else weight.group_size
+    bits = CODES[weight.format].bits
+    return Product(max(m, 1), max(width, 1), max(depth, 1), bits, group_size, x.element_size(), grad_x)
 
 
 class LowRank(NamedTuple):

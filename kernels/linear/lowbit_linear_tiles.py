@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ...core import policy
+from ...core.cost import Cost, Prediction, Rates
 from ...core.device import Device, pretended
 
 
@@ -144,6 +145,28 @@ def candidates(p: Product, device: Device) -> list[Config]:
                     if config not in found:
                         found.append(config)
     return found
+
+
+# clocks of a multiprocessor for a step of 128 x 128 x 64: of a program alone, and of each of two that overlap
+_ALONE, _OVERLAPPED = 1474, 1150
+
+
+def predicted(p: Product, device: Device, cost: Cost, rates: Rates) -> Prediction:
+    """The time to expect of the forward's or the gradient's tiles: up to 32 rows bytes, beyond them steps."""
+    config = choose(p, device)
+    launches = rates.call_s * (2 if config.splits > 1 else 1)
+    products = cost.predicted(rates).arithmetic
+    if p.float_bytes == 4:
+        return Prediction(launches, cost.memory_seconds(rates), arithmetic=products)
+    if p.m <= 32:
+        return Prediction(launches, 1.2 * cost.memory_seconds(rates), arithmetic=products)
+    # half of a step is the decoding of W's tile
+    step = (0.5 + config.tile_m / 256) * config.tile_n * config.tile_k / (128 * 64)
+    programs = -(-p.m // config.tile_m) * -(-p.n // config.tile_n) * config.splits
+    clocks = float(_ALONE) * step * config.steps
+    if programs > device.multiprocessors:
+        clocks = 2 * _OVERLAPPED * step * config.steps * -(-programs // (2 * device.multiprocessors))
+    return Prediction(launches, cost.memory_seconds(rates), rates.clocks(clocks), products)
 
 
 def tuning_key(m: int, n: int, k: int, format: str, group_size: int, dtype: torch.dtype) -> str:

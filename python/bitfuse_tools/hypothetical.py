@@ -46,6 +46,8 @@ def explain_sizes(op: str, sizes: Sizes, gpu: Gpu | None) -> Explanation:
     for field in fields(sizes):
         value = getattr(sizes, field.name)
         least = 0 if field.name in ("rank", "m", "batch", "seqlen", "kv_len") else 1
+        if isinstance(value, bool):
+            continue
         if isinstance(value, int) and value < least:
             raise ValueError(f"{field.name} is {value}, expected {least} or more")
         most = MOST.get(field.name, 2**31 - 1)

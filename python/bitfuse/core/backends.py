@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import declaration, policy
+from .cost import Prediction
 from .device import planning, pretended, simulated
 
 # the backend that alone is to serve, None for any. The environment is read once, for that costs as much as
@@ -32,6 +33,7 @@ class Backend:
     `supports` takes the op's arguments and returns None, or the reason why it can't serve them. `run` takes
     the same. So does `direct`, of the first backend for CPU tensors: it does what the op's check and `run`
     do, in one call, for arguments that are plain in every respect, and returns None for all others.
+    `predicted` takes the call's cost, a GPU's rates, and the op's arguments; None: the cost says all.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Backend:
     supports: Callable[..., str | None]
     run: Callable[..., Any]
     direct: Callable[..., Any] | None = None
+    predicted: Callable[..., Prediction] | None = None
 
 
 class BackendError(RuntimeError):

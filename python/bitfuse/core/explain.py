@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import declaration
-from .cost import Cost, Rates, as_time
+from .cost import Cost, Prediction, Rates, as_time
 from .device import pretended
 from .gpus import find
 
@@ -26,6 +26,7 @@ class Explanation:
         cost: bytes and FLOPs.
         rates: of the device, where they are known: a GPU's data sheet; None for a CPU.
         policy_key: what `bitfuse tune` remembers such calls by; None where there is nothing to tune.
+        prediction: the time to expect of `chosen`, where `rates` are known and it is no reference.
     """
 
     op: str
@@ -36,6 +37,7 @@ class Explanation:
     cost: Cost
     rates: Rates | None
     policy_key: str | None = None
+    prediction: Prediction | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.op} on {self.device}: {self.chosen} runs{self.note and ', '}{self.note}"]
@@ -44,8 +46,8 @@ class Explanation:
         if self.rates is not None:
             least, by = self.cost.seconds(self.rates)
             lines[-1] += f": at least {as_time(least)} on {self.rates.name}, bound by {by}"
-            if self.chosen != "reference":
-                lines[-1] += f"; about {as_time(self.cost.predicted(self.rates))} to be expected"
+            if self.prediction is not None:
+                lines[-1] += f"; about {as_time(self.prediction.seconds)} to be expected"
         return "\n".join(lines)
 
 
@@ -89,4 +91,6 @@ def together(name: str, parts: Sequence[tuple[str, Explanation]]) -> Explanation
     said = ", ".join(f"{what}: {part.op}" + (f" by {part.chosen}" if several else "") for what, part in parts)
     cost = functools.reduce(lambda a, b: a + b, (part.cost for _, part in parts))
     first = parts[0][1]
-    return Explanation(name, first.device, chosen, refused, said, cost, first.rates)
+    each = [part.prediction for _, part in parts]
+    whole = None if None in each else functools.reduce(lambda a, b: a + b, (p for p in each if p))
+    return Explanation(name, first.device, chosen, refused, said, cost, first.rates, prediction=whole)

@@ -106,6 +106,12 @@ class Gpu:
     def arch(self) -> Arch:
         return ARCHS[self.capability]
 
+    @property
+    def clock_hz(self) -> float:
+        """Of its multiprocessors, as the rate of float32 says: two operations a lane and clock."""
+        lanes = 64 if self.capability in (75, 80) else 128
+        return self.float_tflop_per_s * 1e12 / (2 * lanes * self.multiprocessors)
+
 
 GPUS = {
     gpu.name: gpu

@@ -166,9 +166,12 @@ class Op:
         device = _first(*args).device
         chosen, refused, note = self.candidates.judged(device, args)
         key = None if self._kind is None else policy.key(self.name, *self._kind(*args))
-        return Explanation(
-            self.name, device.type, chosen, refused, note, self.cost(*args), rates_of(device), key
-        )
+        cost, rates, prediction = self.cost(*args), rates_of(device), None
+        if rates is not None and chosen != "reference":
+            backend = next(b for b in self.backends if b.name == chosen)
+            known = backend.predicted
+            prediction = cost.predicted(rates) if known is None else known(cost, rates, *args)
+        return Explanation(self.name, device.type, chosen, refused, note, cost, rates, key, prediction)
 
     def _moves(self, *args: Any) -> Cost:
         return Cost(moved(args) + moved(self.fake(*args)), 0, _first(*args).dtype)

@@ -54,7 +54,8 @@ def explain(
 
     Makes no tensor and runs nothing, so the GPU need not be here. Bytes are those of operands and results,
     moved once. The least time is theirs at the memory's rate, or that of the products at the tensor cores',
-    by the data sheet; a good kernel reaches 85% of the first and 70% of the second, and 3 us are the launch.
+    by the data sheet. What is to be expected is of a call in a CUDA graph, its operands not in L2: launch,
+    bytes at 85% of the rate, instructions as the kernel's machine code has them, partial sums.
 
     \b
         bitfuse explain lowbit_linear --m 1 --n 4096 --k 14336 --format nf4 --device h100
@@ -98,7 +99,8 @@ def explain(
     facts["cost"]["dtype"] = str(answer.cost.dtype)[6:]
     if answer.rates is not None:
         least, by = answer.cost.seconds(answer.rates)
-        facts |= {"least_s": least, "bound": by, "predicted_s": answer.cost.predicted(answer.rates)}
+        expected = answer.prediction or answer.cost.predicted(answer.rates)
+        facts |= {"least_s": least, "bound": by, "predicted_s": expected.seconds}
     typer.echo(json.dumps(facts, indent=1))
 
 

@@ -96,7 +96,7 @@ def lines(records: list[dict[str, Any]], gpu: Gpu) -> Iterator[Line]:
             name = row["case"].removeprefix("bitfuse ")
             yield Line(
                 f"{record['op']} {name} {row['dtype']} {sizes}", row["median_ms"] / 1e3,
-                None if said is None or said.rates is None else said.cost.predicted(said.rates), floor,
+                None if said is None or said.prediction is None else said.prediction.seconds, floor,
                 min(row["ratio"].values()) if row["ratio"] else None,
             )  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from ...core import autocast
 from ...core.autograd import Function, once, recorded
 from ...core.backends import Backend
-from ...core.cost import Cost, moved
+from ...core.cost import Cost, Prediction, Rates, moved
 from ...core.cpu import extension
 from ...core.declaration import HEADS, LENGTHS, Declaration, Make, Part, Sizes, Tuned, declare
 from ...core.dropout import keep, new_seed
@@ -383,6 +383,39 @@ def _cost(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -
     return Cost(moved(q, k, v, a.bias, a.prefix_k, a.prefix_v) + out, flops, q.dtype)
 
 
+# of the tensor cores' rate, what the inner loops reach: CUDA's by head dim, Triton's forward and backward
+_CUDA_SHARE, _TRITON_SHARE, _BACKWARD_SHARE = {64: 0.405, 128: 0.648, 256: 0.63}, 0.475, 0.283
+_TILE, _TILE_CLOCKS = 128, 4300  # queries of a tile, and its beginning and end
+
+
+def _predicted(
+    share: float, cost: Cost, rates: Rates, q: torch.Tensor, v: torch.Tensor, a: AttentionArgs
+) -> Prediction:
+    """The time to expect: products, also of the masked half of a tile at an edge of the window; the ends of
+    tiles; and half a tile at the end, for which others wait."""
+    rows = q.numel() // max(q.shape[-1], 1)
+    keys = cost.flops / max(1, 2 * rows * (q.shape[-1] + v.shape[-1]))  # that a query sees
+    edges = (a.right >= 0) + (a.left >= 0)
+    products = cost.flops / (share * rates.half_flop_per_s) * (1 + _TILE / 2 * edges / max(keys, 1.0))
+    each = max(1.0, rows / (_TILE * rates.multiprocessors))  # tiles of a multiprocessor
+    work = products * (1 + 0.5 / each) + rates.clocks(_TILE_CLOCKS * each)
+    return Prediction(rates.call_s, cost.memory_seconds(rates), arithmetic=work)
+
+
+def _predicted_cuda(
+    cost: Cost, rates: Rates, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs
+) -> Prediction:
+    return _predicted(_CUDA_SHARE.get(q.shape[-1], 0.5), cost, rates, q, v, a)
+
+
+def _predicted_triton(
+    cost: Cost, rates: Rates, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs
+) -> Prediction:
+    if q.dtype == torch.float32:
+        return cost.predicted(rates)
+    return _predicted(_TRITON_SHARE, cost, rates, q, v, a)
+
+
 def _kind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgs) -> tuple[Any, ...]:
     packed = a.cu_seqlens_q is not None
     lengths = (a.max_seqlen_q, a.max_seqlen_k) if packed else (q.shape[1], k.shape[1])
@@ -405,8 +438,8 @@ attention_op = Op(
     _fake,
     (
         Backend("cpp", ("cpu",), cpp.supports, cpp.run),
-        Backend("cuda", ("cuda",), cuda.supports, cuda.run),
-        Backend("triton", ("cuda",), triton.supports, triton.run),
+        Backend("cuda", ("cuda",), cuda.supports, cuda.run, predicted=_predicted_cuda),
+        Backend("triton", ("cuda",), triton.supports, triton.run, predicted=_predicted_triton),
     ),
     cost=_cost,
     kind=_kind,
@@ -474,6 +507,14 @@ def _cost_backward(
     return Cost(moved(grad, q, k, v, out, lse) + moved(q, k, v), flops, q.dtype)
 
 
+def _predicted_backward(cost: Cost, rates: Rates, *args: Any) -> Prediction:
+    """The time to expect of three kernels: delta, the gradients to keys and values, those to queries."""
+    if cost.dtype == torch.float32:
+        return cost.predicted(rates)
+    products = cost.flops / (_BACKWARD_SHARE * rates.half_flop_per_s)
+    return Prediction(3 * rates.call_s, cost.memory_seconds(rates), arithmetic=products)
+
+
 def _flatten_backward(*args: Any) -> tuple[Any, ...]:
     *tensors, a, wanted, deterministic = args
     return (*tensors, *a, list(wanted), deterministic)
@@ -493,7 +534,9 @@ attention_backward = Op(
     _fake_backward,
     (
         Backend("cpp", ("cpu",), cpp.supports_backward, cpp.run_backward),
-        Backend("triton", ("cuda",), triton_backward.supports, triton_backward.run),
+        Backend(
+            "triton", ("cuda",), triton_backward.supports, triton_backward.run, predicted=_predicted_backward
+        ),
     ),
     cost=_cost_backward,
     flatten=_flatten_backward,

@@ -236,7 +236,7 @@ decode_attention_op = Op(
     _fake,
     (
         Backend("cpp", ("cpu",), cpp.supports, cpp.run),
-        Backend("cuda", ("cuda",), cuda.supports, cuda.run),
+        Backend("cuda", ("cuda",), cuda.supports, cuda.run, predicted=cuda.predicted),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     cost=_cost,

@@ -196,7 +196,7 @@ lora_linear_op = Op(
     _fake,
     (
         Backend("cpp", ("cpu",), cpp.supports, cpp.run, cpp.direct),
-        Backend("cuda", ("cuda",), cuda.supports, cuda.run),
+        Backend("cuda", ("cuda",), cuda.supports, cuda.run, predicted=cuda.predicted),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     cost=_cost,

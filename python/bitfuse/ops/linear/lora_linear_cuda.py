@@ -5,8 +5,11 @@ The adapter rides along in the kernel of lowbit_linear: csrc/cuda/linear/adapter
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from ...core.cost import Cost, Prediction, Rates
 from ...core.cuda import cuda
 from ...core.device import device_of
 from ...weights.weight import WeightTensors
@@ -68,3 +71,21 @@ def sums_of_slices(participants: int, token_tiles: int, device: torch.device) ->
     """What the blocks that make h pass on to one another."""
     numbers = participants * token_tiles * cuda.module.ADAPTER_TILE_SUMS
     return torch.empty(numbers, dtype=torch.float32, device=device)
+
+
+# seconds that an adapter adds, and for each row
+_RIDES, _ROW = 0.8e-6, 8e-9
+
+
+def predicted(
+    cost: Cost, rates: Rates, x: torch.Tensor, projections: tuple[LoraArgs, ...], dropout_p: float
+) -> Prediction:
+    """The time to expect: a launch of lowbit_linear's kernel a projection, and what rides along."""
+    share = Cost(cost.nbytes // len(projections), 0, cost.dtype)
+    rows = x.numel() // max(x.shape[-1], 1)
+    found = []
+    for p in projections:
+        assert isinstance(p.weight, WeightTensors)
+        base_only = base.predicted(share, rates, x, p.weight, p.bias, True)
+        found.append(base_only + Prediction(0.0, after=_RIDES + _ROW * rows))
+    return functools.reduce(lambda a, b: a + b, found)

@@ -163,8 +163,8 @@ forward_op = Op(
     _fake,
     (
         Backend("cpp", ("cpu",), cpp.supports, cpp.run, cpp.direct),
-        Backend("cuda", ("cuda",), cuda.supports, cuda.run),
-        Backend("triton", ("cuda",), triton.supports, triton.run),
+        Backend("cuda", ("cuda",), cuda.supports, cuda.run, predicted=cuda.predicted),
+        Backend("triton", ("cuda",), triton.supports, triton.run, predicted=triton.predicted),
     ),
     cost=_cost,
     kind=_kind,
@@ -179,7 +179,9 @@ lowbit_linear_grad_x = Op(
     _fake_grad_x,
     (
         Backend("cpp", ("cpu",), cpp.supports_grad_x, cpp.run_grad_x),
-        Backend("triton", ("cuda",), triton.supports_grad_x, triton.run_grad_x),
+        Backend(
+            "triton", ("cuda",), triton.supports_grad_x, triton.run_grad_x, predicted=triton.predicted_grad_x
+        ),
     ),
     cost=_cost,
     rows=True,

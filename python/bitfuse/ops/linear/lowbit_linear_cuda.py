@@ -5,10 +5,12 @@ The kernel, its layout and what bounds it: csrc/cuda/linear/lowbit_linear.cu. It
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 
+from ...core.cost import SPLIT, Cost, Prediction, Rates
 from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
 from ...core.device import Device, device_of
 from ...core.limits import MAX_TOKENS
@@ -107,6 +109,58 @@ def run(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> to
     if call.plan is not None:
         call.launch()
     return call.y
+
+
+# what a warp issues for a span of 512 bytes of codes, by tokens a block multiplies (1; 8; 16; 32; 64),
+# counted in the machine code of sm_90a for bfloat16; float16 saves 8 of codes of 4 bits. And beside its
+# spans, once
+_ISSUED = {
+    "int4": (96.0, 121.0, 113.5, 134.0, 175.0),
+    "codebook": (116.0, 129.5, 120.0, 143.0, 178.0),
+    "byte": (86.0, 98.5, 91.5, 107.0, 136.0),
+}
+_ONCE = 380
+_WARPS, _WARP_ROWS, _CHUNK_BYTES, _SPAN_BYTES = 8, 32, 64, 512  # of csrc/cuda/linear/lowbit_linear.cuh
+_ONE_BLOCK, _TWO_BLOCKS = 2.4, 3.0  # instructions a clock, of a multiprocessor that holds so many blocks
+_L2_BYTES = 24  # that L2 gives a multiprocessor a clock
+
+
+def predicted(
+    cost: Cost, rates: Rates, x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None,
+    adapter: bool = False,
+) -> Prediction:  # fmt: skip
+    """The time to expect: bytes, what the busiest multiprocessor issues, x through L2 for each block's
+    rows."""
+    n, k = weight.shape
+    m = x.numel() // max(k, 1)
+    if m == 0 or n == 0:
+        return Prediction(rates.call_s)
+    device, bits = device_of(x.device), FORMATS[weight.format].bits
+    plan = _plan(m, n, k, weight.format, weight.scale_offset is not None, device, adapter)
+    kind = "byte" if bits == 8 else "int4" if FORMATS[weight.format].codebook is None else "codebook"
+    few, eight, *more = _ISSUED[kind]
+    span = few + (eight - few) * (min(m, 8) - 1) / 7
+    if plan.token_tiles > 1:
+        span = more[plan.token_tiles.bit_length() - 2]
+    if x.dtype == torch.float16 and bits == 4:
+        span -= 8
+    warps_k = _WARPS >> plan.log_warps_n
+    chunks = math.ceil(math.ceil(k * bits / (8 * _CHUNK_BYTES)) / plan.splits)
+    chunks = math.ceil(chunks / warps_k) * warps_k
+    block = (_WARP_ROWS << plan.log_warps_n) * chunks * _CHUNK_BYTES / _SPAN_BYTES * span + _WARPS * _ONCE
+    busiest = -(-plan.tiles * plan.splits // rates.multiprocessors)
+    two = plan.token_tiles <= 2 and plan.shared_bytes <= (device.arch.shared_kib << 9) - 1024
+    pairs = busiest // 2 if two else 0
+    clocks = 2 * pairs * block / _TWO_BLOCKS + (busiest - 2 * pairs) * block / _ONE_BLOCK
+    partial = 8 * plan.splits * m * n if plan.splits > 1 else 0
+    through = cost.nbytes + 2 * m * k * plan.tiles + partial
+    return Prediction(
+        rates.call_s,
+        max(cost.memory_seconds(rates), rates.clocks(through / (_L2_BYTES * rates.multiprocessors))),
+        rates.clocks(clocks),
+        cost.predicted(rates).arithmetic,
+        SPLIT if plan.splits > 1 else 0.0,
+    )
 
 
 class Call(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode as _dispatch
 
 from ...core.autograd import Function, once, recorded
 from ...core.backends import Backend
-from ...core.cost import Cost, moved
+from ...core.cost import SPLIT, Cost, Prediction, Rates, moved
 from ...core.declaration import LINEAR, ROWS, Declaration, Make, Part, Sizes, Tuned, declare
 from ...core.explain import Explanation, together
 from ...core.op import Op
@@ -208,6 +208,11 @@ def _kind(
     return bucket(x.numel() // max(k, 1)), y.shape[-1], k, count_of(lora_A), rank, x.dtype
 
 
+def _in_two_steps(cost: Cost, rates: Rates, *args: Any) -> Prediction:
+    """The time to expect on CUDA: x A^T, passed on, then B."""
+    return Prediction(rates.call_s, cost.memory_seconds(rates), after=SPLIT)
+
+
 multi_lora_add_ = Op(
     "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, "
     "Tensor adapter_ids) -> ()",
@@ -216,7 +221,7 @@ multi_lora_add_ = Op(
     _fake,
     (
         Backend("cpp", ("cpu",), cpp.supports, cpp.run),
-        Backend("cuda", ("cuda",), cuda.supports, cuda.run),
+        Backend("cuda", ("cuda",), cuda.supports, cuda.run, predicted=_in_two_steps),
         Backend("triton", ("cuda",), triton.supports, triton.run),
     ),
     cost=_cost,
@@ -558,9 +563,13 @@ def _explain(
         return together("multi_lora_linear", (("product", base), ("adapters", adapters)))
     flops = 2 * y.numel() * w.shape[1]
     cost = adapters.cost + Cost(moved(x, w, y) + (0 if bias is None else moved(bias)), flops, x.dtype)
+    rates, both = adapters.rates, adapters.prediction
+    if rates is not None and both is not None:
+        both = Cost(cost.nbytes - adapters.cost.nbytes, flops, x.dtype).predicted(rates) + both
     return replace(
-        adapters, op="multi_lora_linear", note="behind torch's own product", cost=cost, policy_key=None
-    )
+        adapters, op="multi_lora_linear", note="behind torch's own product", cost=cost, policy_key=None,
+        prediction=both,
+    )  # fmt: skip
 
 
 def _example(s: Sizes, make: Make) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...core.backends import Backend
-from ...core.cost import Cost, moved
+from ...core.cost import Cost, Prediction, Rates, moved
 from ...core.declaration import Declaration, Make, Part, Sizes, declare
 from ...core.explain import Explanation
 from ...core.op import Op
@@ -110,6 +110,11 @@ def _fake(p: torch.Tensor, *rest: object) -> None:
     return None
 
 
+def _predicted(cost: Cost, rates: Rates, *args: object) -> Prediction:
+    """The time to expect in Triton: half of the bytes are written, in blocks that wait for their largest."""
+    return Prediction(rates.call_s, 1.2 * cost.memory_seconds(rates))
+
+
 op = Op(
     "adamw8bit(Tensor(a!) p, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_absmax, "
     "Tensor(d!) exp_avg_sq, Tensor(e!) exp_avg_sq_absmax, float lr, float beta1, float beta2, float eps, "
@@ -119,7 +124,7 @@ op = Op(
     _fake,
     (
         Backend("cpp", ("cpu",), cpp.supports, cpp.run),
-        Backend("triton", ("cuda",), triton.supports, triton.run),
+        Backend("triton", ("cuda",), triton.supports, triton.run, predicted=_predicted),
     ),
     # all but the gradient is read and written; torch's float32 beside the memory's rate costs nothing
     writes=lambda p, grad, *rest: (p, *rest[:4]),
