@@ -95,6 +95,17 @@ class Decoder:
         return len(self.lengths)
 
     @property
+    def weight_bytes(self) -> int:
+        """Of what each step reads of the weights: all but the embedding, of which a row is read a token."""
+        args, matrices = self._args, []
+        for layer in args.layers:
+            matrices += [*layer.qkv, layer.out, *layer.gate_up, layer.down]
+        parts: list[torch.Tensor | None] = []
+        for of in (*matrices, args.head):
+            parts += [of.weight] if isinstance(of.weight, torch.Tensor) else of.weight.tensors()
+        return sum(t.nbytes for t in parts if t is not None)
+
+    @property
     def cache_bytes(self) -> int:
         """Of keys and values, of all layers."""
         tensors = (t for layer in self._args.layers for t in layer.cache if isinstance(t, torch.Tensor))
@@ -141,6 +152,10 @@ class Decoder:
         for at in range(0, ids.shape[1], chunk):
             self.step(ids[:, at : at + chunk], first=first, out=out)
         return out
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.lengths[:] = [0] * self.batch
 
     def truncate(self, length: int, sequence: int = 0) -> None:
         """Take back the tokens past the first `length` of a sequence; at most a group of them where the cache

@@ -171,7 +171,7 @@ def generate(
                 f"the decoder has room for {decoder.batch} sequences of {decoder.max_len} tokens, "
                 f"{len(prompts)} of {room} are wanted"
             )
-        decoder.lengths[:] = [0] * decoder.batch
+        decoder.reset()
     else:
         decoder = Decoder(model, batch=len(prompts), max_len=room, cache=cache)
     sampler = Sampler(len(prompts), temperature, top_k, top_p, min_p, seed)

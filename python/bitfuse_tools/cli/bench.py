@@ -15,7 +15,14 @@ from .application import command, fail
 def bench(
     ops: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OP]...", help="Ops to measure; --list has them.", show_default="all"),
+        typer.Argument(
+            metavar="[OP]...",
+            help="Ops to measure; --list has them. Or `model`, with --model: a whole language model.",
+            show_default="all",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With `model`: a .gguf file or a transformers folder.")
     ] = None,
     shapes: Annotated[
         str | None,
@@ -126,11 +133,17 @@ def bench(
         bitfuse bench --quick lowbit_linear
         bitfuse bench lowbit_linear lora_linear --shapes llama3-8b --m 1,16 --format int4,nf4
         bitfuse bench attention --against torch --json - > attention.json
+        bitfuse bench model --model SmolLM2-135M-Instruct.Q4_1.gguf --against llama.cpp,transformers
         bitfuse bench --compare 278913017a48 HEAD-OF-YOURS --fail
     """
     from ..bench import command
     from ..bench import results as files
 
+    if ("model" in (ops or ())) != (model is not None) or (model is not None and ops != ["model"]):
+        fail("bench", "a whole model is measured by `bitfuse bench model --model PATH`, and by itself")
+    if model is not None:
+        _whole_model(model, dtype, format, against, quick, rounds, threads, json, results)
+        return
     options = command.Options(
         ops=tuple(dict.fromkeys(ops or ())), shapes=shapes, dtype=dtype, format=format, backend=backend,
         against=against, m=m, direction=direction, device=device, quick=quick, rounds=rounds, threads=threads,
@@ -162,3 +175,48 @@ def bench(
     except KeyboardInterrupt:
         typer.echo("bitfuse bench: interrupted; what was measured is kept", err=True)
         raise typer.Exit(130) from None
+
+
+def _whole_model(
+    model: Path,
+    dtype: str | None,
+    caches: str | None,
+    against: str | None,
+    quick: bool,
+    rounds: int | None,
+    threads: int | None,
+    json: str | None,
+    folder: Path | None,
+) -> None:
+    """`--format` names the caches."""
+    from ..bench import results as files
+    from ..bench.model import FILE, ModelOptions, lines_of, measure
+    from ..generation import GenerationError
+
+    def words(text: str) -> tuple[str, ...]:
+        return tuple(word.strip() for word in text.split(","))
+
+    options = ModelOptions(
+        model,
+        tokens=32 if quick else 128,
+        prompt=128 if quick else 512,
+        dtypes=words(dtype) if dtype else ("float32", "bfloat16"),
+        caches=words(caches) if caches else ("none",),
+        rounds=rounds if rounds is not None else 2 if quick else 5,
+        threads=threads,
+        against=words(against) if against else None,
+    )
+    try:
+        record = measure(options, lambda text: typer.echo(text, err=True))
+    except (ValueError, GenerationError) as error:
+        fail("bench", error)
+    typer.echo("\n".join(lines_of(record)), err=json == "-")
+    if json == "-":
+        typer.echo(json_module.dumps(record, indent=1))
+    elif json is not None:
+        files.write(Path(json), record)
+    elif not quick or folder is not None:
+        into = files.folder(record["device"])
+        path = (into if folder is None else folder / into.name) / FILE
+        files.write(path, record)
+        typer.echo(f"written: {files.shown(path)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import bench, compile, demo, explain, finetune, info, report, tune
+from . import bench, compile, demo, explain, finetune, generate, info, report, tune
 from .application import app
 
-__all__ = ["app", "bench", "compile", "demo", "explain", "finetune", "info", "report", "tune"]
+__all__ = ["app", "bench", "compile", "demo", "explain", "finetune", "generate", "info", "report", "tune"]

@@ -15,8 +15,9 @@ from ..bench.results import ResultsError, shown
 from .figures import Device, OpFigures, Row, Setting, in_order, peer, short
 
 DEMO = "demo.json"  # what `bitfuse demo` wrote, put beside a device's results
-# what `make gpu` has done there, the machine's ceiling, what a tiny call costs: no rows
-OTHERS = ("gpu.json", "call_overhead.json", limits.FILE)
+# what `make gpu` has done there, the machine's ceiling, what a tiny call costs, a
+# whole model: no rows
+OTHERS = ("gpu.json", "call_overhead.json", "model.json", limits.FILE)
 
 
 def default_folder() -> Path:
