@@ -243,6 +243,16 @@ def test_operands_of_a_wgmma_overwritten() -> None:
             run(kernel.replace("MORE", store), {"out": out(128)}, threads=128, shared=4096)
 
 
+def test_stmatrix_of_two_warps() -> None:
+    """As st: bytes that lie there already are no race (of a tile that warps have copies of); others are."""
+    body = """and.b32 %r1, %t, 31; mad.lo.u32 %r1, %r1, 16, %smem; VALUE
+    stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {%r2, %r2, %r2, %r2};"""
+    with cusim.device(racecheck=True):
+        run(body.replace("VALUE", "mov.u32 %r2, 7;"), threads=64, shared=512)
+        with pytest.raises(cusim.SimulationError, match="race on shared memory: write after write"):
+            run(body.replace("VALUE", "shr.u32 %r2, %t, 5;"), threads=64, shared=512)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_bulk_copy_into_what_is_still_read(seed: int) -> None:
     """The producer refills a buffer; it must wait until the other warps have read it."""

@@ -61,7 +61,13 @@ void stmatrix(Warp& w, const Instr& i, uint32_t) {
       (i.aux2 ? t.at[k][c + 1][r] : t.at[k][r][c + 1]) = uint16_t(s[l] >> 16);
     }
   }
-  for (int l = 0; l < 8 * n; ++l) memcpy(shared_at(w, l, at[l], 16, Access::Write), t.at[l / 8][l % 8], 16);
+  // as st: what lies there already is no race; Triton has every warp store a tile of which each holds a copy
+  bool race = w.block->launch->settings.racecheck;
+  for (int l = 0; l < 8 * n; ++l) {
+    const uint16_t* row = t.at[l / 8][l % 8];
+    if (!race || !holds_already(w, i, at[l], row, 16))
+      memcpy(shared_at(w, l, at[l], 16, Access::Write), row, 16);
+  }
 }
 void movmatrix(Warp& w, const Instr& i, uint32_t) {
   const uint64_t* a = w.row(i.ops[1]);
@@ -78,6 +84,7 @@ void decode_matrix(Instr& i, const Opcode& o) {
   collective(i, false);
   bool load = o.base == "ldmatrix";
   i.fn = load ? ldmatrix : stmatrix;
+  i.space = Space::Shared;
   i.aux = o.has("x4") ? 4 : o.has("x2") ? 2 : 1;
   i.aux2 = o.has("trans");
   i.destinations = load ? int(i.aux) : 0;
