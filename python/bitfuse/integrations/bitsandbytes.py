@@ -7,28 +7,15 @@ in place, and turned back. Its 8-bit codes are two's complement; ours count from
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from ..core.limits import NESTED_BLOCK
 from ..nn import Linear
-from ..weights.formats import NF4, Format, nested_code, register_format
+from ..weights.bitsandbytes import format_of
+from ..weights.formats import Format, nested_code
 from ..weights.weight import CHUNK, LowBitWeight
-
-# the 4-bit floats of bitsandbytes: e2m1 but for the smallest, 1/192 of the largest
-_FP4 = tuple(s * v / 192 for s in (1, -1) for v in (0.0, 1.0, 128.0, 192.0, 64.0, 96.0, 32.0, 48.0))
-
-
-@functools.cache
-def _format(quant_type: str, code: tuple[float, ...]) -> Format | str:
-    """The format of a code table, or why there is none. Zeros may have either sign."""
-    if quant_type == "nf4" and code == NF4:
-        return Format("nf4", 4, group_size=64, codebook=NF4)
-    if quant_type == "fp4" and all(abs(a - b) < 1e-6 for a, b in zip(code, _FP4, strict=True)):
-        return register_format(Format("bnb_fp4", 4, group_size=64, codebook=code))
-    return f"quant_type is {quant_type!r} with a code table of its own"
 
 
 def refusal(layer: torch.nn.Module) -> str | None:
@@ -68,7 +55,7 @@ def _refusal_4bit(layer: torch.nn.Module, weight: Any) -> str | None:
         return f"its blocksize {state.blocksize} does not divide in_features {k}"
     if not weight.is_contiguous():
         return "its weight is not contiguous"
-    if isinstance(found := _format(state.quant_type, tuple(state.code.tolist())), str):
+    if isinstance(found := format_of(state.quant_type, tuple(state.code.tolist())), str):
         return found
     if state.nested:
         inner = state.state2
@@ -116,7 +103,7 @@ def to_bitfuse(layer: torch.nn.Module) -> Linear:
         w = LowBitWeight(qweight, scales, Format("int8", 8), (n, k), dtype=torch.float16)
     else:
         quant: Any = weight.quant_state
-        found = _format(quant.quant_type, tuple(quant.code.tolist()))
+        found = format_of(quant.quant_type, tuple(quant.code.tolist()))
         assert isinstance(found, Format)
         qweight = weight.data.view(torch.uint8).view(n, k // 2)
         _swap_nibbles(qweight)
