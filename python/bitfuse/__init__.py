@@ -19,7 +19,15 @@ from .core.backends import BackendError, use_backend
 from .core.bundle import load_kernels
 from .core.declaration import declarations as _declarations
 from .core.explain import Explanation, explain
-from .integrations import FuseReport, fuse_peft_, unfuse_peft_, with_bitfuse_layers
+from .integrations import (
+    BlockReport,
+    FuseReport,
+    fuse_,
+    fuse_peft_,
+    unfuse_,
+    unfuse_peft_,
+    with_bitfuse_layers,
+)
 from .models.decoder import Decoder, Unserved
 from .models.generation import Generation, generate
 from .models.lora import (
@@ -68,6 +76,7 @@ from .weights.weight import LowBitWeight
 __all__ = [
     "AdapterReport",
     "BackendError",
+    "BlockReport",
     "Decoder",
     "Explanation",
     "Format",
@@ -85,6 +94,7 @@ __all__ = [
     "disable_adapters",
     "explain",
     "from_pretrained",
+    "fuse_",
     "fuse_peft_",
     "generate",
     "load_kernels",
@@ -102,6 +112,7 @@ __all__ = [
     "rope_tables",
     "save_peft",
     "set_adapter_",
+    "unfuse_",
     "unfuse_peft_",
     "unmerge_adapters_",
     "use_backend",
