@@ -47,7 +47,7 @@ test-oldest: test-%: $(SETUP) $(VENV)/.test $(VENV)/.built
 test-cuda-torch: test-%: $(SETUP) $(VENV)/.cli $(VENV)/.built
 	test -x $(VENV)-$*/bin/python || python3 -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip --disable-pip-version-check -q install torch==2.11.0 triton==3.6.0 $(OP_TESTS)
-	$(OTHER) $(wildcard tests/linear/test_lowbit_linear*.py) tests/cusim/test_cusim_extension.py tests/cusim/test_cusim_triton.py $(ARGS)
+	$(OTHER) $(wildcard tests/linear/test_lowbit_linear*.py) tests/cusim/test_cusim_extension.py tests/cusim/test_cusim_triton.py tests/tools/test_launchers.py $(ARGS)
 
 lint: $(SETUP) $(VENV)/.lint
 	$(PYTHON) -m ruff check .

@@ -22,7 +22,7 @@ from bitfuse_tools.bench.shapes import SHAPES
 from bitfuse_tools.cli import app
 from bitfuse_tools.compile import build, cubin, table, toolchain, triton_kernels
 from bitfuse_tools.compile.toolchain import Target
-from bitfuse_tools.hypothetical import EVERY
+from bitfuse_tools.hypothetical import EVERY, explain_sizes
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -696,3 +696,22 @@ def test_sizes_of_every_op() -> None:
         calls = list(triton_kernels.sizes(op, SHAPES.values(), ("int4",), (torch.float16,)))
         assert calls and len({triton_kernels.in_short(op, s) + str(s.causal) for s in calls}) == len(calls)
     assert triton_kernels.has_kernels("lowbit_linear") and find("h100").arch is ARCHS[90]
+
+
+def test_variants_of_every_op() -> None:
+    """Each alone, of the formats that have it, and each is a call that can be made."""
+    small = [SHAPES["llama3-8b"]]
+    for op, declaration in EVERY.items():
+        usual = triton_kernels.sizes(op, small, ["int4", "nf4", "fp8"], [torch.bfloat16])
+        every = triton_kernels.sizes(op, small, ["int4", "nf4", "fp8"], [torch.bfloat16], True)
+        more = [s for s in every if s not in usual]
+        assert bool(more) == bool(declaration.variants) and set(usual) <= set(every)
+        for variant in declaration.variants:
+            having = [s for s in more if all(getattr(s, name) == value for name, value in variant.items())]
+            if "nested" in variant:
+                assert {s.format for s in having} == {"nf4"}
+            elif {"zero_points", "group_size"} & variant.keys():
+                assert {s.format for s in having} <= {"int4"}
+            if variant != {"group_size": 128}:  # int4's own
+                assert explain_sizes(op, having[0], find("h100")).chosen in ("cuda", "triton"), variant
+                assert str(next(iter(variant))) in triton_kernels.in_short(op, having[0])

@@ -34,6 +34,9 @@ class Sizes:
         causal: whether a query sees later keys.
         cache, page_size: the KV cache's format ("none" for dtype itself); None for no pages.
         vocab: tokens to choose from; drafted: those that a draft model proposes.
+        zero_points: a weight of integers has them; nested: the scales of a codebook's are codes themselves.
+        dropout: its probability.
+        listed: adapters are lists of tensors, not stacked.
     """
 
     m: int = 1
@@ -55,12 +58,20 @@ class Sizes:
     page_size: int | None = None
     vocab: int = 128256
     drafted: int = 4
+    zero_points: bool = False
+    nested: bool = False
+    dropout: float = 0.0
+    listed: bool = False
 
 
 LINEAR = ("m", "n", "k", "format", "group_size", "dtype")
 DENSE = "dense"  # a format of sizes that is none
 HEADS = ("batch", "seqlen", "heads", "head_dim", "dtype")
 CACHE = ("batch", "kv_len", "kv_heads", "head_dim", "cache", "page_size", "dtype")
+# other weights than a format's usual ones, for `Declaration.variants`
+WEIGHTS: tuple[Mapping[str, Any], ...] = (
+    {"zero_points": True}, {"nested": True}, {"group_size": 32}, {"group_size": 64}, {"group_size": 128},
+)  # fmt: skip
 # what is tuned for: rows of x, keys
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 LENGTHS = (1024, 4096, 16384)
@@ -116,6 +127,7 @@ class Declaration:
         bias: whether a call may have a `bias` of n.
         gradient: whether gradients flow.
         tuned: None where one backend serves, or nothing is to be chosen.
+        variants: sizes beside the usual ones that other kernels serve, each alone: compiled ahead too.
     """
 
     function: Callable[..., Any]
@@ -136,6 +148,7 @@ class Declaration:
     bias: bool = False
     gradient: bool = True
     tuned: Tuned | None = None
+    variants: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:

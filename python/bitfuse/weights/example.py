@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def example_weight(s: Sizes, make: Make) -> torch.Tensor | LowBitWeight:
     format = get_format(s.format, group_size=s.group_size)
     if s.group_size is None:
         format = format.fitted(s.k)
+    if s.zero_points or s.nested:
+        format = replace(format, symmetric=not s.zero_points, nested=s.nested)
     tensors: dict[str, Any] = {
         name: make(*shape, dtype=format.scale_dtype if name == "scales" and not format.nested else dtypes[0])
         for name, dtypes, shape in LowBitWeight.expected(format, (s.n, s.k))

@@ -55,6 +55,13 @@ def compile(
     backward: Annotated[
         bool, typer.Option("--backward/--no-backward", help="Whether gradients are taken too.")
     ] = True,
+    variants: Annotated[
+        bool,
+        typer.Option(
+            "--variants/--no-variants",
+            help="Also zero points, groups of 32, 64 and 128, nested scales, dropout, lists of adapters.",
+        ),
+    ] = True,
     cubins: Annotated[
         bool, typer.Option("--cubins", help="Write the CUDA extension's machine code beside it, to look at.")
     ] = False,
@@ -73,6 +80,10 @@ def compile(
     these models need there, and prints what each kernel takes of a multiprocessor. On the GPU's machine set
     BITFUSE_KERNEL_PATH to the folder, or call bitfuse.load_kernels(folder): the first call compiles nothing.
     The versions of bitfuse, Triton and Python must be the same there; what is not is told and left.
+
+    Triton's kernels are those of calls with contiguous tensors in the models' sizes, rows of x and lengths of
+    all kinds, forward and backward. Compiled at their first call are others: biases, masks, ALiBi, sinks,
+    softcap, windows and prefixes of attention, act-order, offsets, a rank that is none of 8, 16 and 64.
 
     Needs no GPU and no CUDA toolkit: nvcc is that of CUDA_HOME, of PATH or of its PyPI wheels. What has not
     changed is not made again; it is kept under BITFUSE_CACHE. Ctrl-C leaves the folder as it was.
@@ -106,7 +117,7 @@ def compile(
                 gpus=gpus, ops=ops, backends=backends,
                 shapes=tuple(models.find(name) for name in shapes or models.SHAPES),
                 formats=formats, dtypes=tuple(dtypes[name] for name in chosen), backward=backward, out=out,
-                cubins=cubins,
+                cubins=cubins, variants=variants,
             )  # fmt: skip
             if "cuda" in backends:
                 typer.echo(f"compiler: {toolchain.find_nvcc()}{_cached(toolchain.ccache())}", err=True)

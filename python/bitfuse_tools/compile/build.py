@@ -91,7 +91,7 @@ class Options:
         gpus: for which.
         ops: of `EVERY`.
         backends: of `BACKENDS`.
-        shapes, formats, dtypes, backward: which calls the Triton kernels are for.
+        shapes, formats, dtypes, backward, variants: which calls the Triton kernels are for.
         out: the folder.
         cubins: also write the machine code of each CUDA source, to look at.
     """
@@ -105,6 +105,7 @@ class Options:
     backward: bool
     out: Path
     cubins: bool = False
+    variants: bool = True
 
 
 @dataclass(frozen=True)
@@ -382,6 +383,7 @@ def _triton(
         "torch": importlib.metadata.version("torch"),
         "ops": ops,
         "kernels": len(compiled),
+        "launchers": len({key for each in compiled for key in each.modules}),
         "refused": refused,
         "files": bundle.file_facts(folder, "triton"),
     }
@@ -400,7 +402,7 @@ def _planned(
     refused: dict[str, str] = {}
     found: dict[tuple[int, str, str, str], tuple[Gpu, triton_kernels.Specialisation]] = {}
     asked = [(gpu, op) for gpu in gpus for op in ops]
-    calls = (options.shapes, options.formats, options.dtypes, options.backward)
+    calls = (options.shapes, options.formats, options.dtypes, options.backward, options.variants)
     with _ended(_pool(min(toolchain.worker_count(), max(1, len(asked))))) as pool:
         futures = [pool.submit(triton_kernels.plan, gpu, op, *calls) for gpu, op in asked]
         for (gpu, op), future in zip(asked, progress("plans", futures, len(futures)), strict=True):

@@ -8,15 +8,20 @@ and kept under the same key under which a process on the GPU will look for it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sysconfig
+import tempfile
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +29,15 @@ from typing import Any
 import torch
 from bitfuse.core import device
 from bitfuse.core.gpus import GPUS, Gpu
+from bitfuse.weights.formats import get_format
 
 from ..bench.shapes import Shape
 from ..hypothetical import DENSE, EVERY, Sizes
 
 # rows of x: every number of tokens for which a plan may take another tile, and whole and odd ones of each
 ROWS = (1, 2, 3, 4, 8, 13, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192)
+# of these, as many as take a tile each, for what is compiled beside the usual
+VARIED = (1, 3, 16, 32, 64, 128, 192, 2048)
 BATCHES = (1, 8, 64)
 LENGTHS = (1, 17, 128, 1024, 4096)
 RANKS = (8, 16, 64)
@@ -63,13 +71,15 @@ class Specialisation:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel: its files by name, those of Triton's cache, in a folder of its key."""
+    """A compiled kernel: its files by name, those of Triton's cache, in a folder of its key; and the modules
+    that launch it, by the folders of theirs, where Triton compiles C for that (3.6 does, 3.9 does not)."""
 
     key: str
     files: dict[str, str]
     cubin: str
     shared: int
     warps: int
+    modules: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -86,9 +96,13 @@ def has_kernels(op: str) -> bool:
 
 
 def sizes(
-    op: str, shapes: Iterable[Shape], formats: Iterable[str], dtypes: Iterable[torch.dtype]
+    op: str,
+    shapes: Iterable[Shape],
+    formats: Iterable[str],
+    dtypes: Iterable[torch.dtype],
+    variants: bool = False,
 ) -> list[Sizes]:
-    """The calls of an op that models of these shapes make."""
+    """The calls of an op that models of these shapes make; with their variants: zero points, other groups."""
     declaration = EVERY[op]
     uses = declaration.uses
     models = list(shapes)
@@ -120,8 +134,28 @@ def sizes(
             given["heads"], given["kv_heads"], given["head_dim"] = given.pop("attention")
         if {"k", "kv_heads"} <= given.keys() and tuple(given[name] for name in _OF_A_MODEL) not in own:
             continue  # the heads of one model over the columns of another
-        made.add(Sizes(**{name: value for name, value in given.items() if name in uses}))
+        usual = Sizes(**{name: value for name, value in given.items() if name in uses})
+        made.add(usual)
+        varied = variants and ("m" not in uses or usual.m in VARIED)
+        for variant in declaration.variants if varied else ():
+            other = replace(usual, **variant)
+            if _has(other, variant):
+                made.add(other)
     return sorted(made, key=repr)
+
+
+def _has(s: Sizes, variant: Mapping[str, Any]) -> bool:
+    """Whether a format has this variant of a weight."""
+    if not {"zero_points", "nested", "group_size"} & variant.keys():
+        return True
+    if s.format == DENSE:
+        return False
+    format = get_format(s.format)
+    if s.nested:
+        return format.codebook is not None and format.scale_dtype == torch.float32 and format.bits == 4
+    # groups are a choice where the codes are integers
+    whole = format.codebook is None and format.scale_dtype.itemsize > 1 and format.bits in (4, 8)
+    return whole and s.group_size != format.group_size
 
 
 _OF_A_MODEL = ("heads", "kv_heads", "head_dim", "k")
@@ -134,9 +168,10 @@ def in_short(op: str, s: Sizes) -> str:
     words += [f"cache={s.cache}"] if "cache" in uses else []
     words.append(str(s.dtype).removeprefix("torch."))
     names = ("m", "n", "k", "rank", "batch", "seqlen", "heads", "head_dim", "page_size", "vocab", "drafted")
-    return " ".join(
-        words + [f"{n}={getattr(s, n)}" for n in names if n in uses and getattr(s, n) is not None]
-    )
+    words += [f"{n}={getattr(s, n)}" for n in names if n in uses and getattr(s, n) is not None]
+    usual = Sizes()
+    more = ("group_size", "zero_points", "nested", "dropout", "listed")
+    return " ".join(words + [f"{n}={getattr(s, n)}" for n in more if getattr(s, n) != getattr(usual, n)])
 
 
 # in a process of its own
@@ -210,6 +245,7 @@ def plan(
     formats: Iterable[str],
     dtypes: Iterable[torch.dtype],
     backward: bool,
+    variants: bool = False,
 ) -> Plan:
     """What Triton would compile on this GPU for this op. Only in a process that does nothing else: its ops
     run nothing from here on."""
@@ -235,7 +271,7 @@ def plan(
     kinds = [(False, False), (False, True)] if EVERY[op].bias else [(False, False)]
     if backward and EVERY[op].gradient:
         kinds.append((True, False))
-    for each in sizes(op, shapes, formats, dtypes):
+    for each in sizes(op, shapes, formats, dtypes, variants):
         now = in_short(op, each)
         for gradient, biased in kinds:
             try:
@@ -283,7 +319,63 @@ def compile_one(gpu: Gpu, wanted: Specialisation) -> Compiled:
         cubin=next(path for name, path in files.items() if name.endswith(".cubin")),
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
+        modules=launchers(source, kernel.metadata),
     )
+
+
+def launchers(source: Any, metadata: Any) -> dict[str, str]:
+    """The C modules that Triton would compile at the first launch of a kernel: by the folder of its cache,
+    the file. Nothing where this Triton needs none, or where there is no C compiler (then the first launch
+    looks for one)."""
+    from triton.backends.nvidia import driver
+
+    make: Any = getattr(driver, "make_launcher", None)
+    if make is None or shutil.which(os.environ.get("CC", "gcc")) is None:
+        return {}
+    constants = {
+        (source.fn.arg_names.index(name),) if isinstance(name, str) else name: value
+        for name, value in source.constants.items()
+    }
+    launcher = make(constants, dict(source.signature), getattr(metadata, "tensordesc_meta", None))
+    utilities = (Path(driver.__file__).parent / "driver.c").read_text()
+    made = [
+        _c_module(text, name) for text, name in ((launcher, "__triton_launcher"), (utilities, "cuda_utils"))
+    ]
+    return dict(made)
+
+
+def _c_module(text: str, name: str) -> tuple[str, str]:
+    """Compile one of Triton's own modules, or find it in this process's cache, under the key by which Triton
+    looks for it: its folder, its file. It needs the driver's library, for which an empty one stands in
+    here."""
+    from triton.backends.nvidia import driver
+    from triton.runtime.build import platform_key
+    from triton.runtime.cache import get_cache_manager
+
+    manager = get_cache_manager(hashlib.sha256((text + platform_key()).encode()).hexdigest())
+    file = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    made = manager.get_file(file)
+    if made is None:
+        cc = os.environ.get("CC", "gcc")
+        with tempfile.TemporaryDirectory() as held:
+            folder = Path(held)
+            (folder / "none.c").touch()
+            (folder / "module.c").write_text(text)
+            library = ["libcuda.so.1", "-Wl,-soname,libcuda.so.1"]
+            subprocess.run([cc, "-shared", "-fPIC", "none.c", "-o", *library], cwd=held, check=True)
+            include = [f"-I{path}" for path in (*driver.include_dirs, sysconfig.get_paths()["include"])]
+            options = [
+                "-O3",
+                "-shared",
+                "-fPIC",
+                "-Wno-psabi",
+                "-Wl,--no-as-needed",
+                "-L.",
+                "-l:libcuda.so.1",
+            ]
+            subprocess.run([cc, "module.c", "-o", file, *options, *include], cwd=held, check=True)
+            made = manager.put((folder / file).read_bytes(), file)
+    return str(getattr(manager, "key")), made  # noqa: B009  of the file cache, not of its base
 
 
 KEPT = (".cubin", ".json", ".ptx")  # what a launch reads; PTX to be looked at, and for the simulator
@@ -298,5 +390,8 @@ def keep(compiled: Compiled, folder: Path) -> None:
     for name in names:
         (into / name).write_bytes(Path(compiled.files[name]).read_bytes())
     described = next(name for name in names if name.endswith(".json"))
+    for key, file in compiled.modules.items():
+        (folder / key).mkdir(exist_ok=True)
+        (folder / key / Path(file).name).write_bytes(Path(file).read_bytes())
     group = {"child_paths": {name: name for name in names}}
     (into / f"__grp__{described}").write_text(json.dumps(group))

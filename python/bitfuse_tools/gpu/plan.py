@@ -103,9 +103,19 @@ def _build(place: Place) -> list[Unit]:
     ops = [
         w for op in ("lowbit_linear", "lora_linear", "attention", "decode_attention") for w in ("--op", op)
     ]
-    calls = ("--shapes", "llama3-8b", "--format", "int4", "--dtype", "bfloat16", "--out", triton)
+    calls = (
+        "--shapes",
+        "llama3-8b",
+        "--format",
+        "int4",
+        "--dtype",
+        "bfloat16",
+        "--no-variants",
+        "--out",
+        triton,
+    )
     found = [] if place.built else [compile("cuda", "--backend", "cuda", "--out", cuda)]
-    return [*found, compile("triton", "--backend", "triton", *ops, *calls)]
+    return [*found, compile("triton", "--backend", "triton", *ops, *calls, "--out", triton)]
 
 
 def _smoke(place: Place) -> list[Unit]:

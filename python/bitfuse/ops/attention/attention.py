@@ -890,7 +890,7 @@ declare(
         explain=_explain,
         uses=(*HEADS, "kv_heads", "causal"),
         arguments=lambda s, make: example_qkv(s, make, s.seqlen),
-        options=lambda s: {"causal": s.causal},
+        options=lambda s: {"causal": s.causal} | ({"dropout_p": s.dropout} if s.dropout else {}),
         parts=(
             Part(
                 attention_op,
@@ -900,6 +900,7 @@ declare(
             Part(attention_backward, "gradients to q, k, v, bias, sinks, prefix"),
         ),
         tuned=Tuned({"seqlen": LENGTHS}),
+        variants=({"dropout": 0.1},),
     )
 )
 declare(

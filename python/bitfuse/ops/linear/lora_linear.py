@@ -16,7 +16,7 @@ import torch
 from ...core.autograd import Function, materialized, once, recorded, recording, refuse_intermediate
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.declaration import LINEAR, ROWS, Declaration, Part, Tuned, declare
+from ...core.declaration import LINEAR, ROWS, WEIGHTS, Declaration, Part, Tuned, declare
 from ...core.dropout import keep, new_seed
 from ...core.explain import Explanation
 from ...core.limits import MAX_RANK
@@ -676,5 +676,7 @@ declare(
         ),
         bias=True,
         tuned=Tuned({"m": ROWS}),
+        options=lambda s: {"dropout_p": s.dropout} if s.dropout else {},
+        variants=(*WEIGHTS, {"dropout": 0.1}),
     )
 )

@@ -12,7 +12,7 @@ from ...core import autocast
 from ...core.autograd import Function, elsewhere, no_forward_mode, recorded
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
-from ...core.declaration import DENSE, LINEAR, ROWS, Declaration, Make, Part, Sizes, Tuned, declare
+from ...core.declaration import DENSE, LINEAR, ROWS, WEIGHTS, Declaration, Make, Part, Sizes, Tuned, declare
 from ...core.explain import Explanation
 from ...core.op import Op
 from ...core.policy import bucket
@@ -382,5 +382,6 @@ declare(
         dense=False,
         bias=True,
         tuned=Tuned({"m": ROWS}, tiles=True),
+        variants=WEIGHTS,
     )
 )

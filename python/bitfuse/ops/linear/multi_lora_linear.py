@@ -574,8 +574,14 @@ def _explain(
 
 def _example(s: Sizes, make: Make) -> tuple[Any, ...]:
     e = s.adapters
-    adapters = make(e, s.rank, s.k), make(e, s.n, s.rank), make(e, dtype=torch.float32)
-    return make(s.m, s.k), example_weight(s, make), *adapters, make(s.m, dtype=torch.int32)
+    a: Any
+    b: Any
+    if s.listed:
+        a, b = ([make(*shape) for _ in range(e)] for shape in ((s.rank, s.k), (s.n, s.rank)))
+    else:
+        a, b = make(e, s.rank, s.k), make(e, s.n, s.rank)
+    scaling, ids = make(e, dtype=torch.float32), make(s.m, dtype=torch.int32)
+    return make(s.m, s.k), example_weight(s, make), a, b, scaling, ids
 
 
 declare(
@@ -592,5 +598,6 @@ declare(
         ),
         bias=True,
         tuned=Tuned({"m": tuple(m for m in ROWS if m <= 64)}),
+        variants=({"listed": True},),
     )
 )
