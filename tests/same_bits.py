@@ -171,6 +171,12 @@ def lowbit_linear(r: Inputs, weight: str, m: int, dtype: str) -> Any:
     return bitfuse.lowbit_linear(r.leaf("x", m, K, dtype=dtype), w, bias)
 
 
+@cases(cuda=0, triton=7, weight=(*WEIGHTS,), dtype=FLOATS)
+def lowbit_embedding(r: Inputs, weight: str, dtype: str) -> Any:
+    w = r.weight(weight, 41, K)
+    return bitfuse.lowbit_embedding(r.randint(0, 41, 3, 5), w, getattr(torch, dtype))
+
+
 HOW_LORA = ("", "dropout", "out_scale")
 
 

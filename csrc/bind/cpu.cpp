@@ -64,6 +64,7 @@ PYBIND11_MODULE(_cpu, m) {
   bitfuse::bind_types(m);
   bitfuse::bind_lowbit_linear(m);
   bitfuse::bind_lora_linear(m);
+  bitfuse::bind_lowbit_embedding(m);
   bitfuse::bind_gated_activation(m);
   bitfuse::bind_multi_lora_linear(m);
   bitfuse::bind_norm(m);

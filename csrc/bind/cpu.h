@@ -25,6 +25,7 @@ Level level();
 
 void bind_lowbit_linear(py::module_& module);
 void bind_lora_linear(py::module_& module);
+void bind_lowbit_embedding(py::module_& module);
 void bind_gated_activation(py::module_& module);
 void bind_multi_lora_linear(py::module_& module);
 void bind_norm(py::module_& module);

@@ -62,6 +62,7 @@ from .ops.linear.lora_linear import lora_linear as lora_linear
 from .ops.linear.lora_mlp import Projection as Projection
 from .ops.linear.lora_mlp import lora_mlp as lora_mlp
 from .ops.linear.lora_mlp import lora_qkv as lora_qkv
+from .ops.linear.lowbit_embedding import lowbit_embedding as lowbit_embedding
 from .ops.linear.lowbit_linear import lowbit_linear as lowbit_linear
 from .ops.linear.multi_lora_linear import multi_lora_linear as multi_lora_linear
 from .ops.norm.layer_norm import layer_norm as layer_norm

@@ -157,6 +157,9 @@ CALLS: dict[str, Any] = {
         lambda x: bitfuse.lowbit_linear(x, bitfuse.quantize(numbers(N, K), "int8", nested=True)),
         numbers(*X, seed=1),
     ),
+    "lowbit_embedding": lambda: [
+        bitfuse.lowbit_embedding(whole([2, 0]), bitfuse.quantize(numbers(N, K), "nf4"), torch.float32)
+    ],
     "lora_linear-int8": lambda: lora(numbers(*X), bitfuse.quantize(numbers(N, K), "int8")),
     "lora_linear-nf4-dropout": lambda: lora(
         numbers(*X), bitfuse.quantize(numbers(N, K), "nf4"), dropout_p=0.3, seed=11

@@ -71,6 +71,7 @@ def cache_arguments() -> dict[str, Any]:
 
 CALLS: dict[Callable[..., Any], Callable[[], dict[str, Any]]] = {
     bitfuse.lowbit_linear: lambda: {"x": randn(3, K), "w": weight(), "bias": randn(N)},
+    bitfuse.lowbit_embedding: lambda: {"indices": torch.tensor([2, 0]), "w": weight()},
     bitfuse.lora_linear: lambda: {
         "x": randn(3, K), "w": weight(), "lora_A": randn(R, K), "lora_B": randn(N, R), "scaling": 1.5,
         "bias": randn(N), "out_scale": randn(N) + 1,
@@ -165,8 +166,8 @@ def test_what_is_no_tensor_is_refused_by_name(function: Callable[..., Any]) -> N
                 function(**(CALLS[function]() | {name: bad}))
             told = str(error.value)
             assert name in told or name.removeprefix("rotary_") in told, f"{name}, {type(bad)}: {told}"
-        if name in ("attn_bias", "attn_mask"):
-            continue  # they broadcast
+        if name in ("attn_bias", "attn_mask", "indices"):
+            continue  # they broadcast; one index is one row
         with pytest.raises((TypeError, ValueError, RuntimeError)) as error:  # RuntimeError: as torch's SDPA
             function(**(CALLS[function]() | {name: arguments[name].sum()}))
         assert "dimension out of range" not in str(error.value).lower(), name

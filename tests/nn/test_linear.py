@@ -165,6 +165,7 @@ def test_every_layer_has_replicas() -> None:
     """A new layer of bitfuse.nn belongs in this list."""
     layers: dict[str, Any] = {
         "Linear": make(),
+        "Embedding": bitfuse.nn.Embedding.from_float(torch.nn.Embedding(64, 128)),
         "LoRALinear": LoRALinear(make(), 4),
         "IA3Linear": IA3Linear(make(), feedforward=True),
         "BottleneckAdapter": bitfuse.nn.BottleneckAdapter(128, 8),
@@ -175,6 +176,7 @@ def test_every_layer_has_replicas() -> None:
     x = torch.randn(5, 2, 128)
     for name, layer in layers.items():
         args = (x, x, x) if name == "MultiheadAttention" else (x,)
+        args = (torch.randint(64, (5, 2)),) if name == "Embedding" else args
         first, *_ = expected if isinstance(expected := layer(*args), tuple) else (expected,)
         for replica in replicas(layer):
             got = replica(*args)

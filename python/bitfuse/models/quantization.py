@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ..core.text import progress_bar, table
-from ..nn import Linear
+from ..nn import Embedding, Linear
 from ..nn.adapters import AdapterLinear
+from ..nn.few_bits import FewBits
 from ..nn.linear import float_weight, is_conv1d
 from ..weights.checks import check_float_weight, check_shape
 from ..weights.formats import Format, get_format
@@ -92,6 +93,7 @@ def quantize_(
     skip: Iterable[str] = (),
     progress: bool = True,
     skeleton: bool = False,
+    embeddings: bool = False,
     **options: Any,
 ) -> QuantizationReport:
     """Replace every `torch.nn.Linear` inside a model by a `bitfuse.nn.Linear`, in place.
@@ -115,6 +117,8 @@ def quantize_(
         progress: show a progress bar, where tqdm is installed.
         skeleton: take layers on the meta device too, which become few-bit layers there: a checkpoint is
             loaded into them (``load_state_dict(state, assign=True)``) without the dense model in memory.
+        embeddings: take every `torch.nn.Embedding` too, which becomes a `bitfuse.nn.Embedding`; a linear
+            layer that shares its weight reads its codes, and the state dict has them once, at the embedding.
         **options: group_size, symmetric, nested, scale_dtype as in `bitfuse.quantize`. Without group_size
             each layer has the largest power of two up to the format's that divides its in_features.
 
@@ -136,7 +140,7 @@ def quantize_(
     fmt = get_format(format, **options)
     group_size = options.get("group_size")
     report = QuantizationReport(bytes_before=model_bytes(model))
-    chosen = _choose(model, [skip] if isinstance(skip, str) else list(skip), report)
+    chosen = _choose(model, [skip] if isinstance(skip, str) else list(skip), report, embeddings)
     lost = _check_layers(chosen, fmt, group_size, skeleton)
     _warn(model, chosen, fmt if group_size is None else None, report, lost)
 
@@ -145,7 +149,7 @@ def quantize_(
         for name, child in parent._modules.items():
             if child is not None:
                 places.setdefault(id(child), []).append((parent, name))
-    quantised: dict[tuple[int, bool], Linear] = {}
+    quantised: dict[tuple[int, bool], FewBits] = {}
     # each weight stays alive in `chosen` only until its last user is replaced: that is what bounds the memory
     users = [(id(linear.weight), is_conv1d(linear)) for _, linear in chosen]
     chosen.reverse()
@@ -154,24 +158,36 @@ def quantize_(
     while chosen:
         name, linear = chosen.pop()
         tied = users.pop()
-        if tied in quantised:
-            layer = Linear.from_weight(quantised[tied].weight, linear.bias)
-            for shared, t in quantised[tied]._parameters.items():
+        layer: FewBits
+        first, bias = quantised.get(tied), linear._parameters.get("bias")
+        if first is not None and isinstance(linear, torch.nn.Embedding):
+            layer = Embedding.from_weight(first.weight, linear.padding_idx)
+            layer._read_codes_of(first)
+        elif isinstance(first, Embedding):
+            layer = Linear.tied_to(first, bias)
+        elif first is not None:
+            layer = Linear.from_weight(first.weight, bias)
+            for shared, t in first._parameters.items():
                 if shared != "bias":
                     layer._parameters[shared] = t
         else:
-            weight = float_weight(linear)
-            assert weight is not None
+            weight = _dense_weight(linear)
             if weight.is_meta:
                 n, k = weight.shape
                 options = {"device": "meta", "dtype": weight.dtype, "group_size": group_size}
-                layer = Linear(k, n, False, format=fmt, **options)
-                layer.register_parameter("bias", linear.bias)
+                if isinstance(linear, torch.nn.Embedding):
+                    layer = Embedding(n, k, linear.padding_idx, format=fmt, **options)
+                else:
+                    layer = Linear(k, n, False, format=fmt, **options)
+                    layer.register_parameter("bias", linear.bias)
                 layer.train(linear.training)
             else:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "weight: ", UserWarning)  # told, with the layers' names
-                    layer = Linear.from_float(linear, fmt, group_size=group_size)
+                    if isinstance(linear, torch.nn.Embedding):
+                        layer = Embedding.from_float(linear, fmt, group_size=group_size)
+                    else:
+                        layer = Linear.from_float(linear, fmt, group_size=group_size)
             report.layers.append(_layer_report(name, layer.weight, weight))
             del weight
         if tied in users:
@@ -184,6 +200,7 @@ def quantize_(
     bar.close()
     if report.layers:
         _refuse_save_pretrained(model)
+        _keep_ties(model)
     report.bytes_after = model_bytes(model)
     return report
 
@@ -193,27 +210,45 @@ def _layer_report(name: str, w: LowBitWeight, weight: torch.Tensor) -> LayerRepo
     return LayerReport(name, (w.shape[0], w.shape[1]), str(w.format), weight.nbytes, w.nbytes, error)
 
 
+Dense = torch.nn.Linear | torch.nn.Embedding
+
+
+def _dense_weight(module: Dense) -> torch.Tensor:
+    """What becomes codes."""
+    weight = module.weight if isinstance(module, torch.nn.Embedding) else float_weight(module)
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 def _choose(
-    model: torch.nn.Module, skip: list[str], report: QuantizationReport
-) -> list[tuple[str, torch.nn.Linear]]:
+    model: torch.nn.Module, skip: list[str], report: QuantizationReport, embeddings: bool
+) -> list[tuple[str, Dense]]:
     """The layers to replace, in order; the report takes the others with the reason."""
+
+    def plain(module: torch.nn.Module, name: str) -> bool:
+        """Whether it holds its weight for what replaces it."""
+        if type(module) is torch.nn.Embedding:
+            return embeddings and not _hits(name, skip) and module.max_norm is None
+        return _is_plain(module)
+
     elsewhere: dict[int, str] = {}
     apart: dict[str, str] = {}  # prefixes of names, and why nothing below is touched
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None and not (key == "weight" and _is_plain(module)):
+            if parameter is not None and not (key == "weight" and plain(module, name)):
                 elsewhere[id(parameter)] = f"{name}.{key}".lstrip(".")
         apart |= {f"{name}.{child}.".lstrip("."): why for child, why in _apart(module).items()}
     chosen, used = [], set()
     for name, module in model.named_modules():
-        if not (isinstance(module, torch.nn.Linear) or is_conv1d(module)):
+        asked = embeddings and isinstance(module, torch.nn.Embedding)
+        if not (isinstance(module, torch.nn.Linear) or is_conv1d(module) or asked):
             continue
-        hits = [p for p in skip if fnmatch.fnmatchcase(name, p) or p in name.split(".")]
+        hits = _hits(name, skip)
         used.update(hits)
         within = next((why for prefix, why in apart.items() if f"{name}.".startswith(prefix)), None)
         if hits:
             report.skipped[name] = f"skip={hits[0]!r}"
-        elif isinstance(module, Linear):
+        elif isinstance(module, FewBits):
             report.skipped[name] = f"of few bits already ({module.format})"
         elif within is not None:
             report.skipped[name] = within
@@ -225,6 +260,11 @@ def _choose(
         if pattern not in used:
             warnings.warn(f"skip={pattern!r} matches no linear layer of the model", stacklevel=3)
     return chosen
+
+
+def _hits(name: str, skip: list[str]) -> list[str]:
+    """Which patterns a layer's name matches."""
+    return [p for p in skip if fnmatch.fnmatchcase(name, p) or p in name.split(".")]
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
@@ -248,8 +288,13 @@ def _apart(module: torch.nn.Module) -> dict[str, str]:
 
 def _refusal(module: torch.nn.Module, elsewhere: dict[int, str]) -> str | None:
     """Why a linear layer is left as it is."""
-    computed = [key for key in ("weight", "bias") if key not in module._parameters]
-    if not _is_plain(module):
+    embedding = isinstance(module, torch.nn.Embedding)
+    computed = [key for key in ("weight", "bias")[: 1 if embedding else 2] if key not in module._parameters]
+    if embedding and type(module) is not torch.nn.Embedding:
+        return f"a subclass of Embedding ({type(module).__name__}), whose meaning is its own"
+    if isinstance(module, torch.nn.Embedding) and module.max_norm is not None:
+        return "its max_norm writes to its rows"
+    if not embedding and not _is_plain(module):
         return f"a subclass of Linear ({type(module).__name__}), whose meaning is its own"
     if computed:
         by = ", ".join(sorted({type(hook).__name__ for hook in module._forward_pre_hooks.values()}))
@@ -265,15 +310,13 @@ def _refusal(module: torch.nn.Module, elsewhere: dict[int, str]) -> str | None:
 
 
 def _check_layers(
-    layers: list[tuple[str, torch.nn.Linear]], format: Format, group_size: int | None, skeleton: bool
+    layers: list[tuple[str, Dense]], format: Format, group_size: int | None, skeleton: bool
 ) -> dict[str, str]:
     """Raise for whatever `quantize` refuses, with the layer's name; returns what is lost in the scales of the
     others, by layer."""
     unfit, lost = [], {}
     for name, linear in layers:
-        weight = float_weight(linear)
-        assert weight is not None
-        weight = weight.detach()
+        weight = _dense_weight(linear).detach()
         try:
             check_float_weight(weight, skeleton)
         except (TypeError, ValueError) as why:
@@ -310,7 +353,7 @@ def _check_layers(
 
 def _warn(
     model: torch.nn.Module,
-    chosen: list[tuple[str, torch.nn.Linear]],
+    chosen: list[tuple[str, Dense]],
     default: Format | None,
     report: QuantizationReport,
     lost: dict[str, str],
@@ -410,7 +453,28 @@ def _refuse_save_pretrained(model: torch.nn.Module) -> None:
             module.__dict__["save_pretrained"] = _SavePretrained(module)
 
 
-def _take_over(layer: Linear, linear: torch.nn.Linear) -> None:
+def _keep_ties(model: torch.nn.Module) -> None:
+    """What reads the codes of an embedding is tied to it, and transformers, which would tie a `weight` that
+    is no parameter, has nothing left to do."""
+    for module in model.modules():
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(module, name, None)
+            if isinstance(ties, dict):
+                left = {to: of for to, of in ties.items() if not _reads_codes(module, to)}
+                if len(left) < len(ties):
+                    module.__dict__[name] = left
+
+
+def _reads_codes(model: torch.nn.Module, weight: str) -> bool:
+    """Whether the parameter of this name is codes that another layer holds, or is read by another."""
+    try:
+        layer = model.get_submodule(weight.rpartition(".")[0])
+    except AttributeError:
+        return False
+    return isinstance(layer, FewBits) and bool(layer._source)
+
+
+def _take_over(layer: FewBits, linear: Dense) -> None:
     """Give the new layer the old one's hooks, training flag and whatever else was set on it."""
     own = layer.__dict__.keys() - torch.nn.Module().__dict__.keys()
     structure = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *own}

@@ -20,6 +20,7 @@ from .linear.lora_linear import lora_linear as lora_linear
 from .linear.lora_mlp import Projection as Projection
 from .linear.lora_mlp import lora_mlp as lora_mlp
 from .linear.lora_mlp import lora_qkv as lora_qkv
+from .linear.lowbit_embedding import lowbit_embedding as lowbit_embedding
 from .linear.lowbit_linear import lowbit_linear as lowbit_linear
 from .linear.lowbit_linear import lowbit_linear_grad_x as lowbit_linear_grad_x
 from .linear.multi_lora_linear import multi_lora_linear as multi_lora_linear
