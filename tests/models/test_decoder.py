@@ -237,5 +237,8 @@ def test_says_what_has_no_step() -> None:
     with pytest.raises(Unserved, match=r"layers\.0\.self_attn\.q_proj is a LoRALinear"):
         Decoder(model, max_len=8)
     growing, _ = made("llama", rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))
-    with pytest.raises(Unserved, match="rope_type 'dynamic' has tables that change"):
-        Decoder(growing, max_len=8)
+    Decoder(growing, max_len=128)
+    with pytest.raises(
+        Unserved, match="max_len is 129, expected 128 or less: beyond it the tables of rope_type"
+    ):
+        Decoder(growing, max_len=129)

@@ -17,6 +17,7 @@ from ..ops.linear.lowbit_linear import FLOATS
 from ..ops.linear.lowbit_linear_cpu import readable, reason
 from .architectures import ARCHITECTURES, Architecture
 from .decoder_args import DecoderArgs, LayerArgs, Projection, RmsNorm
+from .rotary import rope_tables
 
 log = logging.getLogger("bitfuse")
 # of config.hidden_act: names of the extension's enum
@@ -28,7 +29,7 @@ ACTIVATIONS = {
     "relu": "RELU",
 }
 PARTS = ("linear", "attention", "norm", "head", "sampling")  # of `Decoder.seconds`
-# tables that depend on how long the sequence is
+# whose tables depend on how long the sequence is, once it is longer than what was trained
 GROWING_ROPES = ("dynamic", "longrope")
 
 
@@ -296,20 +297,16 @@ class _Reader:
         return RmsNorm(module.weight.detach().contiguous(), float(eps), self._names.norm_offset)
 
     def _rotations(self) -> dict[str | None, Rotary]:
-        """Of each kind of layer, cos and sin of all positions in float32; one under None where all are the
-        same."""
-        rotary = self._body.rotary_emb
-        kinds: Sequence[str | None] = (
-            sorted(rotary.rope_type) if isinstance(rotary.rope_type, dict) else (None,)
-        )
+        """Of each kind of layer, cos and sin of all positions; one under None where all are the same."""
+        types = self._body.rotary_emb.rope_type
         made: dict[str | None, Rotary] = {}
-        for kind in kinds:
-            rope = rotary.rope_type if kind is None else rotary.rope_type[kind]
-            if rope in GROWING_ROPES:
-                raise Unserved(f"rope_type {rope!r} has tables that change as a sequence grows")
-            prefix = "" if kind is None else f"{kind}_"
-            frequencies = getattr(rotary, f"{prefix}inv_freq").float()
-            factor = getattr(rotary, f"{prefix}attention_scaling")
-            angles = torch.outer(torch.arange(self._max_len, dtype=torch.float32, device="cpu"), frequencies)
-            made[kind] = Rotary((angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous())
+        for kind, rope in (types if isinstance(types, dict) else {None: types}).items():
+            trained = getattr(self._config, "original_max_position_embeddings", None)
+            trained = trained or self._config.max_position_embeddings
+            if rope in GROWING_ROPES and self._max_len > trained:
+                raise Unserved(
+                    f"max_len is {self._max_len}, expected {trained} or less: beyond it the tables of "
+                    f"rope_type {rope!r} change as a sequence grows"
+                )
+            made[kind] = Rotary(*rope_tables(self._config, self._max_len, layer_type=kind, device="cpu"))
         return made
