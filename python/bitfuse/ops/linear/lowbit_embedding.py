@@ -6,7 +6,7 @@ import torch
 
 from ...core.backends import Backend
 from ...core.cost import Cost
-from ...core.declaration import Declaration, Make, Part, Sizes, declare
+from ...core.declaration import WEIGHTS, Declaration, Make, Part, Sizes, declare
 from ...core.explain import Explanation
 from ...core.limits import NESTED_BLOCK
 from ...core.op import Op
@@ -138,5 +138,6 @@ declare(
         parts=(Part(lowbit_embedding_op),),
         dense=False,
         gradient=False,
+        variants=WEIGHTS,
     )
 )
