@@ -50,7 +50,8 @@ def test_rows_are_those_of_the_matrix(target: Target, name: str) -> None:
     if (reason := target.reason(lowbit_embedding_op, indices, w.op_args, torch.float32)) is not None:
         assert name in ("int2", "int3", "offset", "scale_rows"), reason
         pytest.skip(reason)
-    for dtype in DTYPES[::2] if target.sm else DTYPES:
+    # the simulator takes seconds for each kernel
+    for dtype in [torch.bfloat16 if "int" in name else torch.float32] if target.sm else DTYPES:
         wanted = w.cpu().dequantize(dtype)
         got = target.run(lowbit_embedding_op, indices, w.op_args, dtype).cpu()
         wanted = F.embedding(INDICES, wanted)
@@ -58,6 +59,8 @@ def test_rows_are_those_of_the_matrix(target: Target, name: str) -> None:
             torch.testing.assert_close(got, wanted, rtol=torch.finfo(dtype).eps, atol=0)
         else:
             assert torch.equal(got, wanted), dtype
+    if target.sm and name != "int4":
+        return
     few = indices[:, ::2].int()
     got = target.run(lowbit_embedding_op, few, w.op_args, torch.float32).cpu()
     torch.testing.assert_close(got, w.cpu().dequantize()[INDICES[:, ::2]], rtol=2e-7, atol=0)
