@@ -273,3 +273,9 @@ def times(w, scale, Float: tl.constexpr):
         )  # fmt: skip
     else:
         return (w.to(tl.float32) * scale).to(Float)
+
+
+@jit
+def times_less(w, scale, offset, Float: tl.constexpr):
+    """w times scale, less offset, both float32: rounded to Float at the end alone."""
+    return (w.to(tl.float32) * scale - offset).to(Float)

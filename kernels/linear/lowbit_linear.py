@@ -14,7 +14,7 @@ Where the scale goes:
   and the weight is never rounded;
 - otherwise on the weight, in float32, then rounded to x's dtype, as `W.to(x.dtype)` would be. Sub is the
   largest run of columns in a step that shares a scale, so the same lines serve any group size that is a
-  multiple of 8.
+  multiple of 8. Float offsets always go this way: no integer is exact any more that would be worth keeping.
 
 A low-rank term (`LowRank`: an adapter of `lora_linear`) is R more columns of the contraction, read from
 tensors that are small beside W: h [M, R], whose float32 sums are scaled and rounded to x's dtype, and a
@@ -42,7 +42,7 @@ from ...core.device import Device, device_of
 from ...core.limits import NESTED_BLOCK
 from ...weights.formats import FORMATS, nested_code
 from ...weights.weight import WeightTensors
-from ..core.decoding import CODES, decode16, decode32, decoding, times
+from ..core.decoding import CODES, decode16, decode32, decoding, times, times_less
 from ..core.dropout import keep, row_keys
 from ..core.launch import Plan, alignment_of, as_matrix, contiguous, dtype_of, jit, planned, refuse, tl
 from ..core.products import multiply_add
@@ -57,8 +57,9 @@ class Matrix(NamedTuple):
 
     Attributes:
         qweight: uint8 [N, K * Bits / 8].
-        scales: [N, groups], one-byte ones as uint8.
-        zeros: uint8 [N, groups].
+        scales: [N / Rows, groups], one-byte ones as uint8.
+        zeros: uint8 [N / Rows, groups].
+        offsets: of a float dtype [N / Rows, groups].
         scale_scales: float32, one, or of nested scales one for each block of them.
         scale_offset: float32, one, of nested scales.
         nested_code: float32 [256], what a nested scale's byte stands for.
@@ -68,6 +69,7 @@ class Matrix(NamedTuple):
     qweight: Any
     scales: Any
     zeros: Any
+    offsets: Any
     scale_scales: Any
     scale_offset: Any
     nested_code: Any
@@ -98,6 +100,7 @@ class Codes(NamedTuple):
         Bits, Center: of the format's `Code`.
         Scale: what a scale is: "float", "nested", "e8m0" or "e4m3".
         GroupSize: columns that share a scale; 0 for one scale a row.
+        Rows: rows that share a scale.
         Block: nested scales that share a scale.
     """
 
@@ -106,6 +109,7 @@ class Codes(NamedTuple):
     Center: int
     Scale: str
     GroupSize: int
+    Rows: int
     Block: int
 
 
@@ -160,13 +164,14 @@ def _weights(
     codes, weight, scale, zero, Code, Scaled: tl.constexpr, Count: tl.constexpr, Float: tl.constexpr
 ):  # fmt: skip
     """Weights [R, C] of dtype Float from their bytes: less the zero point, if W has any, and times the scale
-    if Scaled.
+    if Scaled; or times the scale and less the offset, which is in the zero point's place.
 
     Both are [R], or with Count > 1 [R, Count]: one for each run of C / Count columns.
     """
     R: tl.constexpr = codes.shape[0]
     C: tl.constexpr = codes.shape[1] * 8 // Code.Bits
     Zeros: tl.constexpr = weight.zeros is not None
+    Offsets: tl.constexpr = weight.offsets is not None
     if Float == tl.float32:
         w = decode32(codes, weight.codebook, Code.Bits, Code.Center)
     else:
@@ -174,13 +179,17 @@ def _weights(
     if Count == 1:
         if Zeros:
             w = w - zero.to(Float)[:, None]  # exact: both are integers below 256
-        if Scaled:
+        if Offsets:
+            w = times_less(w, scale[:, None], zero[:, None], Float)
+        elif Scaled:
             w = times(w, scale[:, None], Float)
     else:
         w = w.reshape(R, Count, C // Count)
         if Zeros:
             w = w - zero.to(Float)[:, :, None]
-        if Scaled:
+        if Offsets:
+            w = times_less(w, scale[:, :, None], zero[:, :, None], Float)
+        elif Scaled:
             w = times(w, scale[:, :, None], Float)
         w = w.reshape(R, C)
     return w
@@ -188,11 +197,14 @@ def _weights(
 
 @jit
 def _group(weight, rows, k, groups, Code, Sub: tl.constexpr, Count: tl.constexpr):
-    """Scale, and zero point less Center, float32, of the Count runs of Sub columns from k on, for each row.
+    """Scale, and zero point less Center or offset less Center scales, float32, of the Count runs of Sub
+    columns from k on, for each row.
 
     [R] when there is one run, [R, Count] else. Runs beyond the last group repeat it: what they scale is
     masked.
     """
+    if Code.Rows != 1:
+        rows = rows // Code.Rows
     if Code.GroupSize == 0:
         at = rows * groups
     elif Count == 1:
@@ -216,7 +228,12 @@ def _group(weight, rows, k, groups, Code, Sub: tl.constexpr, Count: tl.constexpr
     scale = scale.to(tl.float32)
     if weight.scale_scales is not None and Code.Scale != "nested":
         scale *= tl.load(weight.scale_scales)
-    return scale, scale if weight.zeros is None else tl.load(weight.zeros + at).to(tl.float32) - Code.Center
+    zero = scale
+    if weight.zeros is not None:
+        zero = tl.load(weight.zeros + at).to(tl.float32) - Code.Center
+    elif weight.offsets is not None:
+        zero = tl.load(weight.offsets + at).to(tl.float32) - Code.Center * scale
+    return scale, zero
 
 
 @jit
@@ -300,6 +317,7 @@ def _forward_kernel(
     begin = tl.program_id(1) * steps * Tile.K
     end = tl.minimum(begin + steps * Tile.K, K)
     scale, zero = _group(weight, rows, begin, groups, Code, Tile.Sub, Count)
+    Offsets: tl.constexpr = weight.offsets is not None
     Scaled: tl.constexpr = Code.GroupSize != 0 and not Tile.ScaleProduct
     acc = tl.zeros((Tile.M, Tile.N), tl.float32)
     for k in range(begin, end, Tile.K):
@@ -318,7 +336,7 @@ def _forward_kernel(
         if Code.GroupSize != 0:
             # asked for a step ahead: too narrow for an asynchronous copy, it would be waited for
             scale, zero = _group(weight, rows, k + Tile.K, groups, Code, Tile.Sub, Count)
-    if Code.GroupSize == 0:
+    if Code.GroupSize == 0 and not Offsets:
         acc *= scale[None, :]
     if Tile.Overlap:
         tl.extra.cuda.gdc_wait()
@@ -418,19 +436,19 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
 
 def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     """None when `run_grad_x` can serve the call, else the reason."""
-    qweight, scales, zeros, _, _, format, group_size, _, _ = weight
+    qweight, scales, zeros, _, _, format, group_size, offsets, _ = weight
     if (reason := refuse(qweight.device)) is not None:
         return reason
     if format not in CODES:
         return f"format {format!r} is none of {', '.join(CODES)}"
-    if (reason := weight.beyond()) is not None:
-        return reason
     if group_size % 8:
         return f"group_size {group_size} is not a multiple of 8"
     if scales.dtype not in SCALES:
         return f"scales are {scales.dtype}"
     if not (qweight.is_contiguous() and scales.is_contiguous() and (zeros is None or zeros.is_contiguous())):
         return "qweight, scales or zeros is not contiguous"
+    if not (offsets is None or offsets.is_contiguous()):
+        return "offsets is not contiguous"
     if grad.numel() >= 2**31 and grad.numel() // grad.shape[-1] >= 2**31:
         return f"{grad.numel() // grad.shape[-1]} rows are more than 2**31 - 1"
     return None
@@ -519,6 +537,8 @@ class Problem(NamedTuple):
         m, n, k: rows of x or of the gradient; W is [n, k].
         stride: elements between rows of x.
         format, group_size: of W; a row is k columns.
+        offset_dtype: of W's offsets; None where it has none.
+        scale_rows: rows of W that share a scale.
         dtype, scale_dtype: of x, and of W's scales.
         given: which tensors there are.
         rank, factor: of the low-rank term, and its factor's dtype; 0 and None for none.
@@ -531,6 +551,8 @@ class Problem(NamedTuple):
     stride: int
     format: str
     group_size: int
+    offset_dtype: torch.dtype | None
+    scale_rows: int
     dtype: torch.dtype
     scale_dtype: torch.dtype
     given: Given
@@ -568,6 +590,7 @@ def _plans(device: Device, p: Problem) -> Plans:
     if config is None:
         product = Product(p.m, width, depth, code.bits, group_size, p.dtype.itemsize, p.grad_x)
         config = choose(product, device)
+    scale_product = config.scale_product and p.offset_dtype is None
     # what the widest vectors need, 16 bytes of x, of out and of W, and no more: each case is a compilation
     align = Aligned(
         math.gcd(p.n, 8), math.gcd(p.k, 128 // code.bits), math.gcd(p.rank, 8), math.gcd(p.stride, 8)
@@ -579,15 +602,16 @@ def _plans(device: Device, p: Problem) -> Plans:
         K=config.tile_k,
         R=tile_r(p.rank) if p.rank else 0,
         Sub=config.sub,
-        ScaleProduct=config.scale_product,
+        ScaleProduct=scale_product,
         Splits=config.splits > 1,
         Band=BAND,
         Even=width % config.tile_n == 0 if p.grad_x else depth % config.tile_k == 0,
         Overlap=overlap,
     )
     codes = Codes(
-        decoding(p.format, p.dtype), code.bits, code.center, SCALES[p.scale_dtype], group_size, NESTED_BLOCK
-    )
+        decoding(p.format, p.dtype), code.bits, code.center, SCALES[p.scale_dtype], group_size, p.scale_rows,
+        NESTED_BLOCK,
+    )  # fmt: skip
     given = p.given
     product_plan = planned(
         device,
@@ -602,7 +626,7 @@ def _plans(device: Device, p: Problem) -> Plans:
             config.steps,
         ),
         (codes, align, tile),
-        (p.dtype, p.scale_dtype, given, p.factor),
+        (p.dtype, p.scale_dtype, p.offset_dtype, given, p.factor),
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,
@@ -649,7 +673,7 @@ def matrix_of(weight: WeightTensors, x: torch.Tensor) -> Matrix:
         scales = scales.view(torch.uint8)  # Triton takes no eight-bit floats that the GPU lacks
     table = x.dtype == torch.float32 and CODES[format].center == 0 and FORMATS[format].codebook is not None
     return Matrix(
-        qweight, scales, zeros, scale_scales, scale_offset,
+        qweight, scales, zeros, weight.offsets, scale_scales, scale_offset,
         None if scale_offset is None else nested_code(x.device),
         FORMATS[format].values(x.device) if table else None,
     )  # fmt: skip
@@ -689,12 +713,13 @@ def _run(
     if scale_dtype is torch.uint8 and not given.scale_offset:  # the bytes of the format's eight-bit floats
         scale_dtype = FORMATS[weight.format].scale_dtype
     problem = Problem(
-        grad_x, m, n, k, x.stride(0) if m > 1 else depth, weight.format, weight.group_size, x.dtype,
-        scale_dtype, given, 0 if h is None else h.shape[1], dtype_of(factor),
+        grad_x, m, n, k, x.stride(0) if m > 1 else depth, weight.format, weight.group_size,
+        dtype_of(matrix.offsets), weight.scale_rows, x.dtype, scale_dtype, given,
+        0 if h is None else h.shape[1], dtype_of(factor),
     )  # fmt: skip
     product, reduce, partial = _plans(device_of(x.device), problem)
     target = out if partial is None else torch.empty(partial, dtype=torch.float32, device=x.device)
-    alignment = alignment_of(x, *matrix[:5], h, factor, scale_by, seed, out_scale, bias, previous)
+    alignment = alignment_of(x, *matrix[:6], h, factor, scale_by, seed, out_scale, bias, previous)
     term = Term(h, factor, scale_by, seed)
     if grad_x:
         product.launch((x, matrix, term, previous, target, scaling, threshold), alignment)

@@ -29,10 +29,19 @@ EVERYTHING = Wanted(True, (True,), (True,))
 
 
 def make(
-    target: Target, m: int, k: int, n: int, rank: int, dtype: torch.dtype, adapter: torch.dtype, **more: Any
+    target: Target,
+    m: int,
+    k: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    options: dict[str, Any] | None = None,
+    **more: Any,
 ) -> tuple[torch.Tensor, LoraArgs, torch.Tensor, torch.Tensor]:
-    """x, a projection over int4, a gradient of y, and the dense weight."""
-    w = bitfuse.quantize(torch.randn(n, k) / k**0.5, "int4", group_size=math.gcd(k, 32))
+    """x, a projection over int4 or what the options say, a gradient of y, and the dense weight."""
+    options = options or dict(format="int4", group_size=math.gcd(k, 32))
+    w = bitfuse.quantize(torch.randn(n, k) / k**0.5, **options)
     x, lora_A, lora_B, grad = target.place(
         torch.randn(m, k, dtype=dtype), (torch.randn(rank, k) / k**0.5).to(adapter),
         torch.randn(n, rank).to(adapter), torch.randn(m, n, dtype=dtype),
@@ -67,6 +76,16 @@ def test_tall_tiles_and_shares_of_rows(target: Target) -> None:
     (seed,) = target.place(torch.tensor([2**40 + 5]))
     check(target, *make(target, 300, 136, 72, 16, BF16, BF16))
     check(target, *make(target, 300, 136, 136, 12, BF16, F32, seed=seed.view(())))
+
+
+@TARGETS
+def test_offsets_and_shared_scales(target: Target) -> None:
+    """Forward and backward over weights that the CUDA kernels refuse, too."""
+    (seed,) = target.place(torch.tensor([2**40 + 5]))
+    check(target, *make(target, 5, 128, 72, 8, BF16, BF16, dict(format="int8", offset=True)))
+    options = dict(format="int4", group_size=32, offset=True, scale_rows=24)
+    check(target, *make(target, 70, 160, 72, 8, F16, F32, options, seed=seed.view(())))
+    check(target, *make(target, 3, 256, 72, 8, F16, F16, dict(format="fp8", group_size=128, scale_rows=128)))
 
 
 @TARGETS

@@ -81,7 +81,8 @@ def test_every_code_decodes_exactly(target: Target, dtype: torch.dtype, format: 
     assert torch.equal(target.run(forward_op, x, weight, None).cpu(), values[codes.int()].T)
 
 
-# each row of the table of tiles, with ends that are no whole tile, runs of each kind, zeros, nested scales
+# each row of the table of tiles, with ends that are no whole tile, runs of each kind, zeros, nested scales,
+# float offsets, scales that rows share
 CASES = [
     (1, 137, 2056, torch.bfloat16, dict(format="int4", group_size=8)),
     (16, 264, 2048, torch.bfloat16, dict(format="nf4", nested=True)),
@@ -90,6 +91,9 @@ CASES = [
     (64, 136, 1024, torch.bfloat16, dict(format="int4")),
     (130, 267, 520, torch.bfloat16, dict(format="int4", group_size=40, symmetric=False)),
     (40, 73, 1032, torch.float32, dict(format="int4", group_size=24)),
+    (2, 136, 1024, torch.bfloat16, dict(format="int4", group_size=64, offset=True)),
+    (67, 141, 1024, torch.float16, dict(format="int8", group_size=128, offset=True, scale_rows=24)),
+    (3, 73, 1032, torch.float32, dict(format="int2", group_size=24, offset=True)),
 ]
 
 
