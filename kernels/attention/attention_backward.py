@@ -21,8 +21,9 @@ bias takes two more.
 
 Not deterministic, keys make dQ too: a tile's share, dz^T K, is added atomically to float32 sums in L2, five
 products a pair; programs of one head begin their walks at different tiles, so that few add to one place. A
-pass over the sums, 6 bytes an element, makes dQ of them. A gradient of sinks wants what `queries` sums, and
-heads wider than 128 leave no registers: they are made without atomics either way.
+pass over the sums, 6 bytes an element, makes dQ of them. They are made without atomics either way where a
+gradient of sinks wants what `queries` sums; where heads wider than 128 leave no registers; and where heads
+wider than 64 leave no columns of Blackwell's tensor memory, which five products and their operands share.
 
 What bounds it, bfloat16, dim 128 on Hopper: a pair of tiles of 128 and 64 takes keys 1024 cycles of the
 tensor cores and 525 instructions of each of eight warps, 1050 cycles to issue (27 of them reload what
@@ -133,16 +134,19 @@ def _gradient(
 
 
 @jit
-def _row_of(pointer, i, length, other):
-    return tl.load(pointer + i, mask=i < length, other=other)
+def _rows(lse, delta, i, length, Natural: tl.constexpr):
+    """Of the queries i, in the logits' unit, lse: 0 for a query that sees nothing, whose logits are all -inf,
+    inf past the end; and delta, 0 past the end.
 
-
-@jit
-def _level(lse, i, length, Natural: tl.constexpr):
-    """lse in the logits' unit; 0 for a query that sees nothing, whose logits are all -inf; inf past the
-    end."""
-    value = in_unit(tl.load(lse + i, mask=i < length, other=float("inf")), Natural)
-    return tl.where(value == float("-inf"), 0.0, value)
+    Each is read as [rows, 8] copies. Triton would read a vector of fewer elements than there are threads in
+    the layout of the logits, where a thread has all queries: 64 registers, and twice that of addresses.
+    """
+    column = tl.arange(0, 8)[None, :]
+    inside = (i < length)[:, None]
+    of_lse = tl.max(tl.load(lse + i[:, None] + column * 0, mask=inside, other=float("inf")), 1)
+    of_delta = tl.max(tl.load(delta + i[:, None] + column * 0, mask=inside, other=0.0), 1)
+    level = in_unit(of_lse, Natural)
+    return tl.where(level == float("-inf"), 0.0, level), of_delta
 
 
 @jit
@@ -158,7 +162,7 @@ def _keys_step(
     g_tile = tile(grad, m, SQ, Edge != "", Form.PaddedV)
     dp = product(value, g_tile.T)
     first, second = row_keys(seed, line + i)
-    own_lse, own_delta = _level(lse + line, i, SQ, Form.Natural), _row_of(delta + line, i, SQ, 0.0)
+    own_lse, own_delta = _rows(lse + line, delta + line, i, SQ, Form.Natural)
     dropped, _, ds = _gradient(
         s, dp, numbers, slope, bias, window, i[None, :], j, SQ, length, own_lse[None, :], own_delta[None, :],
         first[None, :], second[None, :], seed, drawn, Form, Edge,
@@ -338,10 +342,8 @@ def _queries_kernel(
         line, place = head * total_q + q_first, q_first.to(tl.int64)
     first, second = row_keys(seed, line + i)
     first, second = first[:, None], second[:, None]
-    own_lse, own_delta = (
-        _level(lse + line, i, sq, Form.Natural)[:, None],
-        _row_of(delta + line, i, sq, 0.0)[:, None],
-    )
+    own_lse, own_delta = _rows(lse + line, delta + line, i, sq, Form.Natural)
+    own_lse, own_delta = own_lse[:, None], own_delta[:, None]
     slope, own = slopes, bias
     if slopes is not None:
         slope = tl.load(slopes + wide_b * slope_batch + head)
@@ -443,10 +445,8 @@ def _bias_kernel(
         value = tile(Walk(own_v, v_stride, v_rel, column, d_v < Head.DimV), n, SK, True, Form.PaddedV)
         dp = product(g_tile, value.T)
         first, second = row_keys(seed, line + i)
-        own_lse, own_delta = (
-            _level(lse + line, i, SQ, Form.Natural)[:, None],
-            _row_of(delta + line, i, SQ, 0.0)[:, None],
-        )
+        own_lse, own_delta = _rows(lse + line, delta + line, i, SQ, Form.Natural)
+        own_lse, own_delta = own_lse[:, None], own_delta[:, None]
         _, dz, _ = _gradient(
             s, dp, numbers, slope, own, window, i[:, None], j[None, :], SQ, SK, own_lse, own_delta,
             first[:, None], second[:, None], seed, P, Form, "window",
@@ -484,13 +484,15 @@ def choose(device: Device, kernel: str, dim: int, float_bytes: int, plain: bool)
     - Up to dim 128, 128 keys (or queries) own their sums, 64 registers a thread for each of dk and dv, and
       meet 64 queries (or keys) at a time. That is 97 KB at dim 128; where a program has 99 KB at most, what
       logits need beyond a scale leaves no room for a second stage, nor keys any for 64 queries.
-    - dim 256: what shared memory holds, two stages on Hopper, one elsewhere.
+    - dim 256: what shared memory holds, two stages on Hopper, one elsewhere; on Blackwell P and dz of keys
+      pass through it too.
     """
     if float_bytes == 4:
         return Config(16, 16, 4, 1) if dim > 128 else Config(32, 32, 4, 1)
     if dim > 128:
         if device.arch.shared_operands:
-            return Config(64, 32, 4, 1) if kernel == "bias" else Config(64, 64, 8, 2)
+            stages = 1 if kernel == "keys" and device.arch.tensor_memory else 2
+            return Config(64, 32, 4, 1) if kernel == "bias" else Config(64, 64, 8, stages)
         return Config(32, 32, 4, 1)
     if kernel == "bias":
         return Config(64, 64, 4, 1)
@@ -610,7 +612,7 @@ def run(
     delta = _delta(layout(grad), out, grad_lse, a.cu_seqlens_q is not None)
     of_sinks = wanted.sinks and a.sinks is not None
     sums = None
-    narrow = max(q.shape[-1], v.shape[-1]) <= 128
+    narrow = max(q.shape[-1], v.shape[-1]) <= (64 if device_of(q.device).arch.tensor_memory else 128)
     if not deterministic and wanted.q and (wanted.k or wanted.v) and not of_sinks and narrow and p.sk:
         sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     elif wanted.q or of_sinks:

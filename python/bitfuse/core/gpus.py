@@ -44,6 +44,11 @@ class Arch:
         return self.block_kib >= 160
 
     @property
+    def tensor_memory(self) -> bool:
+        """Whether sums of its tensor cores lie in a memory of their own (tcgen05), 512 columns a block."""
+        return self.shared_operands and self.number >= 100
+
+    @property
     def converts_fp8(self) -> bool:
         """Whether it has instructions from e4m3 to float16."""
         return self.number >= 89
