@@ -101,16 +101,6 @@ void backward(py::handle grad_, py::handle grad_lse_, py::handle q_, py::handle 
   BITFUSE_OF_LEVEL(attention_backward)(args);
 }
 
-// A tensor of torch's own classes whose memory is what it seems.
-bool plain_layout(py::handle object, Tensor& t) {
-  if (!is_plain(object.ptr())) return false;
-  const py::object negated =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg));
-  if (negated.ptr() == Py_False && layout_of(object.ptr(), t)) return true;
-  PyErr_Clear();
-  return false;
-}
-
 bool fits(py::handle q_, py::handle k_, py::handle v_) {
   Tensor q, k, v;
   if (!plain_layout(q_, q) || !plain_layout(k_, k) || !plain_layout(v_, v)) return false;

@@ -183,6 +183,11 @@ void bind_decode_attention(py::module_& module) {
              "Appends k and v, if they are given, to CacheTensors; then attends as DecodeArgs say.",
              py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cache"), py::arg("cache_seqlens"),
              py::arg("rotary"), py::arg("args"), py::arg("out"), py::arg("lse"));
+  module.def("decode_attention_fits", decode_fits,
+             "True of plain tensors of one dtype and device that meet a cache in full precision, and need "
+             "nothing else: what the op's check need not look at.",
+             py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cache"), py::arg("cache_seqlens"),
+             py::arg("rotary"), py::arg("args"));
   module.def("merge_attention", merge_attention, py::arg("o1"), py::arg("lse1"), py::arg("o2"),
              py::arg("lse2"), py::arg("out"), py::arg("lse"));
 }

@@ -24,6 +24,16 @@ inline HeadRows head_rows(const char* name, const Tensor& t, const Tensor& like,
   return {t.data, packed ? 0 : t.strides[0], t.strides[first], t.strides[first + 1]};
 }
 
+// A tensor of torch's own classes whose memory is what it seems.
+inline bool plain_layout(py::handle object, Tensor& t) {
+  if (!is_plain(object.ptr())) return false;
+  const py::object negated =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg));
+  if (negated.ptr() == Py_False && layout_of(object.ptr(), t)) return true;
+  PyErr_Clear();
+  return false;
+}
+
 // float32, dense.
 inline const float* floats(const char* name, const Tensor& t, const Tensor& like,
                            std::initializer_list<int64_t> shape) {

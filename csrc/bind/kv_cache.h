@@ -2,6 +2,8 @@
 // python/bitfuse/ops/attention/kv_cache.py: the same for the CPU and for CUDA.
 #pragma once
 
+#include <cmath>
+
 #include "bind/heads.h"
 #include "common/kv_cache.h"
 #include "common/rotary.h"
@@ -225,6 +227,59 @@ inline DecodeArgs read_decode(const Tensor& q, py::handle k_, py::handle v_, py:
   args.out = dense<void>("out", out, q.dtype, {batch, args.queries, args.heads, args.cache.dim_v});
   args.lse = dense<float>("lse", lse, Dtype::kFloat32, {batch, args.heads, args.queries});
   return args;
+}
+
+// True of plain tensors of one dtype and device that meet: queries, new keys and values if there are any, and
+// a cache in full precision, without a rotation, a tree, slopes and sinks.
+inline bool decode_fits(py::handle q_, py::handle k_, py::handle v_, py::handle cache, py::handle seqlens_,
+                        py::handle rotary, py::handle a) {
+  static const CacheNames& of_cache = *new CacheNames;
+  static const RotaryNames& of_rotary = *new RotaryNames;
+  static const DecodeNames& names = *new DecodeNames;
+  auto none = [](const Name& name, py::handle object) { return name.of(object).is_none(); };
+  auto finite = [&](const Name& name) {
+    const py::object value = name.of(a);
+    return PyFloat_CheckExact(value.ptr()) && std::isfinite(PyFloat_AS_DOUBLE(value.ptr()));
+  };
+  if (!none(of_rotary.cos, rotary) || !none(of_rotary.sin, rotary) || !none(of_rotary.positions, rotary) ||
+      !none(names.tree_mask, a) || !none(names.alibi_slopes, a) || !none(names.sinks, a) ||
+      !finite(names.softmax_scale) || !finite(names.softcap) || names.softcap.number(a) < 0)
+    return false;
+  const py::object format = of_cache.format.of(cache);
+  if (!PyUnicode_Check(format.ptr()) || PyUnicode_CompareWithASCIIString(format.ptr(), "none") != 0 ||
+      !none(of_cache.k_scales, cache) || !none(of_cache.v_scales, cache))
+    return false;
+  Tensor q, k, v, seqlens;
+  if (!plain_layout(q_, q) || !plain_layout(of_cache.k.of(cache), k) ||
+      !plain_layout(of_cache.v.of(cache), v) || !plain_layout(seqlens_, seqlens))
+    return false;
+  if (q.dims != 4 || k.dims != 4 || v.dims != 4 || seqlens.dims != 1) return false;
+  const int64_t batch = q.shape[0], kv_heads = k.shape[2], dim = q.shape[3], dim_v = v.shape[3];
+  auto alike = [&](const Tensor& t) { return t.dtype == q.dtype && t.device == q.device; };
+  auto head = [](int64_t size) { return size > 0 && size <= kMaxHeadDim; };
+  if (!is_float(q.dtype) || !alike(k) || !alike(v) || k.shape[3] != dim || !head(dim) || !head(dim_v) ||
+      kv_heads <= 0 || q.shape[2] % kv_heads || v.shape[0] != k.shape[0] || v.shape[1] != k.shape[1] ||
+      v.shape[2] != kv_heads || !has_dense_rows(k) || !has_dense_rows(v) || seqlens.dtype != Dtype::kInt32 ||
+      seqlens.device != q.device || seqlens.shape[0] != batch)
+    return false;
+  if (const py::object given = of_cache.block_table.of(cache); given.is_none()) {
+    if (k.shape[0] != batch) return false;
+  } else {
+    Tensor table;
+    if (!plain_layout(given, table) || table.dims != 2 || table.dtype != Dtype::kInt32 ||
+        table.device != q.device || table.shape[0] != batch || !is_power_of_two(k.shape[1]) ||
+        table.strides[1] != 1 || table.strides[0] != table.shape[1])
+      return false;
+  }
+  if (k_.is_none() && v_.is_none()) return true;
+  Tensor new_k, new_v;
+  if (!plain_layout(k_, new_k) || !plain_layout(v_, new_v) || new_k.dims != 4 || new_v.dims != 4)
+    return false;
+  auto meets = [&](const Tensor& t, int64_t width) {
+    return alike(t) && t.shape[0] == batch && t.shape[1] == new_k.shape[1] && t.shape[2] == kv_heads &&
+           t.shape[3] == width && has_dense_rows(t);
+  };
+  return meets(new_k, dim) && meets(new_v, dim_v);
 }
 
 }  // namespace bitfuse

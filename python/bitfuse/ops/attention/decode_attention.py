@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...core import autocast
 from ...core.autograd import recorded, recording, without_gradient
 from ...core.backends import Backend
 from ...core.cost import Cost, moved
+from ...core.cpu import extension
 from ...core.declaration import CACHE, LENGTHS, Declaration, Part, Tuned, declare
 from ...core.explain import Explanation
 from ...core.op import Op
@@ -49,8 +51,27 @@ from .kv_cache import (
 )
 from .rope import as_rotary
 
+# a C++ function that says in a microsecond that `_check_tensors` has nothing to say; never true of what only
+# torch can read, nor of a cache in few bits
+_fits: Callable[..., bool] = getattr(extension, "decode_attention_fits", lambda *args: False)
+
 
 def _check(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    cache: CacheTensors,
+    cache_seqlens: torch.Tensor,
+    rotary: Rotary,
+    a: DecodeArgs,
+) -> None:
+    if not _fits(q, k, v, cache, cache_seqlens, rotary, a):
+        _check_tensors(q, k, v, cache, cache_seqlens, rotary, a)
+    if CHECK_PLACES and q.is_cuda:
+        check_places(cache, cache_seqlens, q.shape[1], 0 if k is None else k.shape[1], rotary)
+
+
+def _check_tensors(
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
@@ -104,8 +125,6 @@ def _check(
         check_tensor("alibi_slopes", a.alibi_slopes, (torch.float32,), slopes, device)
     if a.sinks is not None:
         check_tensor("sinks", a.sinks, (torch.float32,), (heads,), device)
-    if CHECK_PLACES and q.is_cuda:
-        check_places(cache, cache_seqlens, queries, new, rotary)
 
 
 def _seen(a: DecodeArgs, sequence: int, queries: int, length: int) -> torch.Tensor | None:
