@@ -16,22 +16,9 @@ import pytest
 import torch
 from bitfuse.core.backends import left_out
 from bitfuse.core.op import Op
-from torch.overrides import TorchFunctionMode
+from bitfuse_tools.gpu.poison import Poisoned
 
 _seeds = itertools.count(1)
-
-
-class GuardedOutputs(TorchFunctionMode):
-    """Every torch.empty of a backend is NaN and ends at a guard page: a store too far is a fault, a missed
-    one a NaN."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty) and out.device.type == "cpu":
-            if out.is_floating_point():
-                out.fill_(float("nan"))
-            return cusim.guarded(out)
-        return out
 
 
 @dataclass(frozen=True)
@@ -76,8 +63,11 @@ class Target:
                 level = max(1, int(os.environ.get("CUSIM_RACECHECK", 0)))  # a test may ask for more
                 stack.enter_context(cusim.device(sm=self.sm, racecheck=level, seed=next(_seeds)))
             stack.enter_context(bitfuse.use_backend(self.backend))
-            stack.enter_context(GuardedOutputs())
-            return op(*args)
+            # an output not wholly written is a NaN; a store too far is a fault, or on a GPU found by `check`
+            outputs = stack.enter_context(Poisoned(cusim.guarded))
+            found = op(*args)
+            outputs.check()
+            return found
 
 
 def targets(*backends: str) -> list[Target]:

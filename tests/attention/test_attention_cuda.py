@@ -241,6 +241,54 @@ def test_what_was_compiled() -> None:
     assert {(stack, local) for _, stack, local in used} == {("0", "0")}, used
 
 
+def reached(code: list[tuple[int, str]], start: int) -> list[str]:
+    """The instructions of a kernel that may follow the one at an address, by its branches."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    seen: set[int] = set()
+    left = [at[start]]
+    while left:
+        i = left.pop()
+        if i in seen or i >= len(code):
+            continue
+        seen.add(i)
+        text = code[i][1]
+        branch = re.match(r"(@!?U?P\w+ )?BRA(?:\.\w+)*(?: !?U?P\w+,)* (?:`\()?0x([0-9a-f]+)", text)
+        assert branch or not re.match(r"(@!?U?P\w+ )?(BRX|JMX|CALL|RET)", text), text
+        if branch:
+            left.append(at[int(branch[2], 16)])
+        ends = re.match(r"(BRA(?!.*P\d)|EXIT)", text)
+        if not ends:
+            left.append(i + 1)
+    return [code[i][1] for i in sorted(seen)]
+
+
+def test_the_producer_has_registers_enough() -> None:
+    """Its warps give up all but 24 or 32 registers (setmaxnreg.dec), which the compiler does not hold them
+    to: what they may run from there on names none beyond."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool), "--dump-resource-usage", native.__file__]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = dict.fromkeys(re.findall(r"Function (\w*attention_sm90_kernel\w*):", report))
+    command = [str(tool), "-arch", "sm_90a", "-fun", ",".join(names), "--dump-sass", native.__file__]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.split(r"\n\s+Function : ", text)[1:]
+    assert len(kernels) == 14
+    for kernel in kernels:
+        lines = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?) *;", kernel)
+        code = [(int(address, 16), instruction) for address, instruction in lines]
+        given = [(a, text) for a, text in code if "USETMAXREG.DEALLOC" in text]
+        assert len(given) == 1
+        (address, instruction), name = given[0], kernel.split()[0]
+        budget = int(instruction.split()[-1], 16)
+        producer = reached(code, address)
+        highest = max(int(n) for text in producer for n in re.findall(r"\bR(\d+)\b", text))
+        assert any("UTMALDG" in text for text in producer) and not any("GMMA" in text for text in producer)
+        # a pair ends at the register behind the one that is named
+        wide = any(f"R{highest}.64" in text for text in producer)
+        assert highest + wide < budget, f"{name}: R{highest} of {budget} registers"
+
+
 @TARGETS
 def test_reasons(target: Target) -> None:
     (x,) = target.place(torch.randn(1, 8, 2, 64).half())

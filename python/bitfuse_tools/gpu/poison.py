@@ -31,7 +31,7 @@ class Poisoned(TorchFunctionMode):
         if func not in _EMPTY:
             return out
         if out.device.type == "cuda":
-            return self._on_gpu(out)
+            return out if torch.cuda.is_current_stream_capturing() else self._on_gpu(out)
         if out.device.type == "cpu":
             if out.is_floating_point():
                 out.fill_(float("nan"))
@@ -40,7 +40,7 @@ class Poisoned(TorchFunctionMode):
 
     def _on_gpu(self, out: torch.Tensor) -> torch.Tensor:
         dense = out.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(out)
-        if not dense or torch.cuda.is_current_stream_capturing():
+        if not dense:
             return out
         nbytes = out.numel() * out.element_size()
         with torch.no_grad():
