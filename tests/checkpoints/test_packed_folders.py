@@ -435,6 +435,44 @@ def test_a_model_from_two_files(tmp_path: Path) -> None:
         bitfuse.from_pretrained(tmp_path)
 
 
+def test_gpt_oss(tmp_path: Path) -> None:
+    """Experts in MXFP4: what transformers computes of the same numbers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+        max_position_embeddings=64, dtype="bfloat16",
+    )  # fmt: skip
+    plain = transformers.GptOssForCausalLM(config).eval()
+    tensors: Tensors = {}
+    for name, p in plain.named_parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+        p.data = p.data.bfloat16().float()
+        if p.dim() != 3:
+            tensors[name] = p.detach().bfloat16()
+            continue
+        experts, k, n = p.shape
+        q, e = draw(4, experts * n, k), torch.randint(120, 126, (experts * n, k // 32), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = stream(q, 4, np.uint8).view(experts, n, k // 32, 16)
+        tensors[f"{name}_scales"] = e.view(experts, n, k // 32)
+        dense = fp4(q) * (2.0 ** (e.float() - 127)).repeat_interleave(32, 1)
+        p.data = dense.view(experts, n, k).mT.contiguous()
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    write(tmp_path, tensors, said, **config.to_dict() | {"quantization_config": said})
+    model = bitfuse.from_pretrained(tmp_path, dtype=torch.float32, progress=False)
+    few_bit = [n for n, m in model.named_modules() if isinstance(m, bitfuse.nn.Linear)]
+    assert len(few_bit) == 2 * 2 * 4 and model.load_report.lossless
+    x = torch.randint(0, 64, (2, 9))
+    with torch.no_grad():
+        got, wanted = model(x).logits, plain(x).logits
+        plain.set_experts_implementation("eager")  # the default has no float64
+        assert_accurate(got, plain.double()(x).logits, wanted)
+    del tensors["model.layers.1.mlp.experts.down_proj_blocks"]
+    write(tmp_path, tensors, said, **config.to_dict() | {"quantization_config": said})
+    with pytest.raises(ValueError, match=r"experts\.down_proj_scales"):
+        bitfuse.from_pretrained(tmp_path, progress=False)
+
+
 # ---------------------------------------------------------------------------------------------- damaged files
 
 

@@ -90,6 +90,7 @@ class Entry:
         nbytes: in the file.
         read: reads it.
         few_bit: whether it is in few bits.
+        tied_to: the module whose codes it reads too, which comes before it; "" if none.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Entry:
     nbytes: int
     read: Callable[[], Loaded]
     few_bit: bool
+    tied_to: str = ""
 
 
 class Checkpoint(ABC):

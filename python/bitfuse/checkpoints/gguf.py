@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class GGUF(Checkpoint):
     """A `.gguf` file (llama, mistral, qwen2, qwen3, gemma2, gemma3).
 
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, MXFP4, NVFP4, F16, BF16 and F32 are read, in any mix.
-    A head that is tied to the embedding is read from the embedding's codes, and is few-bit too.
+    A head that is tied to the embedding reads the embedding's codes.
     """
 
     kind = "gguf"
@@ -53,7 +54,8 @@ class GGUF(Checkpoint):
                 raise ValueError(f"{tensor.where} has no place in a model of {arch.model_type}")
             yield self._entry(arch, fields, tensor, found)
         if "output.weight" not in self.file.tensors:
-            yield self._entry(arch, fields, self.file.tensors["token_embd.weight"], "lm_head.weight")
+            head = self._entry(arch, fields, self.file.tensors["token_embd.weight"], "lm_head.weight")
+            yield replace(head, tied_to="model.embed_tokens")
 
     def _entry(self, arch: Architecture, fields: dict[str, Any], tensor: GGUFTensor, name: str) -> Entry:
         module, _, part = name.rpartition(".")

@@ -10,13 +10,14 @@ import torch
 
 from ..core.text import progress_bar
 from ..models.quantization import _refuse_save_pretrained
-from ..nn import Linear
+from ..nn import Embedding, Linear
 from ..weights.formats import SCALE_DTYPES
 from ..weights.weight import LowBitWeight
 from .awq import AWQ
 from .bitsandbytes import BitsAndBytes
-from .checkpoint import Checkpoint, Entry, Loaded, Source
+from .checkpoint import Checkpoint, Entry, Source
 from .compressed_tensors import CompressedTensors
+from .experts import PackedExperts, is_dense_experts
 from .fp8_block import FP8Block, ModelOpt
 from .gguf import GGUF
 from .gptq import GPTQ
@@ -54,7 +55,8 @@ def from_pretrained(
     progress: bool = True,
 ) -> Any:
     """A transformers model from a checkpoint that is in few bits already, read as it is: its linear layers
-    are `bitfuse.nn.Linear` of the file's own codes, and no matrix is dense on the way.
+    are `bitfuse.nn.Linear` and its embeddings `bitfuse.nn.Embedding` of the file's own codes, and no matrix
+    is dense on the way.
 
     What was read how, and whether anything was lost, is in the model's `load_report` (a `LoadReport`; `print`
     it). A tokenizer: `transformers.AutoTokenizer.from_pretrained(folder)`, for a GGUF file with
@@ -62,7 +64,7 @@ def from_pretrained(
 
     Args:
         path: a `.gguf` file, or a folder with config.json and safetensors.
-        dtype: of what is not in few bits (norms, biases, embeddings), and of the activations; by default what
+        dtype: of what is not in few bits (norms, biases), and of the activations; by default what
             the config says, for GGUF float32.
         device: where the model goes, a layer at a time.
         progress: shows a bar, where tqdm is installed.
@@ -85,7 +87,7 @@ def from_pretrained(
     bar = progress_bar(f"read {checkpoint.path.name}", len(entries), "tensor", progress)
     try:
         for entry in entries:
-            _place_(model, entry, entry.read(), dtype, device, checkpoint, report)
+            _place_(model, entry, dtype, device, checkpoint, report)
             bar.update()
     finally:
         bar.close()
@@ -151,18 +153,26 @@ def _compute_buffers_(model: Any, device: torch.device, path: Path) -> None:
 def _place_(
     model: torch.nn.Module,
     entry: Entry,
-    loaded: Loaded,
     dtype: torch.dtype,
     device: torch.device,
     checkpoint: Checkpoint,
     report: LoadReport,
 ) -> None:
     """Put a weight where it belongs, in place."""
-    w = loaded.weight
     where = f"{checkpoint.path}: {entry.name}"
+    if entry.few_bit and (experts := _experts_(model, entry.name)) is not None:
+        loaded = entry.read()
+        assert isinstance(loaded.weight, LowBitWeight)
+        few_bit = _read_as(loaded.weight, dtype).to(device)
+        try:
+            experts.fill(entry.name.rpartition(".")[2], few_bit)
+        except ValueError as why:
+            raise ValueError(f"{where}: {why}") from None
+        report.add(entry, loaded, few_bit)
+        return
     module_name, _, key = (f"{entry.name}.weight" if entry.few_bit else entry.name).rpartition(".")
     try:
-        module = model.get_submodule(module_name)
+        module: Any = model.get_submodule(module_name)
     except AttributeError:
         module = torch.nn.Module()
     held: Any = module._parameters.get(key)
@@ -170,16 +180,23 @@ def _place_(
         held = module._buffers.get(key)
     if held is None:
         raise ValueError(f"{where} ({entry.stored}) has no place in a {type(model).__name__}")
+    if entry.tied_to and isinstance(first := model.get_submodule(entry.tied_to), Embedding):
+        _replace_(model, module_name, Linear.tied_to(first, module.bias))
+        report.tied[entry.name] = entry.tied_to
+        return
+    loaded = entry.read()
+    w = loaded.weight
     if tuple(held.shape) != tuple(w.shape):
         raise ValueError(
             f"{where} has shape {list(w.shape)}, and a {type(model).__name__} {list(held.shape)}"
         )
-    if isinstance(w, LowBitWeight) and type(module) is torch.nn.Linear:
-        made = Linear.from_weight(_read_as(w, dtype).to(device), module.bias)
-        made.train(module.training)
-        parent, _, name = module_name.rpartition(".")
-        model.get_submodule(parent)._modules[name] = made
-        report.add(entry, loaded, made.weight)
+    if isinstance(w, LowBitWeight) and type(module) in (torch.nn.Linear, torch.nn.Embedding):
+        few_bit = _read_as(w, dtype).to(device)
+        if isinstance(module, torch.nn.Embedding):
+            _replace_(model, module_name, Embedding.from_weight(few_bit, module.padding_idx))
+        else:
+            _replace_(model, module_name, Linear.from_weight(few_bit, module.bias))
+        report.add(entry, loaded, few_bit)
         return
     if isinstance(w, LowBitWeight):
         numbers = w.dequantize(dtype).to(device)
@@ -192,6 +209,25 @@ def _place_(
     else:
         module._parameters[key] = torch.nn.Parameter(numbers, requires_grad=numbers.is_floating_point())
     report.add(entry, loaded, numbers)
+
+
+def _experts_(model: Any, name: str) -> PackedExperts | None:
+    """The few-bit experts that have a parameter of this name, made of dense ones where they are not yet."""
+    module_name, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        return None
+    if is_dense_experts(module):
+        module = PackedExperts(module)
+        _replace_(model, module_name, module)
+    return module if isinstance(module, PackedExperts) and key in module._parameters else None
+
+
+def _replace_(model: Any, name: str, made: torch.nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    there = model.get_submodule(parent)
+    there._modules[own] = made.train(there.training)
 
 
 def _read_as(w: LowBitWeight, dtype: torch.dtype) -> LowBitWeight:

@@ -47,12 +47,14 @@ class LoadReport:
         path, kind: of the file, and its format.
         layers: the weights of two dimensions and more, and all of which something was lost.
         other: how many others there are.
+        tied: modules that read the codes of another, and that one.
     """
 
     path: str
     kind: str
     layers: list[LoadedLayer] = field(default_factory=list)
     other: int = 0
+    tied: dict[str, str] = field(default_factory=dict)
 
     @property
     def lossless(self) -> bool:
@@ -85,6 +87,9 @@ class LoadReport:
                 *(f"{r.bytes_before / 1e6:.2f}", f"{r.bytes_after / 1e6:.2f}"),
             )
             for r in self.layers
+        ]
+        rows += [
+            (name, "", "", f"reads the codes of {other}", "", "", "") for name, other in self.tied.items()
         ]
         before, after = (
             sum(getattr(r, f"bytes_{when}") for r in self.layers) for when in ("before", "after")
