@@ -59,7 +59,7 @@ from .attention_logits import (
     unseen_hidden,
     visited,
 )
-from .attention_problem import NUMBERS, Heads, Problem, Tiles, launch, problem_of
+from .attention_problem import NUMBERS, Heads, Problem, launch, problem_of
 from .attention_problem import supports as supports_forward
 from .layouts import Layout, layout, padded, vector
 
@@ -73,6 +73,17 @@ class DeltaTiles(NamedTuple):
     DV: int
     DimV: int
     Align: int
+
+
+class Walked(NamedTuple):
+    """Rows of queries and of keys of a tile, padded widths of q and k and of v; how many copies of lse and
+    delta are read (see `_rows`)."""
+
+    M: int
+    N: int
+    D: int
+    DV: int
+    Copies: int
 
 
 class Summed(NamedTuple):
@@ -134,17 +145,22 @@ def _gradient(
 
 
 @jit
-def _rows(lse, delta, i, length, Natural: tl.constexpr):
+def _rows(lse, delta, i, length, Natural: tl.constexpr, Copies: tl.constexpr):
     """Of the queries i, in the logits' unit, lse: 0 for a query that sees nothing, whose logits are all -inf,
     inf past the end; and delta, 0 past the end.
 
-    Each is read as [rows, 8] copies. Triton would read a vector of fewer elements than there are threads in
-    the layout of the logits, where a thread has all queries: 64 registers, and twice that of addresses.
+    A vector of fewer elements than there are threads is read in the layout of the logits, where a thread may
+    have all queries: 64 registers, and twice that of addresses. Of several copies of each it is not, at the
+    price of some shared memory.
     """
-    column = tl.arange(0, 8)[None, :]
-    inside = (i < length)[:, None]
-    of_lse = tl.max(tl.load(lse + i[:, None] + column * 0, mask=inside, other=float("inf")), 1)
-    of_delta = tl.max(tl.load(delta + i[:, None] + column * 0, mask=inside, other=0.0), 1)
+    inside = i < length
+    if Copies == 1:
+        of_lse = tl.load(lse + i, mask=inside, other=float("inf"))
+        of_delta = tl.load(delta + i, mask=inside, other=0.0)
+    else:
+        place = i[:, None] + tl.arange(0, Copies)[None, :] * 0
+        of_lse = tl.max(tl.load(lse + place, mask=inside[:, None], other=float("inf")), 1)
+        of_delta = tl.max(tl.load(delta + place, mask=inside[:, None], other=0.0), 1)
     level = in_unit(of_lse, Natural)
     return tl.where(level == float("-inf"), 0.0, level), of_delta
 
@@ -152,7 +168,7 @@ def _rows(lse, delta, i, length, Natural: tl.constexpr):
 @jit
 def _keys_step(
     dk, dv, key, value, q, grad, m, j, length, SQ, numbers, slope, bias, window, lse, delta, line, seed,
-    drawn, sums, Form, Edge: tl.constexpr,
+    drawn, sums, Form, Copies: tl.constexpr, Edge: tl.constexpr,
 ):  # fmt: skip
     """The queries from m on: what they give dk and dv [TileN, dim] of the keys j, and what these give to the
     sums [TileM, dim] of dq, walked from the head's first row on, if there are any."""
@@ -162,7 +178,7 @@ def _keys_step(
     g_tile = tile(grad, m, SQ, Edge != "", Form.PaddedV)
     dp = product(value, g_tile.T)
     first, second = row_keys(seed, line + i)
-    own_lse, own_delta = _rows(lse + line, delta + line, i, SQ, Form.Natural)
+    own_lse, own_delta = _rows(lse + line, delta + line, i, SQ, Form.Natural, Copies)
     dropped, _, ds = _gradient(
         s, dp, numbers, slope, bias, window, i[None, :], j, SQ, length, own_lse[None, :], own_delta[None, :],
         first[None, :], second[None, :], seed, drawn, Form, Edge,
@@ -251,7 +267,7 @@ def _keys_kernel(
             m = masked_tile(t, lo, edge, end, Tile.M)
             dk_sum, dv_sum = _keys_step(
                 dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, sk, sq, numbers, slope, own, window,
-                lse, delta, line, seed, P, own_sums, Form, "window",
+                lse, delta, line, seed, P, own_sums, Form, Tile.Copies, "window",
             )  # fmt: skip
         if not Form.Natural:
             count = (end - full) // Tile.M
@@ -261,7 +277,7 @@ def _keys_kernel(
                     m = full + (t + pid) % count * Tile.M
                 dk_sum, dv_sum = _keys_step(
                     dk_sum, dv_sum, key, value, q_walk, g_walk, m, j, sk, sq, numbers, slope, own,
-                    window, lse, delta, line, seed, P, own_sums, Form, "",
+                    window, lse, delta, line, seed, P, own_sums, Form, Tile.Copies, "",
                 )  # fmt: skip
     first_key = wide_b * SK
     if cu_seqlens_k is not None:
@@ -342,7 +358,7 @@ def _queries_kernel(
         line, place = head * total_q + q_first, q_first.to(tl.int64)
     first, second = row_keys(seed, line + i)
     first, second = first[:, None], second[:, None]
-    own_lse, own_delta = _rows(lse + line, delta + line, i, sq, Form.Natural)
+    own_lse, own_delta = _rows(lse + line, delta + line, i, sq, Form.Natural, Tile.Copies)
     own_lse, own_delta = own_lse[:, None], own_delta[:, None]
     slope, own = slopes, bias
     if slopes is not None:
@@ -445,7 +461,7 @@ def _bias_kernel(
         value = tile(Walk(own_v, v_stride, v_rel, column, d_v < Head.DimV), n, SK, True, Form.PaddedV)
         dp = product(g_tile, value.T)
         first, second = row_keys(seed, line + i)
-        own_lse, own_delta = _rows(lse + line, delta + line, i, SQ, Form.Natural)
+        own_lse, own_delta = _rows(lse + line, delta + line, i, SQ, Form.Natural, Tile.Copies)
         own_lse, own_delta = own_lse[:, None], own_delta[:, None]
         _, dz, _ = _gradient(
             s, dp, numbers, slope, own, window, i[:, None], j[None, :], SQ, SK, own_lse, own_delta,
@@ -530,7 +546,7 @@ def _plan(
         "queries": row_tiles,
         "bias": row_tiles * column_tiles,
     }[kernel]
-    tile = Tiles(tile_m, tile_n, tile_d, tile_dv)
+    tile = Walked(tile_m, tile_n, tile_d, tile_dv, 8 if device.arch.shared_operands else 1)
     plan = planned(
         device,
         {"queries": _queries_kernel, "bias": _bias_kernel}.get(kernel, _keys_kernel),
