@@ -242,3 +242,16 @@ def test_says_what_has_no_step() -> None:
         Unserved, match="max_len is 129, expected 128 or less: beyond it the tables of rope_type"
     ):
         Decoder(growing, max_len=129)
+
+
+def test_an_embedding_of_few_bits_and_a_head_of_its_codes() -> None:
+    """As the reader of a GGUF file makes them: the native step gives the tokens that the modules give."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    w = bitfuse.quantize(model.model.embed_tokens.weight.detach(), "int8", group_size=32)
+    model.model.embed_tokens = bitfuse.nn.Embedding.from_weight(w)
+    model.lm_head = bitfuse.nn.Linear.tied_to(model.model.embed_tokens)
+    ids = torch.randint(3, VOCABULARY, (1, 5))
+    got = bitfuse.generate(model, ids, max_new_tokens=6, eos_token_id=[])
+    with bitfuse.use_backend("reference"):
+        wanted = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert got.tokens[0] == wanted[0, 5:].tolist()
