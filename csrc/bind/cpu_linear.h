@@ -125,7 +125,7 @@ inline bool plain_rows(py::handle x, Tensor& layout) {
 // The format of a weight whose tensors are torch's own; null for another.
 inline const WeightFormat* plain_weight(py::handle weight, WeightFields& fields) {
   if (!fields.of(weight.ptr()) || !is_plain(fields.qweight) || !is_plain(fields.scales)) return nullptr;
-  for (PyObject* part : {fields.zeros, fields.scale_scales, fields.scale_offset})
+  for (PyObject* part : {fields.zeros, fields.scale_scales, fields.scale_offset, fields.offsets})
     if (part != Py_None && !is_plain(part)) return nullptr;
   return format_of(fields.format);
 }

@@ -56,9 +56,9 @@ inline bool has_rows(const Tensor& t) {
 
 // The tensors of a weight, those that there are.
 struct WeightParts {
-  Tensor qweight, scales, zeros, scale_scales, scale_offset;
-  bool has_zeros = false, has_scale_scales = false, has_scale_offset = false;
-  int64_t group_size = 0;
+  Tensor qweight, scales, zeros, scale_scales, scale_offset, offsets;
+  bool has_zeros = false, has_scale_scales = false, has_scale_offset = false, has_offsets = false;
+  int64_t group_size = 0, scale_rows = 1;
 };
 
 // The parts of a WeightTensors, or of a plain tuple of the same fields.
@@ -71,10 +71,9 @@ inline WeightParts read_parts(const WeightFields& fields) {
     p.scale_scales = read("scale_scales", fields.scale_scales);
   if ((p.has_scale_offset = fields.scale_offset != Py_None))
     p.scale_offset = read("scale_offset", fields.scale_offset);
-  if (fields.offsets != Py_None) refuse("offsets", "given", "none: there is no kernel for them");
-  const long long rows = PyLong_AsLongLong(fields.scale_rows);
-  if (rows == -1 && PyErr_Occurred()) throw py::error_already_set();
-  require(rows == 1, "scale_rows", rows, "1: there is no kernel for scales that rows share");
+  if ((p.has_offsets = fields.offsets != Py_None)) p.offsets = read("offsets", fields.offsets);
+  p.scale_rows = PyLong_AsLongLong(fields.scale_rows);
+  if (p.scale_rows == -1 && PyErr_Occurred()) throw py::error_already_set();
   p.group_size = PyLong_AsLongLong(fields.group_size);
   if (p.group_size == -1 && PyErr_Occurred()) throw py::error_already_set();
   return p;
@@ -112,13 +111,21 @@ inline LowBitMatrix make_matrix(const WeightParts& p, const WeightFormat& format
     refuse("group_size", std::to_string(w.group_size),
            "a multiple of 8 that divides in_features = " + std::to_string(w.k));
   const int64_t groups = w.k / w.group_size;
+  require(p.scale_rows > 0, "scale_rows", p.scale_rows, "1 or more");
+  if (device != kHost) {
+    require(p.scale_rows == 1, "scale_rows", p.scale_rows,
+            "1: there is no kernel for scales that rows share");
+    if (p.has_offsets) refuse("offsets", "given", "none: there is no kernel for them");
+  }
+  w.scale_rows = p.scale_rows;
+  const int64_t rows = w.n / p.scale_rows + (w.n % p.scale_rows != 0);  // of scales
   part("qweight", q, w.n, q.shape[1], rows_apart);
   w.codes = static_cast<const uint8_t*>(q.data);
   w.codes_stride = w.n > 1 ? q.strides[0] : q.shape[1];
 
-  part("scales", s, w.n, groups, rows_apart && !nested);
+  part("scales", s, rows, groups, rows_apart && !nested);
   w.scales = s.data;
-  w.scales_stride = w.n > 1 ? s.strides[0] : groups;
+  w.scales_stride = rows > 1 ? s.strides[0] : groups;
   if (format.scale_kind != ScaleKind::kFloat32) {
     const Dtype own = format.scale_kind == ScaleKind::kE8m0 ? Dtype::kE8m0 : Dtype::kE4m3;
     if (nested) refuse("scale_offset", "given", "none, for the format has no place for it");
@@ -135,14 +142,23 @@ inline LowBitMatrix make_matrix(const WeightParts& p, const WeightFormat& format
     if (w.code_kind != CodeKind::kInt4 && w.code_kind != CodeKind::kInt8)
       refuse("zeros", "given", "none, for the format has no place for it");
     require_dtype("zeros", p.zeros, Dtype::kUint8);
-    part("zeros", p.zeros, w.n, groups, rows_apart);
+    part("zeros", p.zeros, rows, groups, rows_apart);
     w.zeros = static_cast<const uint8_t*>(p.zeros.data);
-    w.zeros_stride = w.n > 1 ? p.zeros.strides[0] : groups;
+    w.zeros_stride = rows > 1 ? p.zeros.strides[0] : groups;
+  }
+  if (p.has_offsets) {
+    if (w.code_kind != CodeKind::kInt4)
+      refuse("offsets", "given", "none, for the codes are no 4-bit integers");
+    if (p.has_zeros) refuse("offsets", "given beside zeros", "one of them");
+    require_float("offsets", p.offsets);
+    part("offsets", p.offsets, rows, groups, rows_apart);
+    w.offsets = p.offsets.data;
+    w.offsets_dtype = p.offsets.dtype;
   }
   if (p.has_scale_scales != (nested || format.tensor_scale))
     refuse("scale_scales", p.has_scale_scales ? "given" : "none", p.has_scale_scales ? "none" : "a tensor");
   if (p.has_scale_scales) {
-    const int64_t blocks = nested ? (w.n * groups + kNestedBlock - 1) / kNestedBlock : 1;
+    const int64_t blocks = nested ? (rows * groups + kNestedBlock - 1) / kNestedBlock : 1;
     require_device("scale_scales", p.scale_scales, device);
     w.scale_scales = dense<const float>("scale_scales", p.scale_scales, Dtype::kFloat32, {blocks});
   }

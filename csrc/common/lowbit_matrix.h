@@ -8,7 +8,8 @@
 
 namespace bitfuse {
 
-// w[n, k] = (value(code[n, k]) - zero[n, g]) * scale[n, g] with g = k / group_size; all arrays row-major.
+// w[n, k] = (value(code[n, k]) - zero[s, g]) * scale[s, g], or value(code[n, k]) * scale[s, g] - offset[s, g],
+// with g = k / group_size and s = n / scale_rows; all arrays row-major.
 struct LowBitMatrix {
   int64_t n, k;        // out_features, in_features
   int64_t group_size;  // columns that share a scale
@@ -16,7 +17,7 @@ struct LowBitMatrix {
   ScaleKind scale_kind;
   int zero_point;                // of every group, where `zeros` is null
   const uint8_t* codes;          // [n, k * bits / 8], low bits first
-  const void* scales;            // [n, k / group_size]
+  const void* scales;            // [ceil(n / scale_rows), k / group_size]
   const uint8_t* zeros;          // the same shape, or null
   int64_t codes_stride;          // bytes from row to row; the CPU's kernels take dense arrays only
   int64_t scales_stride;         // elements, of scales
@@ -27,10 +28,10 @@ struct LowBitMatrix {
   const float* scale_offset_at;  // kNested: one number; a GPU's kernels
   float scale_offset;            // kNested: the same; the CPU's kernels
   float scale_factor = 1;        // kE8m0, kE4m3: of the whole matrix
-  // What the kernels have no use for yet; a binding refuses other values.
-  int64_t experts = 1;             // matrices that lie one after the other: [experts, n, k]
-  int scale_rows = 1;              // rows that share a scale
-  const float* offsets = nullptr;  // [n, k / group_size], w = value * scale - offset, in the place of zeros
+  // The CPU's kernels; a GPU's binding refuses other values.
+  int64_t scale_rows = 1;  // rows that share a scale
+  Dtype offsets_dtype = Dtype::kFloat32;
+  const void* offsets = nullptr;  // the shape of scales, or null; of 4-bit codes, in the place of zeros
 };
 
 }  // namespace bitfuse

@@ -14,7 +14,7 @@ from accuracy import Errors, assert_accurate
 from backends import Target, targets
 from bitfuse.ops.linear.lowbit_linear import forward_op, lowbit_linear_grad_x
 from bitfuse.weights.formats import FORMATS
-from test_weight import EVERY, LATER, name_of
+from test_weight import EVERY, GROWN, LATER, name_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # m, n, k: one of a kind, no multiples of any tile, several tiles; k is a multiple of the group
@@ -175,13 +175,56 @@ def test_a_format_that_a_backend_lacks_is_refused_and_never_served_wrong(
             assert_accurate(target.run(op, *given).cpu(), exact, plain)
 
 
+@pytest.mark.parametrize("options", GROWN, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"), ids=str)
+def test_offsets_and_shared_scales(target: Target, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Both directions, by whoever does not refuse; out_features are no multiple of the rows that share."""
+    for shape in target.pick(SHAPES):
+        w, x, bias, grad, placed = make(target, shape, options, dtype)
+        exact, dense = w.dequantize().double(), w.dequantize(dtype)
+        if reason := target.reason(forward_op, x, placed.op_args, bias):
+            assert "it has no kernel for" in reason or REFUSED.search(reason), reason
+        else:
+            got = target.run(forward_op, x, placed.op_args, bias)
+            wanted = x.cpu().double() @ exact.T + bias.cpu().double()
+            assert_accurate(
+                got.cpu(), wanted, torch.nn.functional.linear(x.cpu(), dense, bias.cpu()), f"{shape}"
+            )
+        if target.backend == "cuda" or target.reason(lowbit_linear_grad_x, grad, placed.op_args):
+            continue
+        got = target.run(lowbit_linear_grad_x, grad, placed.op_args)
+        assert_accurate(got.cpu(), grad.cpu().double() @ exact, grad.cpu() @ dense, f"{shape}")
+
+
+@pytest.mark.parametrize("target", targets("cpp", "reference"), ids=str)
+def test_offsets_that_scales_drown_under(target: Target) -> None:
+    """Groups of one number, whose scale is 0; of numbers far from 0; codes under a scale of 0."""
+    for m in (1, 3, 20, 200):
+        w = bitfuse.quantize(
+            torch.randn(40, 128), "int4", group_size=32, offset=True, scale_dtype=torch.float32
+        )
+        assert w.offsets is not None
+        w.scales[3] = 0
+        w.scales[5:9, 1] = 1e-30
+        w.offsets[7] = -1e4
+        w.offsets[11] = 0
+        w.scales[11, 2] = 0
+        x, grad = torch.randn(m, 128), torch.randn(m, 40)
+        exact, dense = w.dequantize().double(), w.dequantize()
+        got = target.run(forward_op, x, w.op_args, None)
+        assert_accurate(got, x.double() @ exact.T, x @ dense.T, f"{m} rows")
+        got = target.run(lowbit_linear_grad_x, grad, w.op_args)
+        assert_accurate(got, grad.double() @ exact, grad @ dense, f"{m} rows")
+
+
 def wide_case() -> tuple[torch.Tensor, bitfuse.LowBitWeight, torch.Tensor]:
     return torch.randn(4, 128), bitfuse.quantize(torch.randn(64, 128), "int4"), torch.randn(64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
-    for options in EVERY:
+    for options in (*EVERY, *GROWN):
         w = bitfuse.quantize(torch.randn(16, 128), **options)
         x, bias, grad = (
             torch.randn(2, 3, 128, dtype=dtype),

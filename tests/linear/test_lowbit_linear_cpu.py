@@ -43,13 +43,18 @@ from bitfuse import _cpu
 torch.manual_seed(0)
 for format in {formats}:
     for n, k, group in ((41, 24, 8), (27, 72, 24), (72, 136, -1), (201, 384, 64)):
-        for symmetric in (True, False) if format.startswith("int") else (None,):
-            w = bitfuse.quantize(torch.randn(n, k), format, group_size=group, symmetric=symmetric)
+        variants = [dict(symmetric=True), dict(symmetric=False)] if format.startswith("int") else [dict()]
+        if format == "int4":
+            variants += [dict(offset=True), dict(symmetric=False, scale_rows=16)]
+        if format == "fp8":
+            variants += [dict(scale_rows=16)]
+        for options in variants:
+            w = bitfuse.quantize(torch.randn(n, k), format, group_size=group, **options)
             for m in (1, 3, 5, 9, 100):
                 for dtype in (torch.float32, torch.float16, torch.bfloat16):
                     x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
                     exact, plain = w.dequantize().double(), w.dequantize().to(dtype)
-                    what = f"{{_cpu.isa()}} {{format}} {{n}}x{{k}} group {{group}} m={{m}} {{dtype}}"
+                    what = f"{{_cpu.isa()}} {{format}} {{options}} {{n}}x{{k}} {{group}} m={{m}} {{dtype}}"
                     assert_accurate(bitfuse.lowbit_linear(x, w), x.double() @ exact.T, x @ plain.T, what)
                     gx = lowbit_linear_grad_x(grad, w.op_args)
                     assert_accurate(gx, grad.double() @ exact, grad @ plain, "gradient, " + what)

@@ -66,7 +66,7 @@ void with_code(const LowBitMatrix& w, F f) {
   switch (w.code_kind) {
     case CodeKind::kInt4:
     case CodeKind::kCodebook4:
-      return w.zeros ? f(NibbleCode<true>(w)) : f(NibbleCode<false>(w));
+      return w.zeros || w.offsets ? f(NibbleCode<true>(w)) : f(NibbleCode<false>(w));
     case CodeKind::kInt8:
       return w.zeros ? f(ByteCode<true>(w)) : f(ByteCode<false>(w));
     case CodeKind::kE4m3:
@@ -149,6 +149,7 @@ struct ExactPairs<E4m3Code> {
 };
 
 inline bool values_are_bfloat16(const LowBitMatrix& w) {
+  if (w.offsets) return false;  // zero points are no integers
   if (bits_of(w.code_kind) != 4) return true;
   for (int i = 0; i < 16; ++i) {
     float v = w.values[i] - float(w.zero_point);

@@ -172,9 +172,12 @@ void quads(const Steps& steps, const LowbitLinearArgs& call, Range range, const 
       std::memset(last + valid * row_bytes, 0, size_t((kQuad - valid) * row_bytes));
       codes = last;
     }
-    read_scales(w, n * groups, valid * groups, scales);
-    if (Steps::Code::kZeros) read_zeros(w, n * groups, valid * groups, zeros);
-    prefetch_scales(w, (n + kQuad) * groups, kQuad * groups);
+    read_scales(w, n, valid, scales);
+    if (Steps::Code::kZeros) {
+      read_zeros(w, n, valid, zeros);
+      divide_offsets(w, valid * groups, scales, zeros);
+    }
+    prefetch_scales(w, n + kQuad, kQuad);
     float y[Rows][kQuad], bias[kQuad] = {};
     quad<Steps, Rows, Uniform>(steps, w, codes, n, valid, x, x_stride, lanes, scales, zeros, addend, y);
     if (call.bias) to_float(element(call.bias, call.dtype, n), call.dtype, bias, valid);

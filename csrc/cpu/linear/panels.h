@@ -187,11 +187,12 @@ class Forward {
   // Scales (and zeros) of outputs [out, out + kWidth) as [group][kWidth].
   void begin_tile(const Worker& worker, int64_t out) const {
     const int64_t groups = groups_of(w_), valid = least(kWidth, w_.n - out);
-    read_scales(w_, out * groups, valid * groups, worker.rows);
+    read_scales(w_, out, valid, worker.rows);
     spread(worker.rows, valid, worker.scales);
     if (Code::kZeros) {
-      read_zeros(w_, out * groups, valid * groups, worker.rows);
+      read_zeros(w_, out, valid, worker.rows);
       spread(worker.rows, valid, worker.zeros);
+      divide_offsets(w_, groups * kWidth, worker.scales, worker.zeros);
     }
     for (int i = 0; i < kWidth; ++i) worker.ones[i] = 1;
   }
@@ -443,15 +444,23 @@ class Gradient {
 
   // Scales [n, end) x [first, first + count) as [end - n][count], and zeros alike.
   void read_block(int64_t n, int64_t end, int64_t first, int64_t count, const Worker& worker) const {
-    const int64_t groups = groups_of(w_);
     auto read = [&](auto at, float* to) {
-      for (int64_t i = n; i < end; ++i)
-        for (int64_t g = 0; g < count; ++g) *to++ = at(i * groups + first + g);
+      for (int64_t i = n; i < end; ++i) {
+        const int64_t row = scales_of_row(w_, i) + first;
+        for (int64_t g = 0; g < count; ++g) *to++ = at(row + g);
+      }
     };
     with_scale_kind(w_.scale_kind, [&](auto kind) {
       read([&](int64_t i) { return scale_at<decltype(kind)::value>(w_, i); }, worker.scales);
     });
-    if (Code::kZeros) read([&](int64_t i) { return float(w_.zeros[i]); }, worker.zeros);
+    if (!Code::kZeros) return;
+    if (w_.offsets) {
+      for (int64_t i = n; i < end; ++i)
+        read_zero_run(w_, scales_of_row(w_, i) + first, count, worker.zeros + (i - n) * count);
+      divide_offsets(w_, (end - n) * count, worker.scales, worker.zeros);
+    } else {
+      read([&](int64_t i) { return float(w_.zeros[i]); }, worker.zeros);
+    }
   }
 
   const LowBitMatrix& w_;

@@ -1,11 +1,18 @@
 // Scales and zero points of a LowBitMatrix, read as floats.
 #pragma once
 
+#include <cmath>
+
 #include "cpu/linear/matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
 
 BITFUSE_INLINE int64_t groups_of(const LowBitMatrix& w) { return w.k / w.group_size; }
+
+// Where a row's scales begin in the flattened array.
+BITFUSE_INLINE int64_t scales_of_row(const LowBitMatrix& w, int64_t row) {
+  return (w.scale_rows == 1 ? row : row / w.scale_rows) * groups_of(w);
+}
 
 // Scale `index` of the flattened [n, groups] array.
 template <ScaleKind Kind>
@@ -46,8 +53,17 @@ BITFUSE_INLINE void with_scale_kind(ScaleKind kind, F f) {
   }
 }
 
+// f(first, count, to) for runs of the flattened array that are the scales of rows [row, row + rows), which
+// lie at `to` as [rows][groups].
+template <class F>
+BITFUSE_INLINE void for_rows(const LowBitMatrix& w, int64_t row, int64_t rows, float* to, F f) {
+  const int64_t groups = groups_of(w);
+  if (w.scale_rows == 1) return f(row * groups, rows * groups, to);
+  for (int64_t i = 0; i < rows; ++i) f(scales_of_row(w, row + i), groups, to + i * groups);
+}
+
 // Scales [first, first + count) of the flattened array.
-inline void read_scales(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
+inline void read_run(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
   with_scale_kind(w.scale_kind, [&](auto kind) {
     constexpr ScaleKind Kind = decltype(kind)::value;
     if constexpr (Kind == ScaleKind::kFloat32) {
@@ -62,17 +78,49 @@ inline void read_scales(const LowBitMatrix& w, int64_t first, int64_t count, flo
   });
 }
 
+// Scales of rows [row, row + rows) as [rows][groups].
+inline void read_scales(const LowBitMatrix& w, int64_t row, int64_t rows, float* to) {
+  for_rows(w, row, rows, to, [&](int64_t first, int64_t count, float* at) { read_run(w, first, count, at); });
+}
+
 // Ask for the memory of scales (and zeros) that are read soon: they are short runs far apart, which no
 // hardware prefetcher follows.
-inline void prefetch_scales(const LowBitMatrix& w, int64_t first, int64_t count) {
+inline void prefetch_scales(const LowBitMatrix& w, int64_t row, int64_t rows) {
+  if (w.scale_rows != 1) return;  // most are there already
+  const int64_t first = row * groups_of(w), count = rows * groups_of(w);
   const int64_t size = size_of(w.scale_kind);
   const char* scales = static_cast<const char*>(w.scales) + first * size;
   for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(scales + b);
   for (int64_t b = 0; w.zeros && b < count; b += 64) __builtin_prefetch(w.zeros + first + b);
+  const auto* offsets = static_cast<const char*>(w.offsets) + first * size_of(w.offsets_dtype);
+  for (int64_t b = 0; w.offsets && b < count * size_of(w.offsets_dtype); b += 64)
+    __builtin_prefetch(offsets + b);
 }
 
-inline void read_zeros(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
+// Zero points, or offsets, [first, first + count) of the flattened array.
+inline void read_zero_run(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
+  if (w.offsets) return to_float(element(w.offsets, w.offsets_dtype, first), w.offsets_dtype, to, count);
   for (int64_t i = 0; i < count; ++i) to[i] = float(w.zeros[first + i]);
+}
+
+// Zero points, or offsets, of rows [row, row + rows) as [rows][groups].
+inline void read_zeros(const LowBitMatrix& w, int64_t row, int64_t rows, float* to) {
+  for_rows(w, row, rows, to,
+           [&](int64_t first, int64_t count, float* at) { read_zero_run(w, first, count, at); });
+}
+
+// Makes zero points of offsets: value * scale - offset is (value - offset / scale) * scale. Beside a scale so
+// small that no code is seen in the sum, or of 0, the group is -offset: then the scale becomes one that says
+// it exactly.
+inline void divide_offsets(const LowBitMatrix& w, int64_t count, float* scales, float* zeros) {
+  if (!w.offsets) return;
+  constexpr float kDrowns = 1099511627776.0f;  // 2^40
+  for (int64_t i = 0; i < count; ++i) {
+    const float offset = zeros[i];
+    if (offset == 0) continue;
+    if (std::fabs(scales[i]) * kDrowns < std::fabs(offset)) scales[i] = std::fabs(offset) / kDrowns;
+    zeros[i] = offset / scales[i];
+  }
 }
 
 }  // namespace bitfuse::BITFUSE_ISA

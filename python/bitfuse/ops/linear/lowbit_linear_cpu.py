@@ -56,7 +56,9 @@ def reason(weight: WeightTensors) -> str | None:
         return f"it has no kernel for format {weight.format}"
     if weight.group_size % 8:
         return f"group_size {weight.group_size} is not a multiple of 8"
-    return weight.beyond()
+    if weight.offsets is not None and FORMATS[weight.format].bits != 4:
+        return f"it has no kernel for float offsets of {FORMATS[weight.format].bits}-bit codes"
+    return None
 
 
 def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
