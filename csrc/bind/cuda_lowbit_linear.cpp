@@ -64,7 +64,9 @@ void set_weight(LowbitLinearArgs& a, py::handle weight, int device) {
 Code code_of(py::handle weight) {
   WeightFields fields;
   fields.of(weight.ptr());
-  return static_cast<Code>(format_of(fields.format)->code_kind);
+  const CodeKind kind = format_of(fields.format)->code_kind;
+  if (kind > CodeKind::kE4m3) refuse("format", py::str(fields.format), "one of 4 or 8 bits");
+  return static_cast<Code>(kind);
 }
 
 void run(py::handle x, py::handle weight, py::handle bias, py::handle out, const LowbitLinearPlan& plan,

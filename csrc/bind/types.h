@@ -25,11 +25,10 @@ inline void bind_types(py::module_& module) {
       .value("E4M3", Dtype::kE4m3)
       .value("E8M0", Dtype::kE8m0)
       .value("OTHER", Dtype::kOther);
+#define BITFUSE_KIND(name, python, bits, whole) .value(#python, CodeKind::name)
   py::enum_<CodeKind>(module, "CodeKind", py::module_local(), "How a code of a few-bit matrix is read.")
-      .value("INT4", CodeKind::kInt4)
-      .value("CODEBOOK4", CodeKind::kCodebook4)
-      .value("INT8", CodeKind::kInt8)
-      .value("E4M3", CodeKind::kE4m3);
+      BITFUSE_CODE_KINDS(BITFUSE_KIND);
+#undef BITFUSE_KIND
   py::enum_<ScaleKind>(module, "ScaleKind", py::module_local(), "How a scale is read.")
       .value("FLOAT32", ScaleKind::kFloat32)
       .value("FLOAT16", ScaleKind::kFloat16)

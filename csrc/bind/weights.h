@@ -14,7 +14,7 @@ struct WeightFormat {
   int zero_point;        // of its codes where a weight has no zeros
   ScaleKind scale_kind;  // of its scales: kFloat32 says any float dtype, or nested; else kE8m0 or kE4m3
   bool tensor_scale;     // scale_scales is one scale of the whole matrix
-  const float* values;   // 4 bits: of each of the 16 codes; null on a GPU
+  const float* values;   // below 8 bits: of each number of 4 bits, whose low ones are a code; null on a GPU
   const float* levels;   // of a scale that is a byte, nested ones among them: 256; null on a GPU
   py::object kept;       // the tables
 };
@@ -139,21 +139,21 @@ inline LowBitMatrix make_matrix(const WeightParts& p, const WeightFormat& format
     w.scale_kind = static_cast<ScaleKind>(s.dtype);  // the three floats come first in both, in one order
   }
   if (p.has_zeros) {
-    if (w.code_kind != CodeKind::kInt4 && w.code_kind != CodeKind::kInt8)
-      refuse("zeros", "given", "none, for the format has no place for it");
+    if (!facts_of(w.code_kind).whole) refuse("zeros", "given", "none, for the format has no place for it");
     require_dtype("zeros", p.zeros, Dtype::kUint8);
     part("zeros", p.zeros, rows, groups, rows_apart);
     w.zeros = static_cast<const uint8_t*>(p.zeros.data);
     w.zeros_stride = rows > 1 ? p.zeros.strides[0] : groups;
   }
   if (p.has_offsets) {
-    if (w.code_kind != CodeKind::kInt4)
-      refuse("offsets", "given", "none, for the codes are no 4-bit integers");
+    if (!facts_of(w.code_kind).whole)
+      refuse("offsets", "given", "none, for the format has no place for them");
     if (p.has_zeros) refuse("offsets", "given beside zeros", "one of them");
     require_float("offsets", p.offsets);
     part("offsets", p.offsets, rows, groups, rows_apart);
     w.offsets = p.offsets.data;
     w.offsets_dtype = p.offsets.dtype;
+    w.offsets_stride = rows > 1 ? p.offsets.strides[0] : groups;
   }
   if (p.has_scale_scales != (nested || format.tensor_scale))
     refuse("scale_scales", p.has_scale_scales ? "given" : "none", p.has_scale_scales ? "none" : "a tensor");
@@ -172,7 +172,7 @@ inline LowBitMatrix make_matrix(const WeightParts& p, const WeightFormat& format
 // For the CPU's kernels: on the host and dense, with the numbers that they take by value.
 inline LowBitMatrix make_host_matrix(const WeightParts& p, const WeightFormat& format) {
   LowBitMatrix w = make_matrix(p, format, kHost, false);
-  if (bits_of(w.code_kind) == 4 && !w.values) refuse("values", "null", "an address");
+  if (bits_of(w.code_kind) < 8 && !w.values) refuse("values", "null", "an address");
   if (w.scale_kind >= ScaleKind::kNested && !w.scale_table) refuse("levels", "null", "an address");
   if (w.scale_offset_at) w.scale_offset = *w.scale_offset_at;
   if (format.tensor_scale && w.scale_scales) w.scale_factor = *w.scale_scales;
@@ -201,7 +201,7 @@ inline void bind_weights(py::module_& module) {
       module, "WeightFormat", py::module_local(),
       "What kernels must know of a format, in the dict `formats` by its name. scale_kind: "
       "FLOAT32 for scales of any float dtype, else E8M0 or E4M3; values, float32 [16], and "
-      "levels, float32 [256]: of a code of 4 bits, and of a scale's byte, on the host.")
+      "levels, float32 [256]: of 4 bits, a code being the low ones, and of a scale's byte, on the host.")
       .def(py::init([table](CodeKind code_kind, int zero_point, ScaleKind scale_kind, bool tensor_scale,
                             const py::object& values, const py::object& levels) {
              require(zero_point >= 0 && zero_point < 1 << bits_of(code_kind), "zero_point", zero_point,

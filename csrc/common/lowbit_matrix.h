@@ -22,16 +22,16 @@ struct LowBitMatrix {
   int64_t codes_stride;          // bytes from row to row; the CPU's kernels take dense arrays only
   int64_t scales_stride;         // elements, of scales
   int64_t zeros_stride;          // elements, of zeros
-  const float* values;           // 4 bits: of each of the 16 codes; the CPU's kernels
+  const float* values;           // below 8 bits: of each number of 4, whose low ones are a code; CPU
   const float* scale_table;      // scales in bytes: of each of the 256; of kE8m0 and kE4m3 the CPU's kernels
   const float* scale_scales;     // kNested: [ceil(n * groups / kNestedBlock)]
   const float* scale_offset_at;  // kNested: one number; a GPU's kernels
   float scale_offset;            // kNested: the same; the CPU's kernels
   float scale_factor = 1;        // kE8m0, kE4m3: of the whole matrix
-  // The CPU's kernels; a GPU's binding refuses other values.
-  int64_t scale_rows = 1;  // rows that share a scale
+  int64_t scale_rows = 1;        // rows that share a scale
   Dtype offsets_dtype = Dtype::kFloat32;
-  const void* offsets = nullptr;  // the shape of scales, or null; of 4-bit codes, in the place of zeros
+  const void* offsets = nullptr;  // the shape of scales, or null; of integers, in the place of zeros
+  int64_t offsets_stride = 0;     // elements, of offsets
 };
 
 }  // namespace bitfuse

@@ -47,11 +47,34 @@ BITFUSE_CONSTEXPR int64_t size_of(Dtype dtype) {
   }
 }
 
-// How a code of a few-bit matrix is read. kInt4, kInt8: the code itself, less its zero point; kCodebook4: it
-// names one of 16 values; kE4m3: FP8 without infinities.
-enum class CodeKind : int { kInt4, kCodebook4, kInt8, kE4m3 };
+// How a code of a few-bit matrix is read, a row a kind: KIND(name, Python's name, bits, whether it is a whole
+// number, which can have a zero point or an offset). Others name a value of a table, or are FP8 without
+// infinities (kE4m3).
+#define BITFUSE_CODE_KINDS(KIND)        \
+  KIND(kInt4, INT4, 4, true)            \
+  KIND(kCodebook4, CODEBOOK4, 4, false) \
+  KIND(kInt8, INT8, 8, true)            \
+  KIND(kE4m3, E4M3, 8, false)           \
+  KIND(kInt3, INT3, 3, true)            \
+  KIND(kCodebook3, CODEBOOK3, 3, false) \
+  KIND(kInt2, INT2, 2, true)            \
+  KIND(kCodebook2, CODEBOOK2, 2, false)
 
-BITFUSE_CONSTEXPR int bits_of(CodeKind kind) { return kind <= CodeKind::kCodebook4 ? 4 : 8; }
+#define BITFUSE_KIND(name, python, bits, whole) name,
+enum class CodeKind : int { BITFUSE_CODE_KINDS(BITFUSE_KIND) };
+#undef BITFUSE_KIND
+
+struct CodeFacts {
+  int bits;
+  bool whole;
+};
+BITFUSE_CONSTEXPR CodeFacts facts_of(CodeKind kind) {
+#define BITFUSE_KIND(name, python, bits, whole) {bits, whole},
+  constexpr CodeFacts kFacts[] = {BITFUSE_CODE_KINDS(BITFUSE_KIND)};
+#undef BITFUSE_KIND
+  return kFacts[int(kind)];
+}
+BITFUSE_CONSTEXPR int bits_of(CodeKind kind) { return facts_of(kind).bits; }
 
 // How a scale is read. kNested: levels[byte] * scale_scales[index / kNestedBlock] + scale_offset; kE8m0,
 // kE4m3: floats of a byte, times one scale of the whole matrix where there is one.

@@ -223,6 +223,9 @@ void check_dwords() {
       "mul_dwords", [](Vi a, Vi b) { return mul_dwords(a, b); },
       [](uint32_t a, uint32_t b) { return a * b; });
   dword_lanes(
+      "and_dwords", [](Vi a, Vi b) { return and_dwords(a, b); },
+      [](uint32_t a, uint32_t b) { return a & b; });
+  dword_lanes(
       "xor_dwords", [](Vi a, Vi b) { return xor_dwords(a, b); },
       [](uint32_t a, uint32_t b) { return a ^ b; });
   dword_lanes(
@@ -348,7 +351,25 @@ void check_byte(const uint32_t* a) {
   }
 }
 
+// Codes of `Bytes` bits, eight to a chunk.
+template <int Bytes>
+void check_halves() {
+  auto* p = reinterpret_cast<uint8_t*>(edge()) - kLanes * Bytes;
+  for (int i = 0; i < kLanes * Bytes; ++i) p[i] = uint8_t(i * 89 + 41);
+  const Dwords got(load_halves<Bytes>(p));
+  for (int i = 0; i < kLanes * 8; ++i) {
+    uint32_t wanted = 0;
+    for (int bit = 0; bit < Bytes; ++bit) {
+      const int at = i * Bytes + bit;
+      wanted |= uint32_t(p[at / 8] >> at % 8 & 1) << bit;
+    }
+    const uint32_t code = got.word(i / 4) >> i % 4 * Bytes & ((1u << Bytes) - 1);
+    check("load_halves", code == wanted, i, code, wanted);
+  }
+}
+
 void check_codes() {
+  check_halves<2>(), check_halves<3>();
   on_dwords([](const uint32_t* a, const uint32_t* b) {
     check_byte<0>(a), check_byte<1>(a), check_byte<2>(a), check_byte<3>(a);
     uint32_t few[kLanes];  // NaN codes are rare among these
@@ -387,9 +408,6 @@ void check_pair(const uint32_t* a) {
 }
 
 void check_pairs() {
-  dword_lanes(
-      "and_dwords", [](Vi a, Vi b) { return and_dwords(a, b); },
-      [](uint32_t a, uint32_t b) { return a & b; });
   dword_lanes(
       "or_dwords", [](Vi a, Vi b) { return or_dwords(a, b); }, [](uint32_t a, uint32_t b) { return a | b; });
   dword_lanes(

@@ -96,6 +96,7 @@ def neon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     compiler, emulator = tools("aarch64")
     sources = [
         CSRC / "cpu" / "linear" / "lowbit_linear.cpp",
+        CSRC / "cpu" / "linear" / "few_rows_narrow.cpp",
         CSRC / "cpu" / "linear" / "gated_activation.cpp",
         CSRC / "cpu" / "attention" / "attention.cpp",
         HERE / "run_op.cpp",
@@ -131,12 +132,15 @@ def packed(part: tuple[str, Any]) -> bytes:
 
 
 # of csrc/common/types.h
-CODE_KINDS = {"int4": 0, "nf4": 1, "int8": 2, "fp8": 3}
+CODE_KINDS = {"int4": 0, "nf4": 1, "int8": 2, "fp8": 3, "int3": 4, "int2": 6, "ternary": 7}
 
 
 @pytest.mark.parametrize(
     ("format", "symmetric"),
-    [("int4", True), ("int4", False), ("nf4", None), ("int8", True), ("int8", False), ("fp8", None)],
+    [
+        *(("int4", True), ("int4", False), ("nf4", None), ("int8", True), ("int8", False), ("fp8", None)),
+        *(("int3", False), ("int2", True), ("ternary", None)),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lowbit_linear_on_neon(neon: Run, format: str, symmetric: bool | None, dtype: torch.dtype) -> None:
@@ -150,8 +154,8 @@ def test_lowbit_linear_on_neon(neon: Run, format: str, symmetric: bool | None, d
             "scale_kind": DTYPES.index(dtype), "code_kind": CODE_KINDS[format], "zero_point": fmt.zero_point,
             "codes": w.qweight, "scales": w.scales,
         }  # fmt: skip
-        if fmt.bits == 4:
-            parts["values"] = fmt.values()
+        if fmt.bits < 8:
+            parts["values"] = fmt.values().repeat(16 >> fmt.bits)
         if w.zeros is not None:
             parts["zeros"] = w.zeros
         exact, plain = w.dequantize(torch.float64), w.dequantize(dtype)

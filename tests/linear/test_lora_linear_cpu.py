@@ -39,7 +39,9 @@ from bitfuse.ops.linear.lora_linear import Wanted, lora_linear_backward, lora_li
 torch.manual_seed(0)
 target = Target("cpp", "cpu")
 floats = (torch.float32, torch.float16, torch.bfloat16)
-formats = ("int4", "fp8", None, "nf4")
+formats = (dict(format="int4", group_size=8), dict(format="fp8", group_size=-1), None,
+           dict(format="nf4", group_size=-1), dict(format="int4", group_size=8, offset=True),
+           dict(format="int8", group_size=40, offset=True, scale_rows=3), dict(format="int3", group_size=40))
 turn = itertools.cycle(itertools.product(floats, floats, formats, (0.0, 0.25), (False, True)))
 
 def exact(t):
@@ -54,7 +56,8 @@ for m, n, k, rank in itertools.product((1, 3, 5, 14, 70), (27, 136), (64, 200), 
         w, = target.place(weight.to(dtype))
         dense = w.double()
     else:
-        few = target.place_weight(bitfuse.quantize(weight, format, group_size=8 if format == "int4" else -1))
+        format = format | dict(group_size=-1 if k % format["group_size"] else format["group_size"])
+        few = target.place_weight(bitfuse.quantize(weight, **format))
         w, dense = few.op_args, few.dequantize().double()
     x, y_grad, a, b, bias, scale, seed = target.place(
         torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), (torch.randn(rank, k) / k**0.5).to(adapter),

@@ -21,8 +21,7 @@ from bitfuse.ops.linear.lowbit_linear import forward_op
 from bitfuse.weights.formats import get_format
 from bitfuse.weights.weight import WeightTensors
 from levels import LEVELS
-
-FORMATS = ("int4", "nf4", "fp4", "int8", "fp8")
+from test_weight import BUILT_IN
 
 pytestmark = pytest.mark.skipif(cpp._cpu is None, reason="bitfuse._cpu is not built")
 
@@ -41,20 +40,19 @@ from accuracy import assert_accurate
 from bitfuse.ops.linear.lowbit_linear import lowbit_linear_grad_x
 from bitfuse import _cpu
 torch.manual_seed(0)
-for format in {formats}:
+zeros, offset, shared = [dict(symmetric=True), dict(symmetric=False)], dict(offset=True), dict(scale_rows=16)
+cases = [("int4", zeros), ("nf4", [dict()]), ("fp4", [dict()]), ("int8", zeros), ("fp8", [dict()]),
+         ("int4", [offset, dict(symmetric=False, scale_rows=16)]), ("int8", [offset]), ("fp8", [shared]),
+         ("int3", [*zeros, offset]), ("int2", [*zeros, offset]), ("ternary", [dict()])]
+for format, variants in cases:
     for n, k, group in ((41, 24, 8), (27, 72, 24), (72, 136, -1), (201, 384, 64)):
-        variants = [dict(symmetric=True), dict(symmetric=False)] if format.startswith("int") else [dict()]
-        if format == "int4":
-            variants += [dict(offset=True), dict(symmetric=False, scale_rows=16)]
-        if format == "fp8":
-            variants += [dict(scale_rows=16)]
         for options in variants:
             w = bitfuse.quantize(torch.randn(n, k), format, group_size=group, **options)
             for m in (1, 3, 5, 9, 100):
                 for dtype in (torch.float32, torch.float16, torch.bfloat16):
                     x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
                     exact, plain = w.dequantize().double(), w.dequantize().to(dtype)
-                    what = f"{{_cpu.isa()}} {{format}} {{options}} {{n}}x{{k}} {{group}} m={{m}} {{dtype}}"
+                    what = f"{_cpu.isa()} {format} {options} {n}x{k} {group} m={m} {dtype}"
                     assert_accurate(bitfuse.lowbit_linear(x, w), x.double() @ exact.T, x @ plain.T, what)
                     gx = lowbit_linear_grad_x(grad, w.op_args)
                     assert_accurate(gx, grad.double() @ exact, grad @ plain, "gradient, " + what)
@@ -72,7 +70,7 @@ print(_cpu.isa())
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_level_meets_the_accuracy_rule(level: str) -> None:
-    done = python(RULE.format(formats=FORMATS), BITFUSE_CPU_ISA=level, BITFUSE_BACKEND="cpp")
+    done = python(RULE, BITFUSE_CPU_ISA=level, BITFUSE_BACKEND="cpp")
     if "does not support" in done.stderr:
         pytest.skip(f"this machine has no {level}")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -154,15 +152,18 @@ def at(address: int, *shape: int, strides: tuple[int, ...] | None = None, dtype:
         ({"group_size": 24}, "group_size is 24"),
         ({"group_size": -32}, "group_size is -32"),
         ({"format": "no such"}, "format is no such"),
-        ({"offsets": (64, 16, 2)}, "offsets is given, expected none"),
-        ({"scale_rows": 2}, "scale_rows is 2, expected 1"),
+        ({"offsets": (64, 16, 1)}, r"offsets is of shape \[16, 1\], expected \[16, 2\]"),
+        ({"offsets": (64, 16, 2), "zeros": (64, 16, 2)}, "offsets is given beside zeros"),
+        ({"offsets": (64, 16, 2), "format": "nf4"}, "offsets is given, expected none"),
+        ({"scale_rows": 2}, r"scales is of shape \[16, 2\], expected \[8, 2\]"),
+        ({"scale_rows": 0}, "scale_rows is 0, expected 1 or more"),
         ({"bias": (64, 15)}, r"bias is of shape \[15\], expected \[16\]"),
         ({"out": (0, 2, 16)}, "out is null"),
         ({"out": (64, 3, 16)}, r"out is of shape \[3, 16\]"),
     ],
 )
 def test_the_binding_refuses_wrong_numbers(change: dict[str, Any], words: str) -> None:
-    assert cpp._known("int4")  # the extension knows the format
+    assert cpp._known("int4") and cpp._known("nf4")  # the extension knows the formats
     memory = torch.zeros(64, 64)
     parts: dict[str, Any] = {
         "x": (64, 2, 64), "qweight": (64, 16, 32), "scales": (64, 16, 2), "zeros": None, "scale_scales": None,
@@ -204,7 +205,7 @@ def test_the_fields_of_a_weight() -> None:
     assert WeightTensors._fields == cpp._cpu.WEIGHT_FIELDS
 
 
-def having(format: str, options: dict[str, bool]) -> bool:
+def having(format: str, options: dict[str, Any]) -> bool:
     """Whether a format has these options."""
     try:
         get_format(format, **options)
@@ -215,10 +216,20 @@ def having(format: str, options: dict[str, bool]) -> bool:
 
 FORMS = [
     (format, options)
-    for format in ("int4", "nf4", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4")
+    for format in ("int4", "nf4", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4", "int3", "int2", "ternary")
     for options in ({}, {"symmetric": False}, {"nested": True})
     if having(format, options)
 ]
+
+
+@pytest.mark.parametrize("format", BUILT_IN)
+def test_every_format_is_served(format: str) -> None:
+    grown: list[dict[str, Any]] = [{}, {"offset": True}, {"scale_rows": 8}]
+    for options in grown:
+        if having(format, options):
+            w = bitfuse.quantize(torch.randn(16, 128), format, **options)
+            assert cpp.supports(torch.randn(2, 128), w.op_args, None) is None
+            assert cpp.supports_grad_x(torch.randn(2, 16), w.op_args) is None
 
 
 @pytest.mark.parametrize(("format", "options"), FORMS, ids=str)
@@ -243,7 +254,7 @@ def test_the_direct_way_leaves_the_rest_to_the_op() -> None:
         (x, w._replace(qweight=w.qweight[:, :31]), bias), (x, w._replace(scales=w.scales[:47]), bias),
         (x, w._replace(group_size=0), bias), (x, w._replace(format="no such"), bias), (x, tuple(w)[:6], bias),
         (x, w._replace(scale_rows=2), bias),
-        (x, w._replace(offsets=w.scales), bias),
+        (x, w._replace(offsets=w.scales[:47]), bias),
         (x, w._replace(qweight=nothing), bias), (x.t().contiguous().t(), w, bias),
     ):  # fmt: skip
         assert cpp.direct(*wrong) is None

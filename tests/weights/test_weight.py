@@ -42,6 +42,14 @@ GROWN: list[dict[str, Any]] = [
     dict(format="int4", group_size=64, symmetric=False, scale_rows=8),
     dict(format="nf4", nested=True, scale_rows=4),
 ]
+# codes that are no dword's whole bytes, and groups of one chunk of them
+FEWER_BITS: list[dict[str, Any]] = [
+    dict(format="int3", group_size=16),
+    dict(format="int3", group_size=32, symmetric=False),
+    dict(format="int3", offset=True),
+    dict(format="int2", group_size=16, offset=True),
+    dict(format="int2", group_size=8, symmetric=False),
+]
 LATER += GROWN
 
 BUILT_IN = tuple(FORMATS)  # before a test registers one

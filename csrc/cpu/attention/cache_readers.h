@@ -6,9 +6,9 @@
 //
 //     reader            element of q           a block's operands               tokens of V at once
 //     DenseFloats<E>    float                  1: the row as floats             1
-//     CodeFloats<C>     float                  kPerDword: codes as floats       1
+//     CodeFloats<C>     float                  kCodes: codes as floats       1
 //     DensePairs        pair of bfloat16       1: the row                       2
-//     CodePairs<C>      pair of bfloat16       kPerDword / 2: codes as pairs    2
+//     CodePairs<C>      pair of bfloat16       kCodes / 2: codes as pairs    2
 //
 // Pairs of V are of two tokens: words of both rows interleaved, 16 of each (32 bytes), read as blocks are.
 // What ends inside a block is read as if zeros followed.
@@ -69,8 +69,8 @@ struct CodeFloats {
   using Acc = Vf;
   using Element = float;
   static constexpr bool kPairs = false, kWords = false, kGrouped = !Code::kNans;
-  static constexpr int kWeights = Code::kPerDword, kValueWeights = 1;
-  static constexpr int64_t kBlock = kLanes * Code::kPerDword, kBlockBytes = 4 * kLanes;
+  static constexpr int kWeights = Code::kCodes, kValueWeights = 1;
+  static constexpr int64_t kBlock = kLanes * Code::kCodes, kBlockBytes = 4 * kLanes;
   static constexpr int kMiddle = Code::kNans ? 0 : 1 << (Code::kBits - 1);
   Code code{centred_codes(kMiddle)};
 
@@ -83,7 +83,7 @@ struct CodeFloats {
   BITFUSE_INLINE Vf weight(Raw raw) const {
     return code.template value<J>(raw, zero());
   }
-  static constexpr int column(int step, int lane) { return lane * Code::kPerDword + step; }
+  static constexpr int column(int step, int lane) { return lane * Code::kCodes + step; }
   static BITFUSE_INLINE Vf load_q(const float* p) { return load(p); }
   static BITFUSE_INLINE Vf accumulate(Vf acc, Vf w, Vf x) { return fma(w, x, acc); }
   static BITFUSE_INLINE Vf poison(Vf acc, Raw raw) {

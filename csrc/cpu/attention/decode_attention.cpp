@@ -45,7 +45,7 @@ void with_reader(CacheFormat format, Dtype dtype, F f) {
     case CacheFormat::kInt8:
       return f(CodeFloats<ByteCode<false>>{});
     case CacheFormat::kInt4:
-      return f(CodeFloats<NibbleCode<false>>{});
+      return f(CodeFloats<TableCode<4, false>>{});
   }
 }
 

@@ -79,6 +79,18 @@ BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) {
 BITFUSE_INLINE Vi spread_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+// 3 bytes: 12 of them go to each half of the vector, and from there bytes 0 1 1 2 to a dword.
+template <int Bytes>
+BITFUSE_INLINE Vi load_halves(const void* p) {
+  const auto* at = static_cast<const uint8_t*>(p);
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+  if constexpr (Bytes == 2) return _mm256_cvtepu8_epi16(low);
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 8));
+  const Vi bytes = _mm256_set_epi8(15, 14, 14, 13, 12, 11, 11, 10, 9, 8, 8, 7, 6, 5, 5, 4,  //
+                                   11, 10, 10, 9, 8, 7, 7, 6, 5, 4, 4, 3, 2, 1, 1, 0);
+  const Vi all = _mm256_shuffle_epi8(_mm256_set_m128i(high, low), bytes);
+  return _mm256_blend_epi16(all, _mm256_srli_epi16(all, 4), 0xaa);
+}
 BITFUSE_INLINE Vf set_halves(float low, float) { return set1(low); }
 
 BITFUSE_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
@@ -105,6 +117,7 @@ BITFUSE_INLINE void store_bfloat(uint16_t* p, Vf a) {
 BITFUSE_INLINE Vi set1_dwords(uint32_t a) { return _mm256_set1_epi32(static_cast<int>(a)); }
 BITFUSE_INLINE Vi add_dwords(Vi a, Vi b) { return _mm256_add_epi32(a, b); }
 BITFUSE_INLINE Vi mul_dwords(Vi a, Vi b) { return _mm256_mullo_epi32(a, b); }
+BITFUSE_INLINE Vi and_dwords(Vi a, Vi b) { return _mm256_and_si256(a, b); }
 BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b) { return _mm256_xor_si256(a, b); }
 BITFUSE_INLINE Vi lane_numbers() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
 BITFUSE_INLINE Vf where_at_least(Vi a, Vi b, Vf value) {

@@ -82,6 +82,15 @@ BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) {
 BITFUSE_INLINE Vi spread_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// 3 bytes: 12 of them go to each quarter of the vector, and from there bytes 0 1 1 2 to a dword.
+template <int Bytes>
+BITFUSE_INLINE Vi load_halves(const void* p) {
+  if constexpr (Bytes == 2) return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  const Vi quarters = _mm512_set_epi32(11, 11, 10, 9, 8, 8, 7, 6, 5, 5, 4, 3, 2, 2, 1, 0);
+  const Vi bytes = _mm512_broadcast_i32x4(_mm_set_epi8(11, 10, 10, 9, 8, 7, 7, 6, 5, 4, 4, 3, 2, 1, 1, 0));
+  const Vi all = _mm512_permutexvar_epi32(quarters, _mm512_maskz_loadu_epi32(0xfff, p));
+  return _mm512_srlv_epi16(_mm512_shuffle_epi8(all, bytes), _mm512_set1_epi32(4 << 16));
+}
 BITFUSE_INLINE Vf set_halves(float low, float high) {
   return _mm512_mask_mov_ps(set1(low), 0xff00, set1(high));
 }
@@ -122,6 +131,7 @@ BITFUSE_INLINE Vf load_bfloat_first(const uint16_t* p, int count) {
 BITFUSE_INLINE Vi set1_dwords(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
 BITFUSE_INLINE Vi add_dwords(Vi a, Vi b) { return _mm512_add_epi32(a, b); }
 BITFUSE_INLINE Vi mul_dwords(Vi a, Vi b) { return _mm512_mullo_epi32(a, b); }
+BITFUSE_INLINE Vi and_dwords(Vi a, Vi b) { return _mm512_and_si512(a, b); }
 BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b) { return _mm512_xor_si512(a, b); }
 BITFUSE_INLINE Vi lane_numbers() {
   return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

@@ -7,7 +7,6 @@
 
 namespace bitfuse::BITFUSE_ISA {
 
-BITFUSE_INLINE Vi and_dwords(Vi a, Vi b) { return _mm512_and_si512(a, b); }
 BITFUSE_INLINE Vi or_dwords(Vi a, Vi b) { return _mm512_or_si512(a, b); }
 BITFUSE_INLINE Vi set1_words(uint16_t a) { return _mm512_set1_epi16(static_cast<short>(a)); }
 BITFUSE_INLINE Vi sub_words(Vi a, Vi b) { return _mm512_sub_epi16(a, b); }

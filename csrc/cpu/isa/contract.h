@@ -75,6 +75,7 @@ BITFUSE_INLINE void store_dwords(void* p, Vi a);
 BITFUSE_INLINE Vi load_bytes(const void* p, int64_t bytes);
 BITFUSE_INLINE Vi add_dwords(Vi a, Vi b);
 BITFUSE_INLINE Vi mul_dwords(Vi a, Vi b);  // the low 32 bits
+BITFUSE_INLINE Vi and_dwords(Vi a, Vi b);
 BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b);
 template <int Bits>
 BITFUSE_INLINE Vi shift_left(Vi a);
@@ -108,6 +109,10 @@ BITFUSE_INLINE Vf load_bfloat_first(const uint16_t* p, int count);
 BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p);
 // Dword i of the result is byte i at p.
 BITFUSE_INLINE Vi spread_bytes(const uint8_t* p);
+// Dword i of the result holds the Bytes bytes from p + Bytes * i on: the first half of their bits in its low
+// word, the other half in its high word, each from the word's lowest bit on; some are above. Bytes is 2 or 3.
+template <int Bytes>
+BITFUSE_INLINE Vi load_halves(const void* p);
 // Byte `Byte` of each dword, as a float less zero, a whole number.
 template <int Byte>
 BITFUSE_INLINE Vf byte_less(Vi a, Vf zero);
@@ -158,7 +163,6 @@ BITFUSE_INLINE Vf group_maxima(const float* p, int64_t size);
 // Lane i of the result: the sum of a[i].
 BITFUSE_INLINE Vi lane_sums(Vi (&a)[kLanes]);
 
-BITFUSE_INLINE Vi and_dwords(Vi a, Vi b);
 BITFUSE_INLINE Vi or_dwords(Vi a, Vi b);
 // b in the last 8 lanes.
 BITFUSE_INLINE Vi set_high_half(Vi a, uint32_t b);

@@ -34,6 +34,7 @@ BITFUSE_INLINE Vi as_signed(uint32x4_t a) { return vreinterpretq_s32_u32(a); }
 BITFUSE_INLINE Vi set1_dwords(uint32_t a) { return as_signed(vdupq_n_u32(a)); }
 BITFUSE_INLINE Vi add_dwords(Vi a, Vi b) { return vaddq_s32(a, b); }
 BITFUSE_INLINE Vi mul_dwords(Vi a, Vi b) { return vmulq_s32(a, b); }
+BITFUSE_INLINE Vi and_dwords(Vi a, Vi b) { return vandq_s32(a, b); }
 BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b) { return veorq_s32(a, b); }
 template <int Bits>
 BITFUSE_INLINE Vi shift_left(Vi a) {
@@ -106,6 +107,17 @@ BITFUSE_INLINE Vf nan_lanes(Vi a) {
 
 BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) { return Vi{p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4}; }
 BITFUSE_INLINE Vi spread_bytes(const uint8_t* p) { return Vi{p[0], p[1], p[2], p[3]}; }
+template <int Bytes>
+BITFUSE_INLINE Vi load_halves(const void* p) {
+  const auto* at = static_cast<const uint8_t*>(p);
+  if constexpr (Bytes == 2) return vreinterpretq_s32_u16(vmovl_u8(vld1_u8(at)));
+  uint32_t last;
+  std::memcpy(&last, at + 8, 4);
+  const uint8x16_t bytes = vcombine_u8(vld1_u8(at), vreinterpret_u8_u32(vdup_n_u32(last)));
+  const uint8x16_t order = {0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11};
+  const int16x8_t shifts = {0, -4, 0, -4, 0, -4, 0, -4};
+  return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(bytes, order)), shifts));
+}
 BITFUSE_INLINE Vf set_halves(float low, float) { return set1(low); }
 
 BITFUSE_INLINE float half_to_float(uint16_t h) {

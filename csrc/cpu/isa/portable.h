@@ -85,6 +85,17 @@ BITFUSE_INLINE bool any_nan(Vi a) {
 
 BITFUSE_INLINE Vi spread_nibbles(const uint8_t* p) { return Vi{p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4}; }
 BITFUSE_INLINE Vi spread_bytes(const uint8_t* p) { return Vi{p[0], p[1], p[2], p[3]}; }
+template <int Bytes>
+BITFUSE_INLINE Vi load_halves(const void* p) {
+  constexpr int kHalf = 4 * Bytes;
+  Vi a;
+  for (int i = 0; i < kLanes; ++i) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, static_cast<const uint8_t*>(p) + Bytes * i, Bytes);
+    a[i] = int32_t((bits & ((1u << kHalf) - 1)) | bits >> kHalf << 16);
+  }
+  return a;
+}
 BITFUSE_INLINE Vf set_halves(float low, float) { return set1(low); }
 
 BITFUSE_INLINE float half_to_float(uint16_t h) {
@@ -139,6 +150,7 @@ BITFUSE_INLINE Vi add_dwords(Vi a, Vi b) {
 BITFUSE_INLINE Vi mul_dwords(Vi a, Vi b) {
   return reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) * reinterpret_cast<Vu>(b));
 }
+BITFUSE_INLINE Vi and_dwords(Vi a, Vi b) { return a & b; }
 BITFUSE_INLINE Vi xor_dwords(Vi a, Vi b) { return a ^ b; }
 BITFUSE_INLINE Vi lane_numbers() { return Vi{0, 1, 2, 3}; }
 BITFUSE_INLINE Vf where_at_least(Vi a, Vi b, Vf value) {

@@ -4,7 +4,7 @@
 // Bound by multiply-adds. A task is a tile of kWidth outputs; its panel covers kBlock steps of the
 // contraction:
 //   forward   lanes are rows of W: 4 * kLanes bytes of kLanes rows are transposed as dwords, so that one
-//             dword vector holds the codes of kPerDword steps, and scales are lane vectors;
+//             dword vector holds the codes of kCodes steps, and scales are lane vectors;
 //   gradient  lanes are columns of W, read in memory order; the scale of a row's group is a broadcast.
 // The sums of a task, [rows][kWidth] floats, stay in L2; an adapter's ranks, which are a few more steps of
 // the contraction, bias and rounding come at its end.
@@ -34,6 +34,14 @@ constexpr bool scales_sums(Panel kind) { return kind == Panel::kExactPairs || in
 constexpr int64_t kPanelDwords = (kLanes == 16 ? 128 : 512) * kWidth;  // 32 KiB, 16 at 4 lanes
 constexpr int64_t kChunkRows = 504;         // x rows that a panel serves: a task's sums take 126 KiB
 constexpr int64_t kPackedBytes = 16 << 20;  // of x in panel order, unless kMaxRows rows take more
+
+// Steps that are summed apart. Where float32 sums are all the error that there is, short ones, as torch has
+// them; but not of formats that version 0.1 served, whose numbers stay.
+BITFUSE_INLINE int64_t segment_of(const LowBitMatrix& w, Panel kind) {
+  if (in_pairs(kind)) return 2 * kSegment;
+  const bool since_then = w.offsets || w.scale_rows > 1 || bits_of(w.code_kind) < 4;
+  return since_then ? kSegment / 4 : kSegment;
+}
 
 // c[Rows][kWidth] (+)= scale[kWidth] * (x[Rows] panel), the panel being packed codes [dwords][kWidth].
 template <class Steps, int Rows>
@@ -154,14 +162,14 @@ class Forward {
   using Steps = typename StepsOf<Code, Kind>::type;
   static constexpr Panel kKind = Kind;
   static constexpr bool kGradient = false;
-  static constexpr int P = Code::kPerDword;
+  static constexpr int P = Code::kCodes;
   static constexpr int kOrder = in_pairs(Kind) ? P : 1;  // codes whose pairs x follows
   static constexpr int64_t kBlock = kPanelDwords / kWidth *
                                     (in_codes(Kind)   ? P / 2
                                      : in_pairs(Kind) ? 2
                                                       : 1);  // codes half fill it
 
-  explicit Forward(const LowBitMatrix& w) : w_(w), steps_(w) {}
+  explicit Forward(const LowBitMatrix& w) : w_(w), bits_(bits_of(w.code_kind)), steps_(w) {}
   int64_t outs() const { return w_.n; }
   int64_t depth() const { return w_.k; }
 
@@ -172,7 +180,8 @@ class Forward {
   }
 
   struct Worker {
-    float *rows, *scales, *zeros, *ones;
+    float *rows, *scales, *zeros;     // zeros: or offsets, negated
+    float *ones, *none, *minus_none;  // [kWidth]: 1, 0, -0
   };
   Worker carve_worker(Carver& carver) const {
     const int64_t padded = round_up(groups_of(w_), kLanes);
@@ -181,6 +190,8 @@ class Forward {
     worker.scales = carver.take<float>(padded * kWidth);
     worker.zeros = carver.take<float>(Code::kZeros ? padded * kWidth : 0);
     worker.ones = carver.take<float>(kWidth);
+    worker.none = carver.take<float>(kWidth);
+    worker.minus_none = carver.take<float>(kWidth);
     return worker;
   }
 
@@ -190,11 +201,15 @@ class Forward {
     read_scales(w_, out, valid, worker.rows);
     spread(worker.rows, valid, worker.scales);
     if (Code::kZeros) {
-      read_zeros(w_, out, valid, worker.rows);
+      if (w_.offsets) {
+        read_offsets(w_, out, valid, worker.rows);
+        for (int64_t i = 0; i < valid * groups; ++i) worker.rows[i] = -worker.rows[i];
+      } else {
+        read_zeros(w_, out, valid, worker.rows);
+      }
       spread(worker.rows, valid, worker.zeros);
-      divide_offsets(w_, groups * kWidth, worker.scales, worker.zeros);
     }
-    for (int i = 0; i < kWidth; ++i) worker.ones[i] = 1;
+    for (int i = 0; i < kWidth; ++i) worker.ones[i] = 1, worker.none[i] = 0, worker.minus_none[i] = -0.0f;
   }
 
   // Where sums are scaled, a block ends where a group does, unless a group is longer than a block.
@@ -205,19 +220,23 @@ class Forward {
   }
 
   void decode(const Worker& worker, int64_t out, int64_t k, int64_t end, void* panel) const {
-    const int64_t row_bytes = code_bytes<Code>(w_.k), dwords = (end - k) / P;
+    const int64_t row_bytes = bytes_of(w_.k), dwords = (end - k) / P;
     for (int v = 0; v < kVecs; ++v) {
       const uint8_t* row[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        row[i] = w_.codes + least(out + v * kLanes + i, w_.n - 1) * row_bytes + code_bytes<Code>(k);
+        row[i] = w_.codes + least(out + v * kLanes + i, w_.n - 1) * row_bytes + bytes_of(k);
       for (int64_t at = 0; at < dwords; at += kLanes) {
         Vi a[kLanes];
-        if (k + (at + kLanes) * P <= w_.k) {
+        with_chunk<Code>(bits_, [&](auto chunk) __attribute__((always_inline)) {
+          using Chunk = decltype(chunk);
+          const int64_t left = (w_.k - k) / P - at;
+          if (left >= kLanes) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) a[i] = load_dwords(row[i] + 4 * at);
-        } else {
-          for (int i = 0; i < kLanes; ++i) a[i] = load_bytes(row[i] + 4 * at, 4 * ((w_.k - k) / P - at));
-        }
+            for (int i = 0; i < kLanes; ++i) a[i] = Chunk::load(row[i] + Chunk::kBytes * at);
+          } else {
+            for (int i = 0; i < kLanes; ++i) a[i] = load_chunks<Chunk>(row[i] + Chunk::kBytes * at, left);
+          }
+        });
         transpose(a);
         const int count = int(least(kLanes, dwords - at));
         if constexpr (Code::kNans) poison(a, count, worker, k / P + at, v * kLanes);
@@ -232,7 +251,9 @@ class Forward {
         } else {
           for (int i = 0; i < count; ++i) {
             const int64_t group = int64_t(group_[k / P + at + i]) * kWidth + v * kLanes;
-            decode_dwords(a[i], worker.scales + group, worker.zeros + group, panel, (at + i) * P, v * kLanes);
+            const float* other = worker.zeros + group;
+            decode_dwords(a[i], worker.scales + group, w_.offsets ? worker.none : other,
+                          w_.offsets ? other : worker.minus_none, panel, (at + i) * P, v * kLanes);
           }
         }
       }
@@ -242,16 +263,16 @@ class Forward {
   // What follows the block that ends at `end` of the tile at `out`: its next block, or the first one of the
   // tile below.
   Prefetch after(int64_t out, int64_t end) const {
-    const int64_t row_bytes = code_bytes<Code>(w_.k);
+    const int64_t row_bytes = bytes_of(w_.k);
     if (end == w_.k) out += kWidth, end = 0;
     const int64_t next = block_end(end);
-    return {w_.codes + out * row_bytes + code_bytes<Code>(end), row_bytes, most(least(kWidth, w_.n - out), 0),
-            code_bytes<Code>(next - end)};
+    return {w_.codes + out * row_bytes + bytes_of(end), row_bytes, most(least(kWidth, w_.n - out), 0),
+            bytes_of(next - end)};
   }
 
   // A segment is summed apart: at most kSegment steps, and one group where its sum is scaled.
   int64_t segment_end(int64_t k, int64_t end) const {
-    const int64_t next = least(end, k + (in_pairs(Kind) ? 2 : 1) * kSegment);
+    const int64_t next = least(end, k + segment_of(w_, Kind));
     return scales_sums(Kind) ? least(next, group_end(k)) : next;
   }
 
@@ -277,6 +298,7 @@ class Forward {
   }
 
  private:
+  int64_t bytes_of(int64_t codes) const { return codes * bits_ / 8; }
   int64_t group_end(int64_t k) const { return (k / w_.group_size + 1) * w_.group_size; }
 
   // [valid][groups] to [group][kWidth], zeros for the rows past `valid`.
@@ -304,15 +326,18 @@ class Forward {
       }
   }
 
-  BITFUSE_INLINE void decode_dwords(Vi dwords, const float* scale, const float* zero_at, void* panel,
-                                    int64_t depth, int lane) const {
+  // (value - zero) * scale - offset; adding -0 changes nothing.
+  BITFUSE_INLINE void decode_dwords(Vi dwords, const float* scale, const float* zero_at,
+                                    const float* minus_offset, void* panel, int64_t depth, int lane) const {
     const Vf z = Code::kZeros ? load(zero_at) : zero();
+    [[maybe_unused]] auto scaled = [&](Vf v) __attribute__((always_inline)) {
+      return Code::kZeros ? fma(v, load(scale), load(minus_offset)) : mul(v, load(scale));
+    };
     if constexpr (Kind == Panel::kFloats) {
       float* to = static_cast<float*>(panel) + depth * kWidth + lane;
-      const Vf s = load(scale);
       unrolled<P>([&](auto j) __attribute__((always_inline)) {
         constexpr int J = decltype(j)::value;
-        store(to + J * kWidth, mul(steps_.template weight<J>(dwords, z), s));
+        store(to + J * kWidth, scaled(steps_.template weight<J>(dwords, z)));
       });
     }
 #if BITFUSE_PAIRS
@@ -323,10 +348,9 @@ class Forward {
         if constexpr (Kind == Panel::kExactPairs) {
           store_dwords(to + J * kWidth, steps_.template weight<J>(dwords, z));
         } else {
-          const Vf s = load(scale);
           store_dwords(to + J * kWidth,
-                       pair_of_rounded(mul(steps_.template weight<J>(dwords, z), s),
-                                       mul(steps_.template weight<J + P / 2>(dwords, z), s)));
+                       pair_of_rounded(scaled(steps_.template weight<J>(dwords, z)),
+                                       scaled(steps_.template weight<J + P / 2>(dwords, z))));
         }
       });
     }
@@ -334,6 +358,7 @@ class Forward {
   }
 
   const LowBitMatrix& w_;
+  const int bits_;
   Steps steps_;
   int32_t* group_ = nullptr;
 };
@@ -350,7 +375,7 @@ class Gradient {
   static constexpr int64_t kBlock = kPanelDwords / kWidth * (in_pairs(Kind) ? 2 : 1);
   static constexpr int kTileGroups = kWidth / 8 + 1;  // that a tile's columns can meet
 
-  explicit Gradient(const LowBitMatrix& w) : w_(w), code_(w) {}
+  explicit Gradient(const LowBitMatrix& w) : w_(w), bits_(bits_of(w.code_kind)), code_(w) {}
   int64_t outs() const { return w_.k; }
   int64_t depth() const { return w_.n; }
   void carve_shared(Carver&) {}
@@ -372,7 +397,7 @@ class Gradient {
   int64_t block_end(int64_t n) const { return least(n + kBlock, w_.n); }
 
   void decode(const Worker& worker, int64_t out, int64_t n, int64_t end, void* panel) const {
-    const int64_t columns = least(kWidth, w_.k - out), row_bytes = code_bytes<Code>(w_.k);
+    const int64_t columns = least(kWidth, w_.k - out), row_bytes = bytes_of(w_.k);
     const int64_t first = out / w_.group_size, count = (out + columns - 1) / w_.group_size + 1 - first;
     read_block(n, end, first, count, worker);
     int group[kTileGroups];  // of each 8 columns, less `first`
@@ -380,7 +405,7 @@ class Gradient {
       group[i] = int(least(out + 8 * i, w_.k - 1) / w_.group_size - first);
 
     for (int64_t i = 0; i < end - n; ++i) {
-      const uint8_t* codes = w_.codes + (n + i) * row_bytes + code_bytes<Code>(out);
+      const uint8_t* codes = w_.codes + (n + i) * row_bytes + bytes_of(out);
       __builtin_prefetch(codes + 16 * row_bytes);
       const float *scale = worker.scales + i * count, *zero_at = worker.zeros + i * count;
       Vf row[kVecs];
@@ -410,9 +435,7 @@ class Gradient {
 
   Prefetch after(int64_t, int64_t) const { return {}; }  // `decode` asks for rows as it goes
 
-  int64_t segment_end(int64_t n, int64_t end) const {
-    return least(end, n + (in_pairs(Kind) ? 2 : 1) * kSegment);
-  }
+  int64_t segment_end(int64_t n, int64_t end) const { return least(end, n + segment_of(w_, Kind)); }
 
   void tile(const Worker& worker, int rows, const void* x, int64_t x_stride, int64_t n, int64_t end,
             const void* panel, float* sums, Prefetch&) const {
@@ -423,11 +446,21 @@ class Gradient {
   }
 
  private:
+  int64_t bytes_of(int64_t codes) const { return codes * bits_ / 8; }
+
   // The kWidth columns of one row of W; those past the last come from code 0 and meet no output.
   BITFUSE_INLINE void decode_row(const uint8_t* codes, int64_t columns, const int* group, const float* scale,
                                  const float* zero_at, Vf (&row)[kVecs]) const {
-    uint8_t buffer[code_bytes<Code>(kWidth)];
-    if (columns < kWidth) {
+    constexpr int64_t kBytes = code_bytes<Code>(kWidth);
+    uint8_t buffer[kBytes > 4 * kLanes ? kBytes : 4 * kLanes];
+    if (Code::kBits == 4 && bits_ < 4) {
+      with_chunk<Code>(bits_, [&](auto chunk) __attribute__((always_inline)) {
+        using Chunk = decltype(chunk);
+        static_assert(Code::kBits == 8 || kWidth / 8 <= kLanes);
+        store_dwords(buffer, load_chunks<Chunk>(codes, columns / 8));
+      });
+      codes = buffer;
+    } else if (columns < kWidth) {
       std::memset(buffer, 0, sizeof buffer);
       std::memcpy(buffer, codes, size_t(code_bytes<Code>(columns)));
       codes = buffer;
@@ -435,9 +468,11 @@ class Gradient {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       const int low = group[v * kLanes / 8], high = group[v * kLanes / 8 + (kLanes > 8)];
-      const Vf z = Code::kZeros ? set_halves(zero_at[low], zero_at[high]) : zero();
+      const Vf other = Code::kZeros ? set_halves(zero_at[low], zero_at[high]) : zero();
+      const Vf s = set_halves(scale[low], scale[high]);
       const Vi code = Code::natural(codes + code_bytes<Code>(v * kLanes));
-      row[v] = mul(code_.template value<0>(code, z), set_halves(scale[low], scale[high]));
+      row[v] = Code::kZeros && w_.offsets ? fma(code_.template value<0>(code, zero()), s, other)
+                                          : mul(code_.template value<0>(code, other), s);
       if constexpr (Code::kNans) row[v] = add(row[v], nan_lanes(code));
     }
   }
@@ -456,14 +491,15 @@ class Gradient {
     if (!Code::kZeros) return;
     if (w_.offsets) {
       for (int64_t i = n; i < end; ++i)
-        read_zero_run(w_, scales_of_row(w_, i) + first, count, worker.zeros + (i - n) * count);
-      divide_offsets(w_, (end - n) * count, worker.scales, worker.zeros);
+        read_offset_run(w_, scales_of_row(w_, i) + first, count, worker.zeros + (i - n) * count);
+      for (int64_t i = 0; i < (end - n) * count; ++i) worker.zeros[i] = -worker.zeros[i];
     } else {
       read([&](int64_t i) { return float(w_.zeros[i]); }, worker.zeros);
     }
   }
 
   const LowBitMatrix& w_;
+  const int bits_;
   Code code_;
 };
 

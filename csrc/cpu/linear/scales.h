@@ -1,8 +1,6 @@
 // Scales and zero points of a LowBitMatrix, read as floats.
 #pragma once
 
-#include <cmath>
-
 #include "cpu/linear/matmul.h"
 
 namespace bitfuse::BITFUSE_ISA {
@@ -97,30 +95,19 @@ inline void prefetch_scales(const LowBitMatrix& w, int64_t row, int64_t rows) {
     __builtin_prefetch(offsets + b);
 }
 
-// Zero points, or offsets, [first, first + count) of the flattened array.
-inline void read_zero_run(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
-  if (w.offsets) return to_float(element(w.offsets, w.offsets_dtype, first), w.offsets_dtype, to, count);
-  for (int64_t i = 0; i < count; ++i) to[i] = float(w.zeros[first + i]);
-}
-
-// Zero points, or offsets, of rows [row, row + rows) as [rows][groups].
+// Zero points of rows [row, row + rows) as [rows][groups].
 inline void read_zeros(const LowBitMatrix& w, int64_t row, int64_t rows, float* to) {
-  for_rows(w, row, rows, to,
-           [&](int64_t first, int64_t count, float* at) { read_zero_run(w, first, count, at); });
+  for_rows(w, row, rows, to, [&](int64_t first, int64_t count, float* at) {
+    for (int64_t i = 0; i < count; ++i) at[i] = float(w.zeros[first + i]);
+  });
 }
 
-// Makes zero points of offsets: value * scale - offset is (value - offset / scale) * scale. Beside a scale so
-// small that no code is seen in the sum, or of 0, the group is -offset: then the scale becomes one that says
-// it exactly.
-inline void divide_offsets(const LowBitMatrix& w, int64_t count, float* scales, float* zeros) {
-  if (!w.offsets) return;
-  constexpr float kDrowns = 1099511627776.0f;  // 2^40
-  for (int64_t i = 0; i < count; ++i) {
-    const float offset = zeros[i];
-    if (offset == 0) continue;
-    if (std::fabs(scales[i]) * kDrowns < std::fabs(offset)) scales[i] = std::fabs(offset) / kDrowns;
-    zeros[i] = offset / scales[i];
-  }
+inline void read_offset_run(const LowBitMatrix& w, int64_t first, int64_t count, float* to) {
+  to_float(element(w.offsets, w.offsets_dtype, first), w.offsets_dtype, to, count);
+}
+inline void read_offsets(const LowBitMatrix& w, int64_t row, int64_t rows, float* to) {
+  for_rows(w, row, rows, to,
+           [&](int64_t first, int64_t count, float* at) { read_offset_run(w, first, count, at); });
 }
 
 }  // namespace bitfuse::BITFUSE_ISA

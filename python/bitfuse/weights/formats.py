@@ -226,8 +226,8 @@ def check_scale_dtype(format: Format, scale_dtype: object) -> None:
 def register_format(format: Format) -> Format:
     """Make a format of one's own known by its name.
 
-    The reference serves it at once; a codebook of 4 bits, or one that differs from a known format in its
-    groups or its scales alone, also the kernels of C++ and CUDA that read any table of 16 values: ask
+    The reference serves it at once; integers or a codebook of 2 to 4 bits also C++; a codebook of 4 bits,
+    or a format that differs from a known one in its groups or its scales alone, also CUDA: ask
     `bitfuse.explain`.
 
     Raises:

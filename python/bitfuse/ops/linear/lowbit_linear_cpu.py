@@ -17,11 +17,9 @@ from ...weights.weight import WeightTensors, weight_tensors
 
 def code_kind(fmt: Format, kinds: Any) -> Any:
     """The CodeKind, of an extension's enum, by which kernels read a format; None for one without."""
-    if fmt.bits == 4:
-        return kinds.INT4 if fmt.is_integer else kinds.CODEBOOK4
-    if fmt.bits == 8 and fmt.is_integer:
-        return kinds.INT8
-    return kinds.E4M3 if fmt.bits == 8 and fmt.codebook == FORMATS["fp8"].codebook else None
+    if fmt.codebook == FORMATS["fp8"].codebook:
+        return kinds.E4M3
+    return getattr(kinds, f"{'INT' if fmt.is_integer else 'CODEBOOK'}{fmt.bits}", None)
 
 
 def scale_kind(fmt: Format, kinds: Any) -> Any:
@@ -43,7 +41,7 @@ def _known(format: str) -> bool:
         levels = nested_code()
     else:
         levels = torch.arange(256, dtype=torch.uint8, device="cpu").view(fmt.scale_dtype).float()
-    values = fmt.values() if fmt.bits == 4 else None
+    values = fmt.values().repeat(16 >> fmt.bits) if fmt.bits < 8 else None
     _cpu.formats[format] = _cpu.WeightFormat(kind, fmt.zero_point, scales, fmt.tensor_scale, values, levels)
     return True
 
@@ -56,8 +54,6 @@ def reason(weight: WeightTensors) -> str | None:
         return f"it has no kernel for format {weight.format}"
     if weight.group_size % 8:
         return f"group_size {weight.group_size} is not a multiple of 8"
-    if weight.offsets is not None and FORMATS[weight.format].bits != 4:
-        return f"it has no kernel for float offsets of {FORMATS[weight.format].bits}-bit codes"
     return None
 
 

@@ -30,6 +30,8 @@ def _code(format: str) -> Any:
     """The CodeKind by which the kernel reads a format, of which it is told; None when there is none."""
     native, fmt = cuda.module, FORMATS[format]
     kind = code_kind(fmt, native.CodeKind)
+    if fmt.bits not in (4, 8):
+        return None
     if kind is not None:
         scales = scale_kind(fmt, native.ScaleKind)
         native.formats[format] = native.WeightFormat(kind, fmt.zero_point, scales, fmt.tensor_scale)
