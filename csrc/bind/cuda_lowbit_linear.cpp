@@ -1,4 +1,6 @@
 // lowbit_linear, and lora_linear, which is the same kernel with an adapter to ride along.
+#include <bit>
+
 #include "bind/cuda_linear.h"
 
 namespace bitfuse {
@@ -45,20 +47,28 @@ void set_weight(LowbitLinearArgs& a, py::handle weight, int device) {
   a.scale_type = scale_type(w.scale_kind);
   require_aligned("qweight", parts.qweight, 4);
   require(w.codes_stride % 4 == 0, "qweight's stride", w.codes_stride, "a multiple of 4");
+  require(w.scale_rows == 1 ||
+              (w.scale_rows % LowbitLinearWarpRows == 0 && std::has_single_bit(uint64_t(w.scale_rows))),
+          "scale_rows", w.scale_rows, "1, or a power of two from 32 on");
+  a.log_scale_rows = std::countr_zero(uint64_t(std::min<int64_t>(w.scale_rows, 1 << 30)));
   const int64_t most = std::numeric_limits<int>::max() / (w.n + 7);
   require(w.scales_stride <= most, "scales' stride", w.scales_stride, "n + 7 times it below 2**31");
   require(w.zeros_stride <= most, "zeros' stride", w.zeros_stride, "n + 7 times it below 2**31");
+  require(w.offsets_stride <= most, "offsets' stride", w.offsets_stride, "n + 7 times it below 2**31");
   a.qweight = w.codes;
   a.scales = w.scales;
   a.zeros = w.zeros;
-  a.zero_point = w.zero_point;
+  a.zero_point = w.offsets ? 0 : w.zero_point;
+  a.offsets = w.offsets;
+  a.offset_type = scale_type(static_cast<ScaleKind>(w.offsets_dtype));  // the floats come first in both
   a.scale_scales = w.scale_scales;
   a.scale_offset = w.scale_offset_at;
   a.qweight_stride = w.codes_stride;
   a.scales_stride = static_cast<int>(w.scales_stride);
-  a.zeros_stride = static_cast<int>(w.zeros_stride);
-  a.last_scale = (a.n - 1) * a.scales_stride + a.groups - 1;
-  a.last_zero = (a.n - 1) * a.zeros_stride + a.groups - 1;
+  a.zeros_stride = static_cast<int>(w.offsets ? w.offsets_stride : w.zeros_stride);
+  const int last_row = (a.n - 1) >> a.log_scale_rows;
+  a.last_scale = last_row * a.scales_stride + a.groups - 1;
+  a.last_zero = last_row * a.zeros_stride + a.groups - 1;
 }
 
 Code code_of(py::handle weight) {

@@ -112,11 +112,6 @@ inline LowBitMatrix make_matrix(const WeightParts& p, const WeightFormat& format
            "a multiple of 8 that divides in_features = " + std::to_string(w.k));
   const int64_t groups = w.k / w.group_size;
   require(p.scale_rows > 0, "scale_rows", p.scale_rows, "1 or more");
-  if (device != kHost) {
-    require(p.scale_rows == 1, "scale_rows", p.scale_rows,
-            "1: there is no kernel for scales that rows share");
-    if (p.has_offsets) refuse("offsets", "given", "none: there is no kernel for them");
-  }
   w.scale_rows = p.scale_rows;
   const int64_t rows = w.n / p.scale_rows + (w.n % p.scale_rows != 0);  // of scales
   part("qweight", q, w.n, q.shape[1], rows_apart);

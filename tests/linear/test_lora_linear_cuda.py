@@ -113,6 +113,18 @@ def test_formats_and_epilogues(target: Target, format: str) -> None:
     check(target, *case(5, n, 640, 12, torch.float16, format=format, **more))
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_offsets_and_shared_scales(target: Target) -> None:
+    for m, options in (
+        (1, dict(format="int4", group_size=32, offset=True)),
+        (12, dict(format="int8", group_size=64, offset=True)),
+        (40, dict(format="int4", group_size=64, offset=True, scale_rows=32)),
+        (5, dict(format="fp8", group_size=128, scale_rows=128)),
+    ):
+        x, p = case(m, 150, 640, 12, torch.bfloat16, bias=torch.randn(150).bfloat16(), scaling=0.5)
+        check(target, x, p._replace(weight=bitfuse.quantize(torch.randn(150, 640) / 25, **options).op_args))
+
+
 @pytest.mark.parametrize("k", [8, 24, 1000, 7392])
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_rows_of_any_length(target: Target, k: int) -> None:

@@ -66,6 +66,32 @@ def test_every_number_of_tokens(target: Target, dtype: torch.dtype, format: str)
         check(target, torch.randn(m, 1152, dtype=dtype), w, torch.randn(n, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_offsets_and_shared_scales(target: Target, dtype: torch.dtype) -> None:
+    """Every number of tokens' tiles, groups of a span, of several and of the row; offsets of every dtype;
+    rows that are no multiple of those that share a scale."""
+    for m, (format, group, scale_dtype) in zip(
+        (1, 8, 12, 31, 64),
+        itertools.cycle([
+            ("int4", 32, torch.float16), ("int8", 96, torch.float32), ("int4", -1, torch.bfloat16),
+            ("int8", 32, torch.float16), ("int4", 64, torch.float32),
+        ]),
+        strict=False,
+    ):  # fmt: skip
+        weight = torch.randn(101, 1152) / 34 + 0.02
+        w = bitfuse.quantize(weight, format, group_size=group, offset=True, scale_dtype=scale_dtype)
+        check(target, torch.randn(m, 1152, dtype=dtype), w, torch.randn(101, dtype=dtype))
+    for m, options in (
+        (1, dict(format="fp8", group_size=128, scale_rows=128)),
+        (9, dict(format="int8", group_size=64, scale_rows=32, symmetric=False)),
+        (3, dict(format="int4", group_size=32, scale_rows=64, offset=True)),
+        (20, dict(format="nf4", nested=True, scale_rows=32)),
+    ):
+        w = bitfuse.quantize(torch.randn(300, 640) / 25, **options)
+        check(target, torch.randn(m, 640, dtype=dtype), w)
+
+
 @pytest.mark.parametrize("m", [1, 12, 40])
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_blocks_that_split_k_are_added_in_one_order(target: Target, m: int) -> None:
@@ -183,6 +209,12 @@ def test_says_what_it_does_not_serve(target: Target) -> None:
     assert "float32" in (target.reason(forward_op, *arguments(target, half.float(), w)) or "")
     assert "M = 65" in (target.reason(forward_op, *arguments(target, half[:1].repeat(65, 1), w)) or "")
     x, weight, _ = arguments(target, half, w)
+    for options, said in (
+        (dict(format="int4", group_size=32, scale_rows=8), "scales that 8 rows share"),
+        (dict(format="int4", group_size=32, scale_rows=96), "scales that 96 rows share"),
+    ):
+        grown = bitfuse.quantize(torch.randn(16, 96), **options)
+        assert said in (target.reason(forward_op, *arguments(target, half, grown)) or "")
     weight = weight._replace(qweight=weight.qweight[:, :1].expand(16, 48))
     assert "qweight has strides" in (target.reason(forward_op, x, weight, None) or "")
     assert target.run(forward_op, *arguments(target, half[:0], w)).shape == (0, 16)
@@ -239,6 +271,10 @@ def call(arguments: dict[str, Any], **others: Any) -> None:
     native.lowbit_linear(weight=weight, **arguments, **others)
 
 
+def some_scales(rows: int, dtype: str = "FLOAT32") -> Any:
+    return descriptor(64, rows, 2, dtype=dtype)
+
+
 def some(count: int = 64, **other: Any) -> Any:
     return descriptor(64, count, **other)
 
@@ -274,6 +310,18 @@ def some(count: int = 64, **other: Any) -> Any:
             "group_size is 16, expected a",
         ),
         (lambda: {"format": "no such"}, "format is no such"),
+        (lambda: {"scale_rows": 0}, "scale_rows is 0, expected 1 or more"),
+        (lambda: {"scale_rows": 32}, r"scales is of shape \[16, 2\], expected \[1, 2\]"),
+        (
+            lambda: {"scale_rows": 8, "scales": some_scales(2)},
+            "scale_rows is 8, expected 1, or a power of two",
+        ),
+        (lambda: {"offsets": some_scales(16, dtype="UINT8")}, "offsets is .*uint8"),
+        (lambda: {"offsets": some_scales(15)}, r"offsets is of shape \[15, 2\], expected \[16, 2\]"),
+        (
+            lambda: {"offsets": some_scales(16), "zeros": some_scales(16, dtype="UINT8")},
+            "offsets is given beside zeros",
+        ),
         (lambda: {"bias": descriptor(64, 15)}, r"bias is of shape \[15\], expected \[16\]"),
         (lambda: {"out": descriptor(2, 2, 16)}, "out is 2, expected a multiple of 4"),
         (lambda: {"out": descriptor(64, 2, 15)}, r"out is of shape \[2, 15\]"),

@@ -4,6 +4,7 @@
 //   Bits            of a code
 //   TableBytes      of shared memory that `fill_table` writes once a block
 //   HasNan          true when dequant8 flags codes that are NaN instead of giving a NaN
+//   HasOffset       true when w = code * scale - offset: the zero point is 0
 //   Zero, zero(z)   what a zero point becomes once a group
 //   dequant8(words, zero, flags, pairs)
 //                   8 consecutive codes of a row, low bits first, to 4 pairs in the row's order: value minus
@@ -71,6 +72,7 @@ __device__ __forceinline__ void store_two(T* at, float2 values, bool two, bool e
 struct NoTable {
   static constexpr int TableBytes = 0;
   static constexpr bool HasNan = false;
+  static constexpr bool HasOffset = false;
   static constexpr bool PairsApart = false;
 };
 
@@ -124,6 +126,7 @@ struct Codebook4 {
   static constexpr int Bits = 4;
   static constexpr int TableBytes = 256 * 32 * 4;
   static constexpr bool HasNan = false;
+  static constexpr bool HasOffset = false;
   static constexpr bool PairsApart = false;
   struct Zero {};
 
@@ -182,6 +185,19 @@ struct Int8 : NoTable {
       }
     }
   }
+};
+
+// The same with float offsets: kernels of their own, so that the others pay nothing for them.
+template <typename T>
+struct Int4Offset : Int4<T> {
+  static constexpr bool HasOffset = true;
+  using Int4<T>::Int4;
+};
+
+template <typename T>
+struct Int8Offset : Int8<T> {
+  static constexpr bool HasOffset = true;
+  using Int8<T>::Int8;
 };
 
 // FP8 e4m3fn. Its exponent and mantissa, put at the bottom of T's exponent and the top of its mantissa, are

@@ -123,12 +123,13 @@ LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested,
 void lowbit_linear(const LowbitLinearArgs& args, const LowbitLinearPlan& plan, Float type, Code code,
                    int device, std::uintptr_t stream, const AdapterArgs* adapter) {
   const DeviceScope scope(device);
-  const bool rides = adapter != nullptr;
+  const bool rides = adapter != nullptr, offsets = args.offsets != nullptr;
+  const int of_type = static_cast<int>(type), log_tokens = log2_of(plan.token_tiles);
   const KernelFunction function =
-      (rides ? LoraKernels
-             : Kernels)[static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)];
-  static AllowedShared allowed[2][2][4][4];
-  allowed[rides][static_cast<int>(type)][static_cast<int>(code)][log2_of(plan.token_tiles)].allow(
+      offsets ? OffsetKernels[rides][of_type][code == Code::Int8][log_tokens]
+              : (rides ? LoraKernels : Kernels)[of_type][static_cast<int>(code)][log_tokens];
+  static AllowedShared allowed[2][2][2][4][4];
+  allowed[offsets][rides][of_type][static_cast<int>(code)][log_tokens].allow(
       reinterpret_cast<const void*>(function), device, plan.shared_bytes, "lowbit_linear_kernel");
 
   const int chunk = chunk_of(code);

@@ -18,7 +18,8 @@
 // Decoding is 9 instructions for 8 codes of int4 (float16), 12 and 4 table reads of a codebook; a span of 512
 // bytes, for up to 8 tokens, is some 90 instructions a warp and 8 shared-memory wavefronts (24 of a
 // codebook). A span never straddles a group (groups are a multiple of 32, or the row), so a group's scale
-// meets float32 sums: codes minus zero points are multiplied exactly, and no weight is rounded.
+// meets float32 sums: codes minus zero points are multiplied exactly, and no weight is rounded. A float
+// offset meets the sum of a span's x, which a product with ones gives each lane for its tokens.
 //
 // Order. The weights' pipeline is each warp's own and needs no block barrier; the one there is comes with a
 // new panel of x. Warps that split k, and then blocks, are added in a fixed order, whoever is last: the same
@@ -73,21 +74,22 @@ static_assert(Warps == AdapterWarps && ScratchFloats * 4 <= StageBytes);
 // neighbours, eight, or four, rows spread over all banks.
 __device__ __forceinline__ int swizzle(int row) { return (row & 2) | ((row >> 2) & 1); }
 
-// The scales and zero points of a lane's rows in one group, as they are stored: loads that nothing waits for
-// yet.
+// The scales and zero points (or offsets) of a lane's rows in one group, as they are stored: loads that
+// nothing waits for yet.
 struct Scales {
   uint32_t scale[LaneRows];
   uint32_t zero[LaneRows];
   int index;  // of the first row's scale
 };
 
-// Rows of a lane are 8 apart; `rows[r]` is how many rows the r-th is from the first, less where a warp has
-// not so many. In its last eight there may be none of the lane's: then the last scale of all is read, and not
-// used.
+// `rows[r]` is how many rows of scales the lane's r-th row is from its first: 8 r, less where a warp has not
+// so many; 0 where they share one. In its last eight there may be none of the lane's: then the last scale of
+// all is read, and not used.
 __device__ __forceinline__ int scale_place(const LowbitLinearArgs& a, int index, int rows) {
   return min(index + rows * a.scales_stride, a.last_scale);
 }
 
+template <bool HasOffset>
 __device__ __forceinline__ void load_scales(const LowbitLinearArgs& a, int row, const int (&rows)[LaneRows],
                                             int group, Scales& s) {
   s.index = row * a.scales_stride + group;
@@ -107,7 +109,15 @@ __device__ __forceinline__ void load_scales(const LowbitLinearArgs& a, int row, 
       s.scale[r] = __ldg(static_cast<const unsigned char*>(a.scales) + scale_place(a, s.index, rows[r]));
     }
   }
-  if (a.zeros != nullptr) {
+  if constexpr (HasOffset) {
+    const bool wide = a.offset_type == ScaleType::Float32;
+#pragma unroll
+    for (int r = 0; r < LaneRows; ++r) {
+      const int place = min((row + rows[r]) * a.zeros_stride + group, a.last_zero);
+      s.zero[r] = wide ? __ldg(static_cast<const unsigned*>(a.offsets) + place)
+                       : __ldg(static_cast<const unsigned short*>(a.offsets) + place);
+    }
+  } else if (a.zeros != nullptr) {
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) {
       s.zero[r] = __ldg(a.zeros + min((row + rows[r]) * a.zeros_stride + group, a.last_zero));
@@ -143,6 +153,12 @@ __device__ __forceinline__ void scale_values(const LowbitLinearArgs& a, const in
 #pragma unroll
     for (int r = 0; r < LaneRows; ++r) values[r] = __uint_as_float(s.scale[r] << shift);
   }
+}
+
+// Stored in a float dtype.
+__device__ __forceinline__ float float_of(uint32_t bits, ScaleType type) {
+  if (type == ScaleType::Float16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return __uint_as_float(type == ScaleType::BFloat16 ? bits << 16 : bits);
 }
 
 // Outputs n and n + 1, n even, of a token; where n is the last, the first of them.
@@ -252,15 +268,17 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   };
 
   // this lane's scales: of its four rows, and of a chunk's spans the one of its number
+  const int scale_row = (warp_row + g) >> a.log_scale_rows;
+  const int scale_eights = a.log_scale_rows == 0 ? row_eights : 1;  // a warp's rows share one, then
   int rows[LaneRows];
 #pragma unroll
-  for (int r = 0; r < LaneRows; ++r) rows[r] = 8 * min(r, row_eights - 1);
+  for (int r = 0; r < LaneRows; ++r) rows[r] = 8 * min(r, scale_eights - 1);
   int group = ((chunk_begin + warp_k) * ChunkK + t % Spans * SpanK) / a.group_size;
   int in_group = ((chunk_begin + warp_k) * ChunkK + t % Spans * SpanK) % a.group_size;
   const int groups_a_step = warps_k * ChunkK / a.group_size, rest_a_step = warps_k * ChunkK % a.group_size;
   Scales scales;
   auto next_scales = [&] {
-    load_scales(a, warp_row + g, rows, min(group, a.groups - 1), scales);
+    load_scales<F::HasOffset>(a, scale_row, rows, min(group, a.groups - 1), scales);
     group += groups_a_step;
     in_group += rest_a_step;
     if (in_group >= a.group_size) in_group -= a.group_size, ++group;
@@ -338,10 +356,13 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
     copy_chunk();
     if (chunk_begin + warp_k + step * warps_k >= chunk_end) break;
 
-    float scale[LaneRows];
+    float scale[LaneRows], offset[LaneRows];
     uint32_t zero_codes = 0;  // a byte a row
     scale_values(a, rows, scales, nested, scale);
-    if (a.zeros != nullptr) {
+    if constexpr (F::HasOffset) {
+#pragma unroll
+      for (int r = 0; r < LaneRows; ++r) offset[r] = float_of(scales.zero[r], a.offset_type);
+    } else if (a.zeros != nullptr) {
 #pragma unroll
       for (int r = 0; r < LaneRows; ++r) zero_codes |= scales.zero[r] << 8 * r;
     }
@@ -362,7 +383,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
           words[r][0] = two.x, words[r][1] = two.y;
         }
       }
-      if (a.zeros != nullptr) {
+      if (!F::HasOffset && a.zeros != nullptr) {
         const uint32_t of_span = __shfl_sync(~0u, zero_codes, (lane & ~3) + span);
 #pragma unroll
         for (int r = 0; r < LaneRows; ++r) zero[r] = F::zero(of_span >> 8 * r & 0xff);
@@ -379,6 +400,11 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
           w[half][i][2] = upper[2 * half + 1], w[half][i][3] = lower[2 * half + 1];
         }
       }
+      float of_span[LaneRows];
+      if constexpr (F::HasOffset) {
+#pragma unroll
+        for (int r = 0; r < LaneRows; ++r) of_span[r] = __shfl_sync(~0u, offset[r], (lane & ~3) + span);
+      }
       // the place of a span within 128 bytes is one bit, which the swizzle may have flipped
       const int x_span = (x_at + span / 2 * 128) ^ (span % 2 * 64);
 #pragma unroll
@@ -388,6 +414,17 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
         for (int i = 0; i < RowTiles; ++i) {
           mma_m16n8k16<T>(part[i][j], w[0][i], b.x, b.y);
           mma_m16n8k16<T>(part[i][j], w[1][i], b.z, b.w);
+        }
+        if constexpr (F::HasOffset) {
+          const uint32_t one = pack2<T>(1.0f, 1.0f), ones[4] = {one, one, one, one};
+          float sum[4] = {};  // of tokens 2t and 2t + 1, then again
+          mma_m16n8k16<T>(sum, ones, b.x, b.y);
+          mma_m16n8k16<T>(sum, ones, b.z, b.w);
+#pragma unroll
+          for (int i = 0; i < RowTiles; ++i) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) total[i][j][c] -= of_span[2 * i + c / 2] * sum[c % 2];
+          }
         }
       }
       if (span == Spans - 1 || (kernel.flush >> span & 1)) {
@@ -517,5 +554,9 @@ constexpr KernelTable by_type() {
 
 // Those with an adapter to ride along; in lora_linear.cu.
 extern const KernelTable LoraKernels;
+
+// Those with float offsets, of Int4 and of Int8, without and with an adapter; in lowbit_linear_offsets.cu.
+using OffsetTable = std::array<std::array<std::array<std::array<KernelFunction, 4>, 2>, 2>, 2>;
+extern const OffsetTable OffsetKernels;
 
 }  // namespace bitfuse

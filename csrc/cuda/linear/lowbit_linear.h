@@ -12,13 +12,14 @@ enum class Float : int { Float16, BFloat16 };
 enum class Code : int { Int4, Codebook4, Int8, Fp8 };
 enum class ScaleType : int { Float32, Float16, BFloat16, E8M0, Nested };
 
-// Tensors as addresses, strides in elements. x [m, k], qweight [n, k * bits / 8], scales and zeros [n,
-// groups], y [m, n].
+// Tensors as addresses, strides in elements. x [m, k], qweight [n, k * bits / 8], scales and zeros
+// [ceil(n / 2^log_scale_rows), groups], y [m, n].
 struct LowbitLinearArgs {
   const void* x;
   const unsigned char* qweight;
   const void* scales;
   const unsigned char* zeros;  // null: zero_point
+  const void* offsets;         // of offset_type, the shape of zeros and in their place; null: none
   const float* scale_scales;   // with scale_offset and nested_levels: nested scales only
   const float* scale_offset;
   const float* nested_levels;  // the 256 values of a nested scale's code
@@ -30,8 +31,9 @@ struct LowbitLinearArgs {
   unsigned* counters;  // one a tile, zero before and after, when splits > 1
   int64_t x_stride, qweight_stride;
   int m, n, k, group_size, groups, scales_stride, zeros_stride, zero_point;
-  int last_scale, last_zero;  // places of the last ones, in elements
-  ScaleType scale_type;
+  int last_scale, last_zero;  // places of the last ones, in elements; of zeros or of offsets
+  int log_scale_rows;         // of the rows that share a scale: 0, or such that a warp's do
+  ScaleType scale_type, offset_type;
 };
 
 // How the work is cut; see plan_lowbit_linear.
@@ -53,6 +55,7 @@ struct DeviceInfo {
 };
 
 constexpr int LowbitLinearMaxTokens = 64;
+constexpr int LowbitLinearWarpRows = 32;  // outputs of a warp
 
 DeviceInfo device_info(int device);
 // The architectures that the kernels were compiled for, as nvcc lists them: "800,900".

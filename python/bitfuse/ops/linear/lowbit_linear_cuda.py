@@ -23,6 +23,7 @@ from .lowbit_linear_cpu import code_kind, scale_kind
 # dtypes of scales that the kernel reads
 _SCALES = (torch.float32, *FLOATS, torch.float8_e8m0fnu, torch.uint8)
 SPAN = 32  # columns that a step of the kernel sums before a scale can change
+WARP_ROWS = 32  # rows that a warp of the kernel has; where rows share scales, one serves them all
 
 
 @cuda.cached
@@ -70,13 +71,13 @@ def _scale_dtype(scales: torch.Tensor, scale_offset: torch.Tensor | None, format
 
 def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) -> str | None:
     """None when `run` can serve the call, else the reason."""
-    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, _, _ = weight
+    qweight, scales, zeros, scale_scales, scale_offset, format, group_size, offsets, scale_rows = weight
     if cuda.missing is not None:
         return cuda.missing
     if _code(format) is None:
         return f"it has no kernel for format {format}"
-    if (reason := weight.beyond()) is not None:
-        return reason
+    if scale_rows != 1 and (scale_rows % WARP_ROWS or scale_rows & (scale_rows - 1)):
+        return f"it has no kernel for scales that {scale_rows} rows share: a power of two from {WARP_ROWS} on"
     if x.dtype not in FLOATS:
         return f"x is {str(x.dtype)[6:]}: its tensor cores take float16 and bfloat16"
     k = x.shape[-1]
@@ -95,6 +96,8 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
         return f"scales have strides {scales.stride()}, not contiguous rows"
     if not (zeros is None or _rows_apart(zeros)):
         return f"zeros have strides {zeros.stride()}, not contiguous rows"
+    if not (offsets is None or _rows_apart(offsets)):
+        return f"offsets have strides {offsets.stride()}, not contiguous rows"
     if (reason := cuda.refuses(x.device)) is not None:
         return reason
     device = device_of(x.device)
