@@ -1,16 +1,26 @@
 // lowbit_linear, and lora_linear, which is the same kernel with an adapter to ride along.
 #include <bit>
+#include <cstdio>
 
 #include "bind/cuda_linear.h"
 
 namespace bitfuse {
 namespace {
 
-LowbitLinearPlan plan(int64_t m, int64_t n, int64_t k, CodeKind code, bool nested, const DeviceInfo& device,
-                      bool adapter) {
+LowbitLinearProblem problem(int64_t m, int64_t n, int64_t k, CodeKind code, bool nested, bool adapter) {
   if (m > kMaxTokens) refuse("m", std::to_string(m), "at most " + std::to_string(kMaxTokens));
-  return plan_lowbit_linear(size(m, "m"), size(n, "n"), size(k, "k", 8), static_cast<Code>(code), nested,
-                            device, adapter);
+  return {size(m, "m"), size(n, "n"), size(k, "k", 8), static_cast<Code>(code), nested, adapter};
+}
+
+std::string text_of(const LowbitLinearPlan& p) {
+  const LowbitLinearExpected& e = p.expected;
+  char text[256];
+  std::snprintf(text, sizeof text,
+                "%d blocks of %d outputs x %d splits of k, %d panels of %d chunks, %d B shared; %.0f clocks: "
+                "memory %.0f, l2 %.0f, issue %.0f, flight %.0f, start %.0f, fixup %.0f",
+                p.tiles, LowbitLinearWarpRows << p.log_warps_n, p.splits, p.panel_buffers, 1 << p.log_panel,
+                p.shared_bytes, e.clocks(), e.memory, e.l2, e.issue, e.flight, e.start, e.fixup);
+  return text;
 }
 
 ScaleType scale_type(ScaleKind kind) {
@@ -142,14 +152,21 @@ void run(py::handle x, py::handle weight, py::handle bias, py::handle out, const
 void bind_lowbit_linear(py::module_& module) {
   bind_weights(module);
   py::class_<DeviceInfo>(module, "DeviceInfo", py::module_local(),
-                         "A GPU as plans see it; shared memory in bytes, compute capability as 90.")
-      .def(py::init(
-               [](int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int capability) {
-                 require(multiprocessors > 0, "multiprocessors", multiprocessors, "a positive number");
-                 return DeviceInfo{multiprocessors, shared_per_block, shared_per_multiprocessor, capability};
-               }),
+                         "A GPU as plans see it; shared memory in bytes, compute capability as 90, bytes of "
+                         "memory that a multiprocessor is given a clock.")
+      .def(py::init([](int multiprocessors, int shared_per_block, int shared_per_multiprocessor,
+                       int capability, double memory_bytes) {
+             require(multiprocessors > 0, "multiprocessors", multiprocessors, "a positive number");
+             if (!(memory_bytes > 0))
+               refuse("memory_bytes", std::to_string(memory_bytes), "a positive number");
+             return DeviceInfo{multiprocessors, shared_per_block, shared_per_multiprocessor, capability,
+                               memory_bytes};
+           }),
            py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"),
-           py::arg("capability"));
+           py::arg("capability"), py::arg("memory_bytes"))
+      .def_readonly("multiprocessors", &DeviceInfo::multiprocessors)
+      .def_readonly("memory_bytes", &DeviceInfo::memory_bytes);
+  module.def("device_info", &device_info, py::arg("device"), "The GPU of a number, as CUDA tells it.");
   py::class_<LowbitLinearPlan>(module, "LowbitLinearPlan", py::module_local())
       .def_readonly("token_tiles", &LowbitLinearPlan::token_tiles)
       .def_readonly("log_warps_n", &LowbitLinearPlan::log_warps_n)
@@ -157,9 +174,21 @@ void bind_lowbit_linear(py::module_& module) {
       .def_readonly("log_panel", &LowbitLinearPlan::log_panel)
       .def_readonly("panel_buffers", &LowbitLinearPlan::panel_buffers)
       .def_readonly("shared_bytes", &LowbitLinearPlan::shared_bytes)
-      .def_readonly("tiles", &LowbitLinearPlan::tiles);
-  module.def("plan_lowbit_linear", &plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("code"),
-             py::arg("nested"), py::arg("device"), py::arg("adapter") = false);
+      .def_readonly("tiles", &LowbitLinearPlan::tiles)
+      .def_property_readonly("clocks", [](const LowbitLinearPlan& p) { return p.expected.clocks(); })
+      .def("__repr__", [](const LowbitLinearPlan& p) { return text_of(p); });
+  module.def(
+      "plan_lowbit_linear",
+      [](int64_t m, int64_t n, int64_t k, CodeKind code, bool nested, const DeviceInfo& device,
+         bool adapter) { return plan_lowbit_linear(problem(m, n, k, code, nested, adapter), device); },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("code"), py::arg("nested"), py::arg("device"),
+      py::arg("adapter") = false);
+  module.def(
+      "lowbit_linear_plans",
+      [](int64_t m, int64_t n, int64_t k, CodeKind code, bool nested, const DeviceInfo& device,
+         bool adapter) { return lowbit_linear_plans(problem(m, n, k, code, nested, adapter), device); },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("code"), py::arg("nested"), py::arg("device"),
+      py::arg("adapter") = false, "All that the kernel can run, the best first by the model.");
   module.def(
       "lowbit_linear", &run, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
       py::arg("plan"), py::arg("stream"), py::kw_only(), py::arg("nested_levels") = py::none(),

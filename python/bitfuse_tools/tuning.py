@@ -1,5 +1,5 @@
-"""`bitfuse tune`: measures, on the GPU that is here, which backend serves a call the fastest and which tiles
-Triton should take for it, and writes that into the policy's cache (policy.py)."""
+"""`bitfuse tune`: measures, on the GPU that is here, which backend serves a call the fastest, which tiles
+Triton should take for it and how CUDA C++ should cut it, and writes that into the cache of policy.py."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from bitfuse.kernels.core.launch import triton as compiler
 from bitfuse.kernels.linear import lowbit_linear as triton
 from bitfuse.kernels.linear import lowbit_linear_tiles as tiles
 from bitfuse.ops.attention.append_kv import KVCache
+from bitfuse.ops.linear import lowbit_linear_cuda as native
 from bitfuse.weights.formats import get_format
 from bitfuse.weights.quantize import quantize
 from bitfuse.weights.weight import LowBitWeight
@@ -115,19 +116,27 @@ def graph_seconds(call: Callable[[], Any]) -> float:
 
 @dataclass
 class Found:
-    """What the measurement of a case gave: seconds by backend, and the tiles if others than the rule's are
-    faster."""
+    """What the measurement of a case gave: seconds by backend; Triton's tiles and the cut of CUDA C++, if
+    others than the rule's are faster."""
 
     key: str
     seconds: dict[str, float]
     config_key: str | None = None
     config: tiles.Config | None = None
     rule_seconds: float | None = None
+    cut_key: str | None = None
+    cut: native.Cut | None = None
+    cut_rule_seconds: float | None = None
 
     def __str__(self) -> str:
         said = ", ".join(
             f"{name} {as_time(t)}" for name, t in sorted(self.seconds.items(), key=lambda e: e[1])
         )
+        if self.cut is not None and self.cut_rule_seconds is not None:
+            rows, splits = native.WARP_ROWS << self.cut.log_warps_n, self.cut.splits
+            said += (
+                f" (blocks of {rows} x {splits} splits; the model's take {as_time(self.cut_rule_seconds)})"
+            )
         if self.config is None or self.rule_seconds is None:
             return said
         c = self.config
@@ -152,9 +161,30 @@ def measure(case: Case, device: str, timer: Timer, until: float) -> Found | None
                 found.seconds[name] = timer(run)
         except BackendError:
             continue
+    if call.tuned is not None and call.tuned.tiles and "cuda" in found.seconds:
+        _cuts(case, device, run, timer, until, found)
     if call.tuned is not None and call.tuned.tiles and "triton" in found.seconds:
         _tiles(case, device, run, timer, until, found)
-    return found if len(found.seconds) > 1 or found.config is not None else None
+    chosen = found.config is not None or found.cut is not None
+    return found if len(found.seconds) > 1 or chosen else None
+
+
+def _cuts(case: Case, device: str, run: Callable[[], Any], timer: Timer, until: float, found: Found) -> None:
+    """Other cuts than the model's, which compile nothing, each timed."""
+    s = case.sizes
+    format = get_format(s.format, group_size=s.group_size)
+    gpu = device_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    best = found.cut_rule_seconds = found.seconds["cuda"]
+    for cut in native.candidates(s.m, s.n, s.k, s.format, format.nested, gpu)[1:]:
+        if time.monotonic() > until:
+            break
+        with use_backend("cuda"), native.trying(cut):
+            seconds = timer(run)
+        if seconds < best * GAIN:
+            best, found.cut = seconds, cut
+    if found.cut is not None:
+        found.seconds["cuda"] = best
+        found.cut_key = native.tuning_key(s.m, s.n, s.k, s.format)
 
 
 def _tiles(case: Case, device: str, run: Callable[[], Any], timer: Timer, until: float, found: Found) -> None:
@@ -215,5 +245,7 @@ def tune(
             mine["backends"][found.key] = found.seconds
             if found.config is not None and found.config_key is not None:
                 mine["configs"][found.config_key] = list(found.config)
+            if found.cut is not None and found.cut_key is not None:
+                mine["configs"][found.cut_key] = list(found.cut)
         policy.write(file, {**devices, device_name: mine})
         yield case, found

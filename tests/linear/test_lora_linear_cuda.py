@@ -26,7 +26,7 @@ native = pytest.importorskip("bitfuse._cuda")
 TARGETS = targets("cuda")
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [torch.float32, *HALVES]
-H100 = (132, 232448, 233472, 90)
+H100 = (132, 232448, 233472, 90, 12.8)
 
 
 @contextlib.contextmanager

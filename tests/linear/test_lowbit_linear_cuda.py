@@ -26,8 +26,9 @@ native = pytest.importorskip("bitfuse._cuda")
 
 TARGETS = targets("cuda")
 HALVES = [torch.float16, torch.bfloat16]
-# multiprocessors, shared memory of a block and of a multiprocessor, compute capability
-H100, A100, SMALL = (132, 232448, 233472, 90), (108, 166912, 167936, 80), (28, 101376, 102400, 86)
+# multiprocessors, shared memory of a block and of a multiprocessor, capability, bytes of memory a clock
+H100, A100 = (132, 232448, 233472, 90, 12.8), (108, 166912, 167936, 80, 13.4)
+SMALL = (28, 101376, 102400, 86, 7.2)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from bitfuse.core.device import Device, device_of
 from bitfuse.core.op import Op
 from bitfuse.kernels.linear import lowbit_linear as triton
 from bitfuse.kernels.linear import lowbit_linear_tiles as tiles
+from bitfuse.ops.linear import lowbit_linear_cuda as native
 from bitfuse_tools import tuning
 from bitfuse_tools.cli import app
 from bitfuse_tools.hypothetical import Sizes
@@ -159,6 +160,31 @@ def test_tune(cache: Path) -> None:
     assert tiles.Config(*written["configs"][key]) == best
     assert sorted(written["done"]) == sorted(map(str, todo))
     assert any(name.startswith("lora_linear(4,64,1024,int4,16,1,float16") for name in written["backends"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU `make gpu` runs the real one")
+def test_tune_times_cuts_of_the_cuda_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitfuse._cuda")
+    sizes = Sizes(m=3, n=64, k=1024, dtype=torch.float16)
+
+    def timer(call: Callable[[], Any]) -> float:
+        call()
+        return {None: 3e-6, best: 1e-6}.get(native._trial, 2e-6)
+
+    with cusim.device(sm=90):
+        on = device_of(torch.device("cpu"))
+        best = native.candidates(3, 64, 1024, "int4", False, on)[2]
+        ((_, found),) = tuning.tune("GPU", [tuning.Case("lowbit_linear", sizes)], 5, False, timer, "cpu")
+        assert found is not None and found.cut == best and "the model's take 3 us" in str(found)
+        assert found.seconds["cuda"] == 1e-6
+        written = json.loads(cache.read_text())["devices"]["GPU"]
+        assert native.Cut(*written["configs"][native.tuning_key(3, 64, 1024, "int4")]) == best
+        # a later process takes it
+        monkeypatch.setattr(native, "tuned", lambda *_: best)
+        native._plan.cache_clear()
+        plan = native._plan(3, 64, 1024, "int4", False, on)
+        assert (plan.log_warps_n, plan.splits) == best
+    native._plan.cache_clear()
 
 
 def test_candidates_compute_the_same() -> None:

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "cuda/core/launch.cuh"
 #include "cuda/linear/lowbit_linear.cuh"
@@ -23,6 +23,7 @@ constexpr int log2_of(int power) {
   return log;
 }
 
+constexpr bool is_power_of_two(int v) { return (v & (v - 1)) == 0; }
 int bits_of(Code code) { return code == Code::Int4 || code == Code::Codebook4 ? 4 : 8; }
 int chunk_of(Code code) { return ChunkBytes * 8 / bits_of(code); }
 int table_bytes(Code code) { return code == Code::Codebook4 ? Codebook4<__half>::TableBytes : 0; }
@@ -63,60 +64,103 @@ DeviceInfo device_info(int device) {
     check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
     return value;
   };
-  return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor)};
+  DeviceInfo info{get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                  get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                  10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor), 0};
+  // two transfers a clock on each wire; both clocks in kHz
+  const double bytes = 2.0 * get(cudaDevAttrMemoryClockRate) * get(cudaDevAttrGlobalMemoryBusWidth) / 8;
+  info.memory_bytes = bytes / (static_cast<double>(get(cudaDevAttrClockRate)) * info.multiprocessors);
+  return info;
 }
 
-// The cut that a simple model of time likes best. Its unit is a clock of an H100; rates are bytes of codes
-// that a multiprocessor takes a clock, a 1/132 of memory's or L2's, or what its instructions and mma.sync let
-// through with one block of 8 warps on it, or two (counted in the loop's machine code: 9 instructions for 8
-// codes of int4, at 2.4 and 4 a clock). Other devices have other clocks, but much the same ratios.
-// - Blocks of many outputs read x less often; blocks of few are more, so that all multiprocessors have as
-// much to do.
-// - Splitting k makes more blocks, at the price of partial sums through L2 and of waiting for the last block.
-// - A block's warps that split k should have equal numbers of chunks.
-LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested, const DeviceInfo& device,
-                                    bool adapter) {
-  constexpr double Memory = 13, L2 = 24, Start = 1500, Fixup = 2500;
-  constexpr double OneBlock[] = {17, 16, 14, 8.5},
-                   TwoBlocks[] = {28, 25, 0, 0};  // by tiles of 8 tokens: 1, 2, 4, 8
-  LowbitLinearPlan best{};
-  best.token_tiles = m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8;
-  const int log_tokens = log2_of(best.token_tiles);
-  const double sms = device.multiprocessors, codes_a_byte = 8.0 / bits_of(code);
-  const int chunk = chunk_of(code), chunks = divide_up(k, chunk);
-  const int fixed_bytes = table_bytes(code) + (nested ? NestedLevels * 4 : 0) + (adapter ? GroupsBytes : 0);
-  const double weight_bytes = static_cast<double>(n) * chunks * ChunkBytes;
-  double best_time = std::numeric_limits<double>::infinity();
-  for (int log_warps_n = 0; log_warps_n <= log2_of(Warps); ++log_warps_n) {
-    const int rows = WarpRows << log_warps_n, warps_k = Warps >> log_warps_n;
-    const int tiles = divide_up(n, rows);
+// What a plan is expected to take, in clocks of a multiprocessor: the largest of what memory, L2, the busiest
+// multiprocessor's instructions and its bytes in flight take, then starting, then adding what splits leave.
+// No GPU has run it; where each number comes from:
+// - memory: the device's (DeviceInfo), 90% of which copies reach.
+// - L2: bytes a clock and multiprocessor, of x, of codes and of partial sums; as good on all of them.
+// - issue: instructions of a warp for a stage, which is 2 KiB of codes, counted in the machine code of sm_90
+//   and by the simulator: those of the decoding, for tiles of 8 tokens: 1, 2, 4, 8; for each 8 numbers of x
+//   that a thread copies and orders; and once for a block. 8 warps issue 2.4 a clock, 16 of them 3.0.
+// - fixup: the last block waits for memory once, then for L2 once for every four splits, and takes a tile's
+//   sums in by itself.
+// - flight: a warp has three stages on their way, or as many as it takes, for the latency of loaded memory.
+static LowbitLinearExpected expected(const LowbitLinearProblem& p, const LowbitLinearPlan& plan, bool two,
+                                     const DeviceInfo& device) {
+  constexpr double Reached = 0.9, L2 = 24, Latency = 1000, Start = 2000, Fixup = 1500;
+  constexpr double Decode[3][4] = {{380, 380, 440, 660}, {460, 440, 500, 730}, {340, 340, 380, 460}};
+  constexpr double Once[] = {250, 500, 700, 1250}, XUnit = 30, IssueOne = 2.4, IssueTwo = 3.0;
+  constexpr double FixupRound = 600, FixupBytes = 48;
+  const int log_tokens = log2_of(plan.token_tiles), warps_k = Warps >> plan.log_warps_n;
+  const int kind = p.code == Code::Int4 ? 0 : p.code == Code::Codebook4 ? 1 : 2;
+  const double sms = device.multiprocessors, blocks = static_cast<double>(plan.tiles) * plan.splits;
+  const int chunk = chunk_of(p.code), chunks = divide_up(p.k, chunk);
+  const int steps = divide_up(divide_up(chunks, plan.splits), warps_k);
+  const int busiest = divide_up(plan.tiles * plan.splits, device.multiprocessors);
+
+  LowbitLinearExpected e{};
+  const double weights = static_cast<double>(p.n) * chunks * ChunkBytes;
+  const double x = 2.0 * p.m * p.k * plan.tiles;
+  const double partial = plan.splits > 1 ? 8.0 * plan.splits * p.m * p.n : 0;
+  e.memory = weights / (Reached * device.memory_bytes * sms);
+  e.l2 = (weights + x + partial) / (L2 * sms);
+  const double units = static_cast<double>(p.m) * chunk * warps_k / 8 / Threads;
+  const double block = Warps * (steps * (Decode[kind][log_tokens] + XUnit * units) + Once[log_tokens]);
+  e.issue = two ? block * (busiest / 2 * 2 / IssueTwo + busiest % 2 / IssueOne) : block * busiest / IssueOne;
+  const int at_once = two ? std::min(busiest, 2) : 1;
+  e.flight = Latency * steps * busiest / (std::min(steps, Stages - 1) * at_once);
+  const int waves = divide_up(busiest, two ? 2 : 1);
+  e.start = Start * (1 + (waves - 1) * (two ? 0.3 : 1));  // a later block's start is hidden by its neighbour
+  const double sums = 4.0 * p.m * (WarpRows << plan.log_warps_n) * plan.splits;
+  e.fixup = plan.splits > 1 ? Fixup + FixupRound * divide_up(plan.splits, 4) + sums / FixupBytes : 0;
+  e.fills = blocks >= 0.9 * sms;
+  return e;
+}
+
+// Blocks of many outputs read x less often; blocks of few are more, so that all multiprocessors have as much
+// to do. Splitting k makes more blocks, at the price of partial sums through L2 and of waiting for the last
+// block.
+std::vector<LowbitLinearPlan> lowbit_linear_plans(const LowbitLinearProblem& p, const DeviceInfo& device) {
+  std::vector<LowbitLinearPlan> found;
+  const int chunk = chunk_of(p.code), chunks = divide_up(p.k, chunk);
+  const int fixed_bytes =
+      table_bytes(p.code) + (p.nested ? NestedLevels * 4 : 0) + (p.adapter ? GroupsBytes : 0);
+  for (int log_warps_n = 0; log_warps_n <= LogWarps; ++log_warps_n) {
+    const int warps_k = Warps >> log_warps_n, tiles = divide_up(p.n, WarpRows << log_warps_n);
     const int most =
-        std::min({std::max(1, chunks / warps_k), divide_up(4 * device.multiprocessors, tiles), 64});
+        std::min({std::max(1, chunks / warps_k), divide_up(4 * device.multiprocessors, tiles), MostSplits});
     for (int splits = 1; splits <= most; ++splits) {
-      LowbitLinearPlan plan = best;
+      LowbitLinearPlan plan{};
+      plan.token_tiles = p.m <= 8 ? 1 : p.m <= 16 ? 2 : p.m <= 32 ? 4 : 8;
       plan.log_warps_n = log_warps_n, plan.splits = splits, plan.tiles = tiles;
       const int steps = divide_up(divide_up(chunks, splits), warps_k);
       // two blocks on a multiprocessor hide each other's waits, where registers allow two
       const int half = device.shared_per_multiprocessor / 2 - 1024;
-      const bool two = plan.token_tiles <= 2 && fit_panels(plan, m, steps, chunk, fixed_bytes, adapter, half);
-      if (!two && !fit_panels(plan, m, steps, chunk, fixed_bytes, adapter, device.shared_per_block)) continue;
-      const int busiest = divide_up(tiles * splits, device.multiprocessors);
-      const double block = static_cast<double>(rows) * steps * warps_k * ChunkBytes * codes_a_byte / 2;
-      const double one_by_one = block / OneBlock[log_tokens];
-      const double work = two ? busiest / 2 * 2 * block / TwoBlocks[log_tokens] + busiest % 2 * one_by_one
-                              : busiest * one_by_one;
-      const double x_bytes = 2.0 * m * k * tiles, partial_bytes = splits > 1 ? 8.0 * splits * m * n : 0;
-      const double traffic = (weight_bytes + x_bytes + partial_bytes) / (L2 * sms);
-      const double starts =
-          two ? 1 + 0.3 * (divide_up(busiest, 2) - 1) : busiest;  // not hidden by another block
-      const double time = std::max({weight_bytes / (Memory * sms), work, traffic}) + Start * starts +
-                          (splits > 1 ? Fixup : 0);
-      if (time < best_time) best_time = time, best = plan;
+      const bool two =
+          plan.token_tiles <= 2 && fit_panels(plan, p.m, steps, chunk, fixed_bytes, p.adapter, half);
+      if (!two && !fit_panels(plan, p.m, steps, chunk, fixed_bytes, p.adapter, device.shared_per_block))
+        continue;
+      plan.expected = expected(p, plan, two, device);
+      found.push_back(plan);
     }
   }
-  if (!std::isfinite(best_time)) best.token_tiles = 0;
+  std::stable_sort(found.begin(), found.end(), [](const LowbitLinearPlan& a, const LowbitLinearPlan& b) {
+    return a.expected.clocks() < b.expected.clocks();
+  });
+  return found;
+}
+
+// The best by the model; one that leaves a tenth of the multiprocessors or more idle only where memory bounds
+// it, or where none that fills them is within what the model may be wrong by.
+LowbitLinearPlan plan_lowbit_linear(const LowbitLinearProblem& p, const DeviceInfo& device) {
+  constexpr double Doubt = 1.1;
+  const std::vector<LowbitLinearPlan> found = lowbit_linear_plans(p, device);
+  if (found.empty()) return {};
+  const LowbitLinearPlan& best = found.front();
+  const LowbitLinearExpected& e = best.expected;
+  if (e.fills || e.memory >= std::max(e.issue, e.flight)) return best;
+  for (const LowbitLinearPlan& plan : found) {
+    if (plan.expected.fills && plan.expected.clocks() <= Doubt * e.clocks()) return plan;
+  }
   return best;
 }
 
@@ -142,13 +186,29 @@ void lowbit_linear(const LowbitLinearArgs& args, const LowbitLinearPlan& plan, F
   kernel.nested_offset = table_bytes(code);
   kernel.groups_offset = kernel.nested_offset + (args.scale_type == ScaleType::Nested ? NestedLevels * 4 : 0);
   kernel.ring_offset = kernel.groups_offset + (rides ? GroupsBytes : 0);
+  const int warps_k = Warps >> plan.log_warps_n, chunks = divide_up(args.k, chunk);
+  kernel.chunks_a_split = chunks / plan.splits, kernel.chunks_left = chunks % plan.splits;
+  kernel.inverse_splits = divide_up(1 << LogInverse, plan.splits);
+  const bool one_group = args.group_size >= args.k;
+  kernel.group_spans = one_group ? std::numeric_limits<int>::max() / 2 : args.group_size / SpanK;
+  kernel.log_group_spans = one_group                             ? 31
+                           : is_power_of_two(kernel.group_spans) ? log2_of(kernel.group_spans)
+                                                                 : -1;
+  const int spans_a_step = warps_k * chunk / SpanK;
+  kernel.groups_a_step = spans_a_step / kernel.group_spans;
+  kernel.spans_a_step = spans_a_step % kernel.group_spans;
+  kernel.aligned =
+      (reinterpret_cast<std::uintptr_t>(args.qweight) | args.qweight_stride | args.k / 8 * bits_of(code)) %
+          16 ==
+      0;
   // after which spans of a chunk a group may end, other than at the chunk's end
   const int run = args.group_size >= args.k ? chunk : args.group_size & -args.group_size;
   for (int span = 0; span < chunk / SpanK; ++span) {
     if ((span + 1) * SpanK % std::min(run, chunk) == 0) kernel.flush |= 1 << span;
   }
   const dim3 grid(plan.tiles, plan.splits);
-  function<<<grid, Threads, plan.shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(kernel);
+  launch_early(function, grid, Threads, plan.shared_bytes, device, reinterpret_cast<cudaStream_t>(stream),
+               kernel);
   check(cudaGetLastError(), "lowbit_linear_kernel<<<(" + std::to_string(grid.x) + ", " +
                                 std::to_string(grid.y) + "), " + std::to_string(Threads) + ", " +
                                 std::to_string(plan.shared_bytes) + ">>> with " +

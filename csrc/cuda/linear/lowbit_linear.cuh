@@ -1,8 +1,10 @@
 // lowbit_linear for few tokens: y[m, n] = sum_k x[m, k] w[n, k] + bias[n], w decoded in registers.
 //
-// Bound: up to some 16 tokens the bytes of codes and scales; by 64 the tensor cores' mma.sync rate, which is
-// near the bytes then. So codes go from the canonical layout to shared memory with three of four stages
-// always on their way, and on to registers with as few instructions as there are.
+// Bound: up to some 16 tokens the bytes of codes and scales where memory gives a multiprocessor 12 bytes a
+// clock (H100, A100; an RTX 4090's 3), the issue of instructions where it gives 16 and more (H200, B200); by
+// 64 tokens the tensor cores' mma.sync rate, which is near the bytes then. So codes go from the canonical
+// layout to shared memory with three of four stages always on their way, and on to registers with as few
+// instructions as there are.
 //
 // Layout. W is the A operand of mma.m16n8k16 (16 outputs a step), x the B operand (8 tokens), and since k is
 // summed over, any order of k serves if both operands follow it: the canonical layout is taken as it stands.
@@ -16,10 +18,14 @@
 // - A panel is x[all tokens, a power of two of chunks], swizzled, shared by the warps that stand side by side
 //   in n. Where a format's pairs are not neighbours, each thread reorders the units that it has copied.
 // Decoding is 9 instructions for 8 codes of int4 (float16), 12 and 4 table reads of a codebook; a span of 512
-// bytes, for up to 8 tokens, is some 90 instructions a warp and 8 shared-memory wavefronts (24 of a
+// bytes, for up to 8 tokens, is 96 instructions a warp and 8 shared-memory wavefronts (24 of a
 // codebook). A span never straddles a group (groups are a multiple of 32, or the row), so a group's scale
 // meets float32 sums: codes minus zero points are multiplied exactly, and no weight is rounded. A float
 // offset meets the sum of a span's x, which a product with ones gives each lane for its tokens.
+//
+// Start. Weights depend on no kernel before this one: their first stages are on their way to L2 while that
+// one ends (grid_dependency.cuh), for which a block needs no more than where its rows and its chunks begin:
+// the host has divided.
 //
 // Order. The weights' pipeline is each warp's own and needs no block barrier; the one there is comes with a
 // new panel of x. Warps that split k, and then blocks, are added in a fixed order, whoever is last: the same
@@ -34,11 +40,13 @@
 #include "cuda/linear/dequant.cuh"
 #include "cuda/linear/lowbit_linear.h"
 #include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 
 namespace bitfuse {
 
-constexpr int Warps = 8;
+constexpr int LogWarps = 3;
+constexpr int Warps = 1 << LogWarps;
 constexpr int Threads = 32 * Warps;
 constexpr int Stages = 4;
 constexpr int RowTiles = 2;  // of 16 outputs, a warp
@@ -57,7 +65,10 @@ __host__ __device__ constexpr int panel_tokens(int m, int token_tiles) {
   return token_tiles == 1 ? m : 8 * token_tiles;
 }
 template <int Bits>
-constexpr int ChunkK = ChunkBytes * 8 / Bits;
+constexpr int LogChunkK = Bits == 4 ? 7 : 6;
+template <int Bits>
+constexpr int ChunkK = 1 << LogChunkK<Bits>;
+static_assert(ChunkK<4> == ChunkBytes * 8 / 4 && ChunkK<8> == ChunkBytes * 8 / 8);
 constexpr int sum_bytes(int token_tiles) { return Warps * 8 * token_tiles * SumPitch * 4; }
 
 // A block's work and what it derives from the plan; the same for every block but for the ranges.
@@ -66,13 +77,26 @@ struct Kernel {
   AdapterArgs adapter;
   Rows rows;  // for the adapter
   int log_warps_n, log_panel, panel_buffers, splits, flush, nested_offset, groups_offset, ring_offset;
+  // What the plan and the sizes say once for all blocks, so that none of them divides: chunks of a split, and
+  // those that are left over; the inverse of `splits`; spans of a group, and their logarithm where it is
+  // whole (31 where a row is one group), else -1; groups, and spans more, that a warp goes on by in a step.
+  int chunks_a_split, chunks_left, inverse_splits;
+  int group_spans, log_group_spans, groups_a_step, spans_a_step;
+  bool aligned;  // rows of codes start at multiples of 16 bytes, and have no other end
 };
+constexpr int LogInverse = 20;  // inverse_splits = ceil(2^LogInverse / splits)
+constexpr int MostSplits = 64;  // for which that is exact
 constexpr int GroupsBytes = (sizeof(Groups) + 127) / 128 * 128;
 static_assert(Warps == AdapterWarps && ScratchFloats * 4 <= StageBytes);
 
 // Places of the 4 units of rows 0..7 (then again): with 4-byte reads of one unit, or 8-byte reads of two
 // neighbours, eight, or four, rows spread over all banks.
 __device__ __forceinline__ int swizzle(int row) { return (row & 2) | ((row >> 2) & 1); }
+
+// floor(chunks * split / splits), where split `split` begins.
+__device__ __forceinline__ int first_chunk(const Kernel& kernel, int split) {
+  return split * kernel.chunks_a_split + (kernel.chunks_left * split * kernel.inverse_splits >> LogInverse);
+}
 
 // The scales and zero points (or offsets) of a lane's rows in one group, as they are stored: loads that
 // nothing waits for yet.
@@ -186,15 +210,26 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   const LowbitLinearArgs& a = kernel.a;
 
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, t = lane % 4;
-  const int warps_n = 1 << kernel.log_warps_n, warps_k = Warps >> kernel.log_warps_n;
+  const int log_warps_k = LogWarps - kernel.log_warps_n;
+  const int warps_n = 1 << kernel.log_warps_n, warps_k = 1 << log_warps_k;
   const int warp_k = warp >> kernel.log_warps_n;
   const int tile_row = blockIdx.x * (WarpRows << kernel.log_warps_n);
   const int warp_row = tile_row + (warp & (warps_n - 1)) * WarpRows;
 
-  const int chunks = (a.k + ChunkK - 1) / ChunkK;
-  const int chunk_begin = static_cast<int64_t>(chunks) * blockIdx.y / kernel.splits;
-  const int chunk_end = static_cast<int64_t>(chunks) * (blockIdx.y + 1) / kernel.splits;
-  const int steps = (chunk_end - chunk_begin + warps_k - 1) / warps_k;
+  const int chunk_begin = first_chunk(kernel, blockIdx.y), chunk_end = first_chunk(kernel, blockIdx.y + 1);
+  const int row_bytes = a.k * F::Bits / 8;
+  // the first stages' codes on their way to L2 while the kernel before this one ends: a thread has a row's
+  if (kernel.aligned && threadIdx.x < WarpRows << kernel.log_warps_n && tile_row + threadIdx.x < a.n) {
+    const int begin = chunk_begin * ChunkBytes;
+    const int end = min(chunk_end * ChunkBytes, row_bytes);
+    const int bytes = min((Stages - 1) * ChunkBytes << log_warps_k, end - begin);
+    prefetch_early(a.qweight + static_cast<int64_t>(tile_row + threadIdx.x) * a.qweight_stride + begin,
+                   bytes);
+  }
+  wait_for_previous();
+  let_next_start();
+
+  const int steps = (chunk_end - chunk_begin + warps_k - 1) >> log_warps_k;
   const int panel_steps = 1 << kernel.log_panel, panel_k = ChunkK * warps_k << kernel.log_panel;
 
   unsigned char* const ring = shared + kernel.ring_offset;
@@ -205,10 +240,8 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
 
   // copying codes: this lane's unit of rows lane/4 + 8i; those that there are not are neither copied nor
   // stored
-  const int row_bytes = a.k * F::Bits / 8;
   const int row_eights = min(LaneRows, (a.n - warp_row + 7) >> 3);
   const int lane_rows = min(LaneRows, (a.n - warp_row - g + 7) >> 3);
-  const bool aligned = (reinterpret_cast<uintptr_t>(a.qweight) | a.qweight_stride | row_bytes) % 16 == 0;
   const int64_t eight_rows = 8 * a.qweight_stride;
   const uint32_t copy_to = shared_address(ring) + warp * Stages * StageBytes + 16 * (lane ^ swizzle(g));
   const uint64_t policy = evict_first_policy();
@@ -219,7 +252,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
   auto copy_chunk = [&] {
     if (to_copy < chunk_end) {
       const uint32_t to = copy_to + copy_stage;
-      if (aligned) {
+      if (kernel.aligned) {
 #pragma unroll
         for (int i = 0; i < LaneRows; ++i) {
           if (i < lane_rows) {
@@ -236,7 +269,6 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
         }
       }
     }
-    cp_async_commit();
     to_copy += warps_k;
     from += warps_k * ChunkBytes;
     row_rest -= warps_k * ChunkBytes;
@@ -245,7 +277,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
 
   // copying x: units of 8 numbers; odd tokens have the halves of each 128 bytes swapped, so that the 16-byte
   // reads of two tokens' 64 bytes meet no bank twice
-  const int log_units = __ffs(panel_k / 8) - 1;
+  const int log_units = LogChunkK<F::Bits> - 3 + log_warps_k + kernel.log_panel;
   const int units = a.m << log_units;
   auto unit_at = [&](int unit, int token) { return 16 * (unit ^ ((token & 1) << 2)); };
   auto copy_panel = [&](int panel, int buffer) {
@@ -267,31 +299,36 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
     }
   };
 
+  // fill the pipeline, then do what else is to be done once
+  const int panels_ahead = kernel.panel_buffers - 1;
+  copy_chunk();
+  copy_panel(0, 0);
+  cp_async_commit();
+#pragma unroll
+  for (int step = 1; step < Stages - 1; ++step) {
+    if (step < panels_ahead) copy_panel(step, step);
+    copy_chunk();
+    cp_async_commit();
+  }
+
   // this lane's scales: of its four rows, and of a chunk's spans the one of its number
   const int scale_row = (warp_row + g) >> a.log_scale_rows;
   const int scale_eights = a.log_scale_rows == 0 ? row_eights : 1;  // a warp's rows share one, then
   int rows[LaneRows];
 #pragma unroll
   for (int r = 0; r < LaneRows; ++r) rows[r] = 8 * min(r, scale_eights - 1);
-  int group = ((chunk_begin + warp_k) * ChunkK + t % Spans * SpanK) / a.group_size;
-  int in_group = ((chunk_begin + warp_k) * ChunkK + t % Spans * SpanK) % a.group_size;
-  const int groups_a_step = warps_k * ChunkK / a.group_size, rest_a_step = warps_k * ChunkK % a.group_size;
+  const int first_span = (chunk_begin + warp_k) * Spans + t % Spans;
+  int group =
+      kernel.log_group_spans >= 0 ? first_span >> kernel.log_group_spans : first_span / kernel.group_spans;
+  int in_group = first_span - group * kernel.group_spans;  // spans
   Scales scales;
   auto next_scales = [&] {
     load_scales<F::HasOffset>(a, scale_row, rows, min(group, a.groups - 1), scales);
-    group += groups_a_step;
-    in_group += rest_a_step;
-    if (in_group >= a.group_size) in_group -= a.group_size, ++group;
+    group += kernel.groups_a_step;
+    in_group += kernel.spans_a_step;
+    if (in_group >= kernel.group_spans) in_group -= kernel.group_spans, ++group;
   };
 
-  // fill the pipeline, then do what else is to be done once
-  const int panels_ahead = kernel.panel_buffers - 1;
-  copy_panel(0, 0);
-#pragma unroll
-  for (int step = 0; step < Stages - 1; ++step) {
-    if (step > 0 && step < panels_ahead) copy_panel(step, step);
-    copy_chunk();
-  }
   if constexpr (!Adapter) next_scales();
   if (a.scale_type == ScaleType::Nested) nested[threadIdx.x] = __ldg(a.nested_levels + threadIdx.x);
   if constexpr (F::TableBytes > 0)
@@ -354,6 +391,7 @@ __global__ void __launch_bounds__(Threads, TokenTiles <= 2 ? 2 : 1)
       __syncwarp();
     }
     copy_chunk();
+    cp_async_commit();
     if (chunk_begin + warp_k + step * warps_k >= chunk_end) break;
 
     float scale[LaneRows], offset[LaneRows];

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "cuda/linear/adapter.h"
 
@@ -36,7 +37,26 @@ struct LowbitLinearArgs {
   ScaleType scale_type, offset_type;
 };
 
-// How the work is cut; see plan_lowbit_linear.
+// A product as its plan sees it.
+struct LowbitLinearProblem {
+  int m, n, k;
+  Code code;
+  bool nested, adapter;  // nested scales; an adapter rides along
+};
+
+// What a plan is expected to take, in clocks of a multiprocessor.
+struct LowbitLinearExpected {
+  double memory, l2, issue, flight;  // which happen at once
+  double start, fixup;               // of blocks; of sums of splits
+  bool fills;                        // nine in ten multiprocessors or more have a block
+
+  double clocks() const {
+    const double a = memory > l2 ? memory : l2, b = issue > flight ? issue : flight;
+    return (a > b ? a : b) + start + fixup;
+  }
+};
+
+// How the work is cut.
 struct LowbitLinearPlan {
   int token_tiles;    // tiles of 8 tokens that a warp holds: 1, 2, 4 or 8
   int log_warps_n;    // of the block's 8 warps, how many stand side by side in n; the others split k
@@ -45,13 +65,15 @@ struct LowbitLinearPlan {
   int panel_buffers;  // panels of x in shared memory
   int shared_bytes;
   int tiles;  // of n
+  LowbitLinearExpected expected;
 };
 
 struct DeviceInfo {
   int multiprocessors;
   int shared_per_block;
   int shared_per_multiprocessor;
-  int capability;  // 10 * major + minor
+  int capability;       // 10 * major + minor
+  double memory_bytes;  // of memory, by its data sheet, that a multiprocessor is given a clock
 };
 
 constexpr int LowbitLinearMaxTokens = 64;
@@ -60,8 +82,11 @@ constexpr int LowbitLinearWarpRows = 32;  // outputs of a warp
 DeviceInfo device_info(int device);
 // The architectures that the kernels were compiled for, as nvcc lists them: "800,900".
 const char* architectures();
-LowbitLinearPlan plan_lowbit_linear(int m, int n, int k, Code code, bool nested, const DeviceInfo& device,
-                                    bool adapter = false);
+// All that the kernel can run on the device, the best first by the model of lowbit_linear.cu.
+std::vector<LowbitLinearPlan> lowbit_linear_plans(const LowbitLinearProblem& problem,
+                                                  const DeviceInfo& device);
+// One of them; of token_tiles 0 where there is none.
+LowbitLinearPlan plan_lowbit_linear(const LowbitLinearProblem& problem, const DeviceInfo& device);
 // Queues the kernel, with or without an adapter to ride along. Throws std::runtime_error with the launch's
 // shape when CUDA refuses it.
 void lowbit_linear(const LowbitLinearArgs& args, const LowbitLinearPlan& plan, Float type, Code code,

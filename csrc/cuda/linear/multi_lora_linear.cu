@@ -24,6 +24,7 @@
 #include "cuda/linear/adapter.cuh"
 #include "cuda/linear/dequant.cuh"
 #include "cuda/linear/multi_lora_linear.h"
+#include "cuda/ptx/grid_dependency.cuh"
 
 namespace bitfuse {
 namespace {
@@ -48,6 +49,8 @@ __global__ void __launch_bounds__(Threads, 2)
   constexpr int WarpSums = 8 * TokenTiles * SumPitch;
   const int warp = threadIdx.x / 32, block = blockIdx.x, blocks = gridDim.x;
 
+  wait_for_previous();
+  let_next_start();
   if (warp == 0) find_groups(adapters, rows, groups);
   __syncthreads();
   if (groups.count == 0) return;
@@ -109,8 +112,8 @@ void multi_lora_add(const MultiLoraArgs& args, const AdapterArgs& adapters, Floa
   allowed[static_cast<int>(type)][log_tiles].allow(reinterpret_cast<const void*>(function), device, bytes,
                                                    "multi_lora_kernel");
   const Rows rows{args.x, args.x_stride, args.m, args.k};
-  function<<<adapters.participants, Threads, bytes, reinterpret_cast<cudaStream_t>(stream)>>>(args, adapters,
-                                                                                              rows);
+  launch_early(function, dim3(adapters.participants), Threads, bytes, device,
+               reinterpret_cast<cudaStream_t>(stream), args, adapters, rows);
   check(cudaGetLastError(), "multi_lora_kernel<<<" + std::to_string(adapters.participants) + ", " +
                                 std::to_string(Threads) + ", " + std::to_string(bytes) + ">>>");
 }

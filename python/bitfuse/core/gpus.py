@@ -112,6 +112,17 @@ class Gpu:
         return ARCHS[self.capability]
 
     @property
+    def clock_ghz(self) -> float:
+        """Of its multiprocessors, 1e9 a second: what the float32 rate says, of two a lane and clock."""
+        lanes = 64 if self.capability in (75, 80) else 128
+        return self.float_tflop_per_s * 1e3 / (2 * lanes * self.multiprocessors)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes of memory that a multiprocessor is given a clock."""
+        return self.gb_per_s / (self.clock_ghz * self.multiprocessors)
+
+    @property
     def clock_hz(self) -> float:
         """Of its multiprocessors, as the rate of float32 says: two operations a lane and clock."""
         lanes = 64 if self.capability in (75, 80) else 128

@@ -5,14 +5,18 @@ The kernel, its layout and what bounds it: csrc/cuda/linear/lowbit_linear.cu. It
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from ...core import policy
 from ...core.cost import SPLIT, Cost, Prediction, Rates
 from ...core.cuda import FLOATS, cuda, stream_of, zeroed_counters
-from ...core.device import Device, device_of
+from ...core.device import Device, device_of, pretended
+from ...core.gpus import GPUS, TYPICAL, Gpu
 from ...core.limits import MAX_TOKENS
 from ...core.tensors import table
 from ...weights.codebook import pairs_of_levels
@@ -40,12 +44,89 @@ def _code(format: str) -> Any:
 
 
 @cuda.cached
-def _plan(m: int, n: int, k: int, format: str, nested: bool, device: Device, adapter: bool = False) -> Any:
+def _info(device: Device, gpu: Gpu | None) -> Any:
+    """A device as plans see it; `gpu` is its card, where that is pretended."""
     native, arch = cuda.module, device.arch
-    info = native.DeviceInfo(
-        device.multiprocessors, arch.block_kib << 10, arch.shared_kib << 10, device.capability
+    if gpu is not None:
+        memory_bytes = gpu.memory_bytes
+    elif device.number >= 0 and torch.cuda.is_available():
+        memory_bytes = native.device_info(device.number).memory_bytes
+    else:  # the simulator's, which has no clock, or one that nobody named
+        memory_bytes = GPUS[TYPICAL[arch.number]].memory_bytes
+    return native.DeviceInfo(
+        device.multiprocessors, arch.block_kib << 10, arch.shared_kib << 10, device.capability, memory_bytes
     )
-    return native.plan_lowbit_linear(m, n, k, _code(format), nested, info, adapter)
+
+
+@cuda.cached
+def _plan(
+    m: int, n: int, k: int, format: str, nested: bool, device: Device, adapter: bool = False,
+    gpu: Gpu | None = None,
+) -> Any:  # fmt: skip
+    """How the work is cut: as it was measured or is tried, else by the model of lowbit_linear.cu; of
+    token_tiles 0 where the device can't run it."""
+    native = cuda.module
+    problem = m, n, k, _code(format), nested, _info(device, gpu), adapter
+    cut = _trial or tuned(device, m, n, k, format)
+    for plan in () if cut is None else native.lowbit_linear_plans(*problem):
+        if (plan.log_warps_n, plan.splits) == cut:
+            return plan
+    return native.plan_lowbit_linear(*problem)
+
+
+class Cut(NamedTuple):
+    """What makes a plan: how many warps of a block stand side by side, as a logarithm, and blocks that split
+    k."""
+
+    log_warps_n: int
+    splits: int
+
+
+_trial: Cut | None = None
+
+
+@contextlib.contextmanager
+def trying(cut: Cut) -> Iterator[None]:
+    """Take this cut for every call inside that can be cut so."""
+    global _trial
+    _trial = cut
+    _plan.cache_clear()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _trial = None
+        _plan.cache_clear()  # type: ignore[attr-defined]
+
+
+def candidates(m: int, n: int, k: int, format: str, nested: bool, device: Device) -> list[Cut]:
+    """The choice of the model, then what is worth measuring beside it: cuts that it takes to be not much
+    worse, some of each width of a block."""
+    native = cuda.module
+    problem = m, n, k, _code(format), nested, _info(device, pretended())
+    chosen = native.plan_lowbit_linear(*problem)
+    if chosen.token_tiles == 0:
+        return []
+    found = [Cut(chosen.log_warps_n, chosen.splits)]
+    for plan in native.lowbit_linear_plans(*problem):
+        cut = Cut(plan.log_warps_n, plan.splits)
+        of_width = sum(cut.log_warps_n == c.log_warps_n for c in found)
+        if cut not in found and of_width < 4 and plan.clocks < 1.6 * chosen.clocks:
+            found.append(cut)
+    return found
+
+
+def tuning_key(m: int, n: int, k: int, format: str) -> str:
+    """Of a Cut in the policy's cache."""
+    return policy.key("lowbit_linear on cuda", policy.bucket(m), n, k, format)
+
+
+def tuned(device: Device, m: int, n: int, k: int, format: str) -> Cut | None:
+    """What was measured to be the fastest on this GPU."""
+    if pretended() is not None or not torch.cuda.is_available():
+        return None
+    configs = policy.of(torch.cuda.get_device_name(device.number))["configs"]
+    found = configs.get(tuning_key(m, n, k, format))
+    return None if found is None else Cut(*found)
 
 
 @table
@@ -103,7 +184,8 @@ def supports(x: torch.Tensor, weight: WeightTensors, bias: torch.Tensor | None) 
     device = device_of(x.device)
     if not device.arch.roomy and x.numel() and qweight.numel():
         m, n = x.numel() // k, qweight.shape[0]
-        if _plan(m, n, k, format, scale_offset is not None, device).token_tiles == 0:
+        plan = _plan(m, n, k, format, scale_offset is not None, device, False, pretended())
+        if plan.token_tiles == 0:
             return f"M = {m} needs more shared memory than the device has: the Triton kernel serves it"
     return None
 
@@ -141,7 +223,8 @@ def predicted(
     if m == 0 or n == 0:
         return Prediction(rates.call_s)
     device, bits = device_of(x.device), FORMATS[weight.format].bits
-    plan = _plan(m, n, k, weight.format, weight.scale_offset is not None, device, adapter)
+    nested = weight.scale_offset is not None
+    plan = _plan(m, n, k, weight.format, nested, device, adapter, pretended())
     kind = "byte" if bits == 8 else "int4" if FORMATS[weight.format].codebook is None else "codebook"
     few, eight, *more = _ISSUED[kind]
     span = few + (eight - few) * (min(m, 8) - 1) / 7
