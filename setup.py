@@ -8,6 +8,8 @@ Environment:
                         else 80;90a and PTX
     BITFUSE_CUDART      how CUDA's runtime is linked: static, so that the extension runs beside a torch of any
                         CUDA; or shared, for the tests' simulator. Unset: static, but shared with --inplace
+    BITFUSE_CPU_LEVELS  native makes the C++ kernels of this machine's instruction set alone, in a quarter of
+                        the time and for such machines only; unset: of all, one of which is picked at run time
     BITFUSE_JOBS        compilers at once; unset: one a core
     BITFUSE_CCACHE      0 leaves out a ccache that is on PATH
     CUDA_HOME, CXX      where the toolkit is, and the host compiler

@@ -10,6 +10,15 @@
 namespace bitfuse {
 namespace {
 
+// A build of one level has its kernels alone, and BITFUSE_OF_LEVEL from the compiler's command line.
+#ifdef BITFUSE_ONLY_LEVEL
+constexpr bool kOneLevel = true;
+constexpr bool is_built(Level level) { return level == Level::BITFUSE_ONLY_LEVEL; }
+#else
+constexpr bool kOneLevel = false;
+constexpr bool is_built(Level) { return true; }
+#endif
+
 struct Candidate {
   const char* name;
   Level level;
@@ -24,21 +33,28 @@ Candidate pick_level() {
   const Candidate candidates[] = {BITFUSE_LEVELS(BITFUSE_CANDIDATE)};
   const char* asked = std::getenv("BITFUSE_CPU_ISA");
   const bool named = asked && *asked;
-  const Candidate* widest = candidates;
+  const std::string said = named ? std::string("BITFUSE_CPU_ISA is '") + asked + "', " : "";
+  const Candidate* widest = nullptr;
   std::string names;
-  bool supported = true;
+  bool supported = true, known = false;
   for (const Candidate& candidate : candidates) {
     supported = supported && candidate.available;
-    names += (names.empty() ? "" : ", ") + std::string(candidate.name);
+    if (is_built(candidate.level)) names += (names.empty() ? "" : ", ") + std::string(candidate.name);
     if (named && candidate.name == std::string(asked)) {
-      if (supported) return candidate;
-      throw py::value_error(std::string("BITFUSE_CPU_ISA is '") + asked +
-                            "', which this machine does not support");
+      if (!supported) throw py::value_error(said + "which this machine does not support");
+      if (is_built(candidate.level)) return candidate;
+      known = true;
     }
-    if (supported) widest = &candidate;
+    if (supported && is_built(candidate.level)) widest = &candidate;
   }
-  if (named)
-    throw py::value_error(std::string("BITFUSE_CPU_ISA is '") + asked + "', expected one of " + names);
+  if (known)
+    throw py::value_error(said + "which this build lacks: made with BITFUSE_CPU_LEVELS=native, it has " +
+                          names + " alone");
+  if (named) throw py::value_error(said + "expected one of " + names);
+  if (!widest)
+    throw py::value_error("this build of bitfuse has the kernels of " + names +
+                          " alone, which this machine does not support: build it without "
+                          "BITFUSE_CPU_LEVELS=native");
   return *widest;
 }
 
@@ -61,6 +77,7 @@ PYBIND11_MODULE(_cpu, m) {
   // A function and not an attribute: what it raises for a bad BITFUSE_CPU_ISA stays a ValueError, where an
   // exception of the module's own initialisation would become an ImportError. bitfuse asks as it is imported.
   m.def("isa", [] { return bitfuse::picked().name; }, "The instruction-set level in use.");
+  m.attr("ONE_LEVEL") = bitfuse::kOneLevel;
   bitfuse::bind_types(m);
   bitfuse::bind_lowbit_linear(m);
   bitfuse::bind_lora_linear(m);

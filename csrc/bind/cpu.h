@@ -14,7 +14,7 @@ enum class Level { BITFUSE_LEVELS(BITFUSE_LEVEL_NAME) };
 // The widest level that this machine runs, or the one that BITFUSE_CPU_ISA names.
 Level level();
 
-// Of a function that every level has, the one of the level that runs.
+#ifndef BITFUSE_OF_LEVEL  // of a function that every level has, the one that runs
 #define BITFUSE_FUNCTION_OF_LEVEL(level, available, function) level::function,
 #define BITFUSE_OF_LEVEL(function)                            \
   ([]() {                                                     \
@@ -22,7 +22,7 @@ Level level();
         BITFUSE_LEVELS(BITFUSE_FUNCTION_OF_LEVEL, function)}; \
     return kAll[static_cast<int>(::bitfuse::level())];        \
   }())
-
+#endif
 void bind_lowbit_linear(py::module_& module);
 void bind_lora_linear(py::module_& module);
 void bind_lowbit_embedding(py::module_& module);

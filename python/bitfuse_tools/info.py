@@ -79,7 +79,7 @@ def collect(probe: bool = True) -> dict[str, Any]:
 
 # what changes the outcome: variables that hold no path or secret, and those that do
 _ENVIRONMENT = (
-    "BITFUSE_BACKEND", "BITFUSE_CHECK", "BITFUSE_CPU_ISA", "BITFUSE_CUDA", "BITFUSE_CUDA_ARCHS",
+    "BITFUSE_BACKEND", "BITFUSE_CHECK", "BITFUSE_CPU_ISA", "BITFUSE_CPU_LEVELS", "BITFUSE_CUDA", "BITFUSE_CUDA_ARCHS",
     "BITFUSE_CUDART", "BITFUSE_CCACHE", "BITFUSE_JOBS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
     "MKL_NUM_THREADS", "BITFUSE_WITHOUT",
 )  # fmt: skip
@@ -251,7 +251,9 @@ def _native(module: str, says: str) -> dict[str, Any]:
     except ImportError as error:
         return {"built": True, "reason": str(error).splitlines()[0]}
     found = {"built": True, says: getattr(loaded, says)()}
-    return found if module == "_cpu" else found | {"runtime": bundle.cudart_of(str(loaded.__file__))}
+    if module == "_cuda":
+        return found | {"runtime": bundle.cudart_of(str(loaded.__file__))}
+    return found | ({"levels": "no other in this build"} if loaded.ONE_LEVEL else {})
 
 
 def _output(*command: str) -> str | None:

@@ -43,6 +43,18 @@ CXXFLAGS += ("-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 # -cudart says nothing of an object: which runtime is linked, `Nvcc.cudart` does
 NVCCFLAGS = ("-std=c++20", "-O3", "-lineinfo", "-cudart", "shared")
 # an older g++ says 201709 of C++20
+LEVEL_PROBE = """
+#include <cstdio>
+#include "cpu/isa/levels.h"
+#define CPU_HAS(feature) (__builtin_cpu_supports(#feature) != 0)
+#define WIDEST(level, available, ...) if (has = has && (available)) widest = #level;
+int main() {
+  bool has = true;
+  const char* widest = "";
+  BITFUSE_LEVELS(WIDEST)
+  std::puts(widest);
+}
+"""
 PROBE = "#include <bit>\n#include <concepts>\nstatic_assert(__cplusplus >= 202002L);\n"
 
 
@@ -401,6 +413,7 @@ def check_settings() -> None:
     """
     worker_count()
     cudart_kind()
+    one_level()
     if cuda_wanted() is not False:
         try:
             asked_targets()
@@ -560,6 +573,37 @@ def levels(csrc: Path, machine: str | None = None) -> dict[str, list[str]]:
     return found
 
 
+def one_level() -> bool:
+    """BITFUSE_CPU_LEVELS: "native", the level of this machine alone; or unset, all of them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    asked = os.environ.get("BITFUSE_CPU_LEVELS", "")
+    if asked not in ("", "native"):
+        raise ValueError(f"BITFUSE_CPU_LEVELS is {asked!r}, expected native (this machine's) or unset (all)")
+    return bool(asked)
+
+
+def native_level(csrc: Path) -> str:
+    """The level that is picked at run time on this machine.
+
+    Raises:
+        CompileError: what the compiler makes does not run here.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        program = Path(aside) / "level"
+        program.with_suffix(".cpp").write_text(LEVEL_PROBE)
+        command = [*host_compiler(), "-std=c++20", f"-I{csrc}", f"{program}.cpp", "-o", str(program)]
+        run(command, "looking for this machine's instruction set")
+        try:
+            return subprocess.run([program], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError) as why:
+            raise CompileError(
+                f"BITFUSE_CPU_LEVELS is native, but what {command[0]} makes does not run here ({why})"
+            ) from None
+
+
 def pybind11_release() -> tuple[str, str]:
     """The headers' folder, and a name.
 
@@ -579,13 +623,19 @@ def _bindings(csrc: Path) -> list[str]:
 
 
 def cpu_jobs(csrc: Path, out: Path) -> list[Job]:
-    """The objects of bitfuse._cpu, of which each level has its own."""
+    """The objects of bitfuse._cpu, of which each level has its own; the kernels are the same files whether
+    BITFUSE_CPU_LEVELS asks for all levels or for one."""
     common = [*ccache(), *host_compiler(), *CXXFLAGS, "-fopenmp", f"-I{csrc}"]
     bindings = [*_bindings(csrc), "-fopenmp"]
+    made = levels(csrc)
+    if one_level():
+        only = native_level(csrc)
+        made = {only: made[only]}
+        bindings += [f"-DBITFUSE_ONLY_LEVEL={only}", f"-DBITFUSE_OF_LEVEL(function)=(&{only}::function)"]
     jobs = [
         Job((*common, f"-DBITFUSE_ISA={level}", *flags), source, out / f"{source.stem}.{level}.o")
         for source in sorted((csrc / "cpu").rglob("*.cpp"))
-        for level, flags in levels(csrc).items()
+        for level, flags in made.items()
     ]
     return jobs + [
         Job(tuple(bindings), source, out / "bind" / f"{source.stem}.o", (pybind11_release(),))
