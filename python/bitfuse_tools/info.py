@@ -79,7 +79,8 @@ def collect(probe: bool = True) -> dict[str, Any]:
 
 # what changes the outcome: variables that hold no path or secret, and those that do
 _ENVIRONMENT = (
-    "BITFUSE_BACKEND", "BITFUSE_CHECK", "BITFUSE_CPU_ISA", "BITFUSE_CPU_LEVELS", "BITFUSE_CUDA", "BITFUSE_CUDA_ARCHS",
+    "BITFUSE_BACKEND", "BITFUSE_CHECK", "BITFUSE_CPU_ISA", "BITFUSE_CPU_LEVELS", "BITFUSE_CUDA",
+    "BITFUSE_CUDA_ARCHS",
     "BITFUSE_CUDART", "BITFUSE_CCACHE", "BITFUSE_JOBS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
     "MKL_NUM_THREADS", "BITFUSE_WITHOUT",
 )  # fmt: skip
