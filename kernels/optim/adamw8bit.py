@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...core.device import served
 from ...core.tensors import table
 from ...weights.blockwise import ZERO, blocks_of, segments
-from ..core.launch import constants, jit, tl, triton
+from ..core.launch import constants, jit, refuse, tl
 
 TILE = 2048  # numbers a program: with 4 warps 16 a thread, as two moments some 50 registers
 ENTRIES = 16
@@ -136,11 +135,7 @@ def _tiles(block_size: int) -> tuple[int, Tiles]:
 
 def supports(p: torch.Tensor, *args: Any) -> str | None:
     """None when `run` can serve the call, else the reason."""
-    if triton is None:
-        return "Triton is not installed"
-    if not served(p.device):
-        return f"it runs on a GPU, the tensors are on {p.device}"
-    return None
+    return refuse(p.device)
 
 
 def run(
