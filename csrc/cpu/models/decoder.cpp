@@ -15,6 +15,7 @@
 #include "cpu/core/elements.h"
 #include "cpu/core/threads.h"
 #include "cpu/linear/gated_activation.h"
+#include "cpu/linear/lowbit_embedding.h"
 #include "cpu/linear/lowbit_linear.h"
 #include "cpu/linear/scales.h"
 #include "cpu/norm/norm.h"
@@ -83,17 +84,38 @@ class Step {
  private:
   void embed() {
     const Projection& table = model_.embedding;
-    alignas(64) float row[kChunk];
-    for (int64_t r = 0; r < rows_; ++r)
-      for (int64_t c = 0; c < model_.hidden; c += kChunk) {
-        const int64_t part = least(kChunk, model_.hidden - c);
-        to_float(element(table.dense, table.dense_dtype, call_.ids[r] * table.k + c), table.dense_dtype, row,
-                 part);
-        if (model_.embedding_scale != 1)
-          for (int64_t i = 0; i < part; ++i) row[i] *= model_.embedding_scale;
-        from_float(row, element(a_.h, model_.dtype, r * model_.hidden + c), model_.dtype, part);
-      }
+    if (table.w) {
+      lowbit_embedding({*table.w, call_.ids, true, rows_, model_.dtype, a_.h});
+    } else {
+      for (int64_t r = 0; r < rows_; ++r) convert(table, call_.ids[r] * table.k, r * model_.hidden);
+    }
+    if (model_.embedding_scale != 1) {
+      const float scale = model_.embedding_scale;
+      change(a_.h, rows_ * model_.hidden, [&](float x) { return x * scale; });
+    }
     took(Part::kNorm);
+  }
+
+  // A row of a dense embedding, from one element on, to h.
+  void convert(const Projection& table, int64_t from, int64_t to) {
+    alignas(64) float part[kChunk];
+    for (int64_t c = 0; c < model_.hidden; c += kChunk) {
+      const int64_t size = least(kChunk, model_.hidden - c);
+      to_float(element(table.dense, table.dense_dtype, from + c), table.dense_dtype, part, size);
+      from_float(part, element(a_.h, model_.dtype, to + c), model_.dtype, size);
+    }
+  }
+
+  // Each of `count` numbers of the model's dtype becomes f of it.
+  template <class F>
+  void change(void* x, int64_t count, F f) {
+    alignas(64) float part[kChunk];
+    for (int64_t i = 0; i < count; i += kChunk) {
+      const int64_t size = least(kChunk, count - i);
+      to_float(element(x, model_.dtype, i), model_.dtype, part, size);
+      for (int64_t j = 0; j < size; ++j) part[j] = f(part[j]);
+      from_float(part, element(x, model_.dtype, i), model_.dtype, size);
+    }
   }
 
   NormArgs norm_args(const RmsNorm& of, int64_t rows, const void* x, void* out) const {
@@ -223,20 +245,9 @@ class Step {
       rows = call_.batch;
     }
     project(model_.head, x, call_.logits, rows);
-    if (model_.logit_softcap > 0) cap(rows * model_.vocabulary);
+    if (const float cap = model_.logit_softcap; cap > 0)
+      change(call_.logits, rows * model_.vocabulary, [&](float x) { return cap * __builtin_tanhf(x / cap); });
     took(Part::kHead);
-  }
-
-  // logits = cap * tanh(logits / cap)
-  void cap(int64_t count) {
-    const float cap = model_.logit_softcap;
-    alignas(64) float part[kChunk];
-    for (int64_t i = 0; i < count; i += kChunk) {
-      const int64_t size = least(kChunk, count - i);
-      to_float(element(call_.logits, model_.dtype, i), model_.dtype, part, size);
-      for (int64_t j = 0; j < size; ++j) part[j] = cap * __builtin_tanhf(part[j] / cap);
-      from_float(part, element(call_.logits, model_.dtype, i), model_.dtype, size);
-    }
   }
 
   void project(const Projection& of, const void* x, void* out) { project(of, x, out, rows_); }

@@ -10,7 +10,6 @@ import torch
 
 from ..core.cpu import extension as _cpu
 from ..core.cpu import missing
-from ..nn.embedding import Embedding
 from ..nn.linear import Linear
 from ..ops.attention.append_kv import KVCache
 from ..ops.attention.kv_cache import Rotary
@@ -211,7 +210,7 @@ def decoder_args(
         vocabulary=config.vocab_size,
         sequences=batch,
         layers=tuple(reader.layer(i) for i in range(len(body.layers)) if i not in without_layers),
-        embedding=reader.table(body.embed_tokens, "embed_tokens"),
+        embedding=reader.projection(body.embed_tokens, "embed_tokens"),
         embedding_scale=float(torch.as_tensor(scale).to(reader.dtype)),
         norm=reader.norm(body.norm),
         head=reader.projection(model.get_output_embeddings(), "lm_head"),
@@ -272,12 +271,6 @@ class _Reader:
             softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
             left=-1 if window is None else int(window) - 1,
         )
-
-    def table(self, module: Any, name: str) -> Projection:
-        """The embedding, of which the step reads rows of floats: of few bits it is made dense, once."""
-        if isinstance(module, Embedding) and module.weight.device.type == "cpu":
-            return Projection(module.weight.dequantize(self.dtype), None)
-        return self.projection(module, name)
 
     def projection(self, module: Any, name: str) -> Projection:
         if type(module) not in (Linear, torch.nn.Linear) and not isinstance(module, torch.nn.Embedding):
