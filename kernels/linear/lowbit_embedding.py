@@ -20,7 +20,7 @@ from ...core.limits import NESTED_BLOCK
 from ...weights.formats import FORMATS
 from ...weights.weight import WeightTensors
 from ..core.decoding import CODES
-from ..core.launch import Plan, alignment_of, jit, planned, tl
+from ..core.launch import Plan, alignment_of, dtype_of, jit, planned, tl
 from .lowbit_linear import SCALES, Codes, _group, _weights, matrix_of, supports_grad_x
 
 
@@ -72,8 +72,10 @@ class Kind(NamedTuple):
 
     format: str
     group_size: int
+    scale_rows: int
     dtype: torch.dtype
     scale_dtype: torch.dtype
+    offset_dtype: torch.dtype | None
     indices: torch.dtype
     given: tuple[bool, ...]
 
@@ -86,7 +88,9 @@ def _plan(device: Device, count: int, n: int, k: int, kind: Kind) -> Plan:
     rows = max(1, min(WEIGHTS // width, 1 << (count - 1).bit_length()))
     sub = width if group_size == 0 else math.gcd(group_size, width)
     align = math.gcd(k, 128 // code.bits)
-    codes = Codes("", code.bits, code.center, SCALES[kind.scale_dtype], group_size, NESTED_BLOCK)
+    codes = Codes(
+        "", code.bits, code.center, SCALES[kind.scale_dtype], group_size, kind.scale_rows, NESTED_BLOCK
+    )
     return planned(
         device,
         _kernel,
@@ -123,7 +127,10 @@ def run(indices: torch.Tensor, weight: WeightTensors, dtype: torch.dtype) -> tor
     if scale_dtype is torch.uint8 and weight.scale_offset is None:
         scale_dtype = FORMATS[weight.format].scale_dtype
     given = tuple(t is not None for t in matrix)
-    kind = Kind(weight.format, weight.group_size, dtype, scale_dtype, indices.dtype, given)
+    kind = Kind(
+        weight.format, weight.group_size, weight.scale_rows, dtype, scale_dtype, dtype_of(weight.offsets),
+        indices.dtype, given,
+    )  # fmt: skip
     plan = _plan(device_of(indices.device), indices.numel(), n, k, kind)
-    plan.launch((indices, matrix, out), alignment_of(indices, *matrix[:5], out))
+    plan.launch((indices, matrix, out), alignment_of(indices, *matrix[:6], out))
     return out

@@ -115,12 +115,13 @@ def test_formats_and_epilogues(target: Target, format: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_offsets_and_shared_scales(target: Target) -> None:
-    for m, options in (
+    cases: tuple[tuple[int, dict[str, Any]], ...] = (
         (1, dict(format="int4", group_size=32, offset=True)),
         (12, dict(format="int8", group_size=64, offset=True)),
         (40, dict(format="int4", group_size=64, offset=True, scale_rows=32)),
         (5, dict(format="fp8", group_size=128, scale_rows=128)),
-    ):
+    )
+    for m, options in cases:
         x, p = case(m, 150, 640, 12, torch.bfloat16, bias=torch.randn(150).bfloat16(), scaling=0.5)
         check(target, x, p._replace(weight=bitfuse.quantize(torch.randn(150, 640) / 25, **options).op_args))
 

@@ -83,12 +83,13 @@ def test_offsets_and_shared_scales(target: Target, dtype: torch.dtype) -> None:
         weight = torch.randn(101, 1152) / 34 + 0.02
         w = bitfuse.quantize(weight, format, group_size=group, offset=True, scale_dtype=scale_dtype)
         check(target, torch.randn(m, 1152, dtype=dtype), w, torch.randn(101, dtype=dtype))
-    for m, options in (
+    shared: tuple[tuple[int, dict[str, Any]], ...] = (
         (1, dict(format="fp8", group_size=128, scale_rows=128)),
         (9, dict(format="int8", group_size=64, scale_rows=32, symmetric=False)),
         (3, dict(format="int4", group_size=32, scale_rows=64, offset=True)),
         (20, dict(format="nf4", nested=True, scale_rows=32)),
-    ):
+    )
+    for m, options in shared:
         w = bitfuse.quantize(torch.randn(300, 640) / 25, **options)
         check(target, torch.randn(m, 640, dtype=dtype), w)
 
@@ -210,11 +211,9 @@ def test_says_what_it_does_not_serve(target: Target) -> None:
     assert "float32" in (target.reason(forward_op, *arguments(target, half.float(), w)) or "")
     assert "M = 65" in (target.reason(forward_op, *arguments(target, half[:1].repeat(65, 1), w)) or "")
     x, weight, _ = arguments(target, half, w)
-    for options, said in (
-        (dict(format="int4", group_size=32, scale_rows=8), "scales that 8 rows share"),
-        (dict(format="int4", group_size=32, scale_rows=96), "scales that 96 rows share"),
-    ):
-        grown = bitfuse.quantize(torch.randn(16, 96), **options)
+    for rows in (8, 96):
+        grown = bitfuse.quantize(torch.randn(16, 96), "int4", group_size=32, scale_rows=rows)
+        said = f"scales that {rows} rows share"
         assert said in (target.reason(forward_op, *arguments(target, half, grown)) or "")
     weight = weight._replace(qweight=weight.qweight[:, :1].expand(16, 48))
     assert "qweight has strides" in (target.reason(forward_op, x, weight, None) or "")

@@ -22,8 +22,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise ValueError(f"codes has {columns} columns, expected a multiple of 8")
     if bits == 8:
         return codes.contiguous()
-    if bits == 4:
-        return codes[:, 0::2] | (codes[:, 1::2] << 4)
+    if bits == 4:  # two codes as one word of 16 bits, whose low byte then has both: no stride is walked
+        pairs = codes.contiguous().view(torch.int16)
+        return (pairs | (pairs >> 4)).to(torch.uint8)
     eight = codes.reshape(rows, columns // 8, 8).to(torch.int64)
     word = (eight << torch.arange(0, 8 * bits, bits, dtype=torch.int64, device=codes.device)).sum(
         -1, keepdim=True
