@@ -440,7 +440,7 @@ def supports_grad_x(grad: torch.Tensor, weight: WeightTensors) -> str | None:
     if (reason := refuse(qweight.device)) is not None:
         return reason
     if format not in CODES:
-        return f"format {format!r} is none of {', '.join(CODES)}"
+        return f"it has no kernel for format {format}, of {', '.join(CODES)}"
     if group_size % 8:
         return f"group_size {group_size} is not a multiple of 8"
     if scales.dtype not in SCALES:

@@ -77,8 +77,7 @@ def test_every_op_on_any_device(op: str, device: str | None) -> None:
         assert explanation.chosen == "cpp" and explanation.device == "cpu"
     else:
         assert explanation.rates is not None and explanation.rates.name == device
-        old = device == "t4" and op != "adamw8bit"  # its kernel runs on any GPU that Triton knows
-        expected = ("reference",) if old else ("cuda", "triton")
+        expected = ("reference",) if device == "t4" else ("cuda", "triton")
         assert explanation.chosen in expected, str(explanation)
 
 

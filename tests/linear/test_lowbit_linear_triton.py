@@ -210,7 +210,7 @@ def test_reasons() -> None:
         return backend.supports_grad_x(x, weight)
 
     lacking = backend.supports(x, WeightTensors(qweight, scales, None, None, None, "int3", 32), None)
-    assert lacking is not None and lacking.startswith("format 'int3' is none of int8, ")
+    assert lacking is not None and lacking.startswith("it has no kernel for format int3, of int8, ")
     assert reason(qweight.t().contiguous().t(), "int4", 32) == "qweight, scales or zeros is not contiguous"
     assert reason(qweight, "int4", 12) == "group_size 12 is not a multiple of 8"
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitfuse.weights.formats import FORMATS, Format
 from bitfuse_tools import bench
 from bitfuse_tools.bench import compare, limits, measure, results, shapes, timing
 from bitfuse_tools.bench.cases import Contender, Layer, Problem, relative_error
+from bitfuse_tools.bench.suites.lowbit_linear import LowBitLinear
 from bitfuse_tools.cli import app
 from typer.testing import CliRunner
 
@@ -112,10 +114,13 @@ def test_a_backend_a_format_and_rows_can_be_chosen() -> None:
     assert [(r["backend"], r["format"], r["sizes"]["m"]) for r in ours] == [("reference", "int4:32", 3)]
 
 
-def test_a_backend_that_cannot_serve_says_why() -> None:
-    found = run("lowbit_linear", formats=("int3", "int4"), m=(1,), dtypes=("float32",))
+def test_a_backend_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = Format("bench5", 5, group_size=32)  # no kernel reads codes of 5 bits
+    monkeypatch.setitem(FORMATS, wide.name, wide)
+    monkeypatch.setattr(LowBitLinear, "formats", (wide.name, "int4"))
+    found = run("lowbit_linear", formats=("bench5", "int4"), m=(1,), dtypes=("float32",))
     (line,) = [line for line in found["not_timed"] if line["case"].startswith("bitfuse")]
-    assert "int3" in line["case"] and "int3" in line["reason"] and not line["failed"]
+    assert "bench5" in line["case"] and "bench5" in line["reason"] and not line["failed"]
     with pytest.raises(ValueError, match="has none of the formats none"):
         run("lowbit_linear", formats=("none",))
 

@@ -49,7 +49,10 @@ class AWQ(Folder):
     def _gemm(self, m: Matrix, n: int, k: int, group: int, count: int) -> Loaded:
         scales = m.need(".scales", *SCALE_DTYPES, shape=(count, n)).t().contiguous()
         zeros = _columns(m.need(".qzeros", torch.int32, shape=(count, n // 8))).t().contiguous()
-        words, qweight = m.need(".qweight", torch.int32), torch.empty(n, k // 2, dtype=torch.uint8)
+        words, qweight = (
+            m.need(".qweight", torch.int32),
+            torch.empty(n, k // 2, dtype=torch.uint8, device="cpu"),
+        )
         step = max(1, CHUNK // (8 * k))
         for at in range(0, n // 8, step):
             codes = _columns(words[:, at : at + step])

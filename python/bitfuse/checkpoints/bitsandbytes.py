@@ -109,7 +109,7 @@ class BitsAndBytes(Folder):
             raise m.refuse(f"its quant_state has nested_blocksize {inner!r} and nested_offset {offset!r}")
         second = m.need(".weight.nested_absmax", torch.float32, shape=(-(-blocks // inner),))
         table = m.need(".weight.nested_quant_map", torch.float32, shape=(256,))
-        shift = torch.tensor([float(offset)])
+        shift = torch.tensor([float(offset)], dtype=torch.float32, device="cpu")
         if aligned and inner == NESTED_BLOCK and torch.equal(table, nested_code()):
             return codes.clone(), True, {"scale_scales": second.clone(), "scale_offset": shift}
         return table[codes.int()] * second.repeat_interleave(inner)[:blocks] + shift, False, {}

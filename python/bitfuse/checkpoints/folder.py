@@ -171,7 +171,7 @@ def unpacked(words: torch.Tensor, columns: int, bits: int, dense: bool) -> torch
         raise ValueError(f"{columns} codes of {bits} bits are in {words.shape[1]} words, expected {count}")
     if dense:
         return codes_of(torch.nn.functional.pad(words, (0, -count % bits)), bits)[:, :columns]
-    shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32, device="cpu")
     codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(1)[:, :columns]
 
@@ -225,7 +225,7 @@ def sorted_groups(g_idx: torch.Tensor, group: int, count: int) -> torch.Tensor |
         ValueError: a group that there is not, or that has another number of columns.
     """
     g_idx = torch.where(g_idx < 0, g_idx + count, g_idx).to(torch.int32)
-    if torch.equal(g_idx, torch.arange(g_idx.numel(), dtype=torch.int32) // group):
+    if torch.equal(g_idx, torch.arange(g_idx.numel(), dtype=torch.int32, device="cpu") // group):
         return None
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= count:
         found = f"{int(g_idx.min())} to {int(g_idx.max())}"

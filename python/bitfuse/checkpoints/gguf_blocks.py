@@ -66,9 +66,9 @@ def as_weight(tensor: GGUFTensor, dtype: torch.dtype = torch.float32, heads: int
     format, blocks = made(), tensor.blocks()
     rows, k = blocks.shape[0], tensor.shape[-1]
     groups = k // format.group_size
-    qweight = torch.empty(rows, packed_width(k, format.bits), dtype=torch.uint8)
+    qweight = torch.empty(rows, packed_width(k, format.bits), dtype=torch.uint8, device="cpu")
     fixed = format.scale_dtype if format.scale_dtype.itemsize > 1 else torch.uint8
-    scales = torch.empty(rows, groups, dtype=fixed)
+    scales = torch.empty(rows, groups, dtype=fixed, device="cpu")
     offsets = torch.empty_like(scales) if format.offset else None
     step = max(1, CHUNK // k)
     for at in range(0, rows, step):
@@ -92,7 +92,7 @@ def as_weight(tensor: GGUFTensor, dtype: torch.dtype = torch.float32, heads: int
             floats = t.view(format.scale_dtype) if t.dtype == torch.uint8 else t
             check_finite(f"{tensor.where}: {name}", floats.float())
     if format.tensor_scale:
-        tensors["scale_scales"] = torch.ones(*lead[:-1], 1)
+        tensors["scale_scales"] = torch.ones(*lead[:-1], 1, dtype=torch.float32, device="cpu")
     return Loaded(LowBitWeight(format=format, shape=tensor.shape, dtype=dtype, **tensors), note=note)
 
 
@@ -104,7 +104,7 @@ def _row_order(tensor: GGUFTensor, heads: int) -> torch.Tensor | None:
         raise ValueError(
             f"{tensor.where} has {rows} rows, expected a multiple of two for each of {heads} heads"
         )
-    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+    return torch.arange(rows, dtype=torch.int64, device="cpu").view(heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
 def _halves(blocks: torch.Tensor, begin: int, run: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _halves(blocks: torch.Tensor, begin: int, run: int) -> torch.Tensor:
 def _planes(b: torch.Tensor, run: int, bits: int) -> torch.Tensor:
     """Codes of 1 or 2 bits of bytes [rows, blocks, bytes]: the lowest of each `run` bytes, then the next."""
     rows, count, size = b.shape
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device="cpu").view(-1, 1)
     b = b.reshape(rows, count, size // run, 1, run) >> shifts
     return (b & (2**bits - 1)).view(rows, count, -1)
 

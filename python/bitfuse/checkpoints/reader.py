@@ -60,7 +60,7 @@ class MappedFile:
                 f"{self.size} bytes: is it cut off?"
             )
         if not count:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         raw = torch.frombuffer(self.buffer, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         if raw.data_ptr() % dtype.itemsize:
             raw = raw.clone()

@@ -211,7 +211,7 @@ def decoder_args(
         sequences=batch,
         layers=tuple(reader.layer(i) for i in range(len(body.layers)) if i not in without_layers),
         embedding=reader.projection(body.embed_tokens, "embed_tokens"),
-        embedding_scale=float(torch.as_tensor(scale).to(reader.dtype)),
+        embedding_scale=float(torch.as_tensor(scale, dtype=reader.dtype, device="cpu")),
         norm=reader.norm(body.norm),
         head=reader.projection(model.get_output_embeddings(), "lm_head"),
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),

@@ -70,7 +70,7 @@ class ModelDraft:
                 break
         if same < decoder.lengths[0]:
             decoder.truncate(same)
-        new = torch.tensor([list(tokens[same:])], dtype=torch.int64)
+        new = torch.tensor([list(tokens[same:])], dtype=torch.int64, device="cpu")
         logits = decoder.prefill(new)
         self._known = list(tokens)
         proposed: list[int] = []
@@ -82,6 +82,6 @@ class ModelDraft:
             proposed.append(token)
             if len(proposed) == most:
                 break
-            logits = decoder.step(torch.tensor([[token]], dtype=torch.int64))
+            logits = decoder.step(torch.tensor([[token]], dtype=torch.int64, device="cpu"))
             self._known.append(token)
         return proposed

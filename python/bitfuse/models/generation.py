@@ -90,12 +90,12 @@ class Sampler:
                 raise ValueError(f"{name} is {value!r}, expected {low} to {high}")
         self.greedy = temperature == 0
         self._options = temperature, top_k, top_p, min_p
-        self._random = torch.Generator()
+        self._random = torch.Generator(device="cpu")
         self._random.manual_seed(torch.seed() if seed is None else seed)
-        self.ids = torch.zeros(rows, dtype=torch.int64)
-        self._uniforms = torch.zeros(rows, dtype=torch.float64)
+        self.ids = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        self._uniforms = torch.zeros(rows, dtype=torch.float64, device="cpu")
         full = [
-            torch.full((rows,), v, dtype=torch.int64 if i == 1 else torch.float64)
+            torch.full((rows,), v, dtype=torch.int64 if i == 1 else torch.float64, device="cpu")
             for i, v in enumerate(self._options)
         ]
         self._native = (self._uniforms, *full, self.ids)
@@ -108,7 +108,7 @@ class Sampler:
 
     def draw(self, logits: torch.Tensor) -> list[int]:
         """A token a row."""
-        uniforms = torch.zeros(len(logits), dtype=torch.float64)
+        uniforms = torch.zeros(len(logits), dtype=torch.float64, device="cpu")
         if not self.greedy:
             uniforms.uniform_(generator=self._random)
         return sample(logits, uniforms, *self._options).tolist()
@@ -206,15 +206,17 @@ class _Run:
 
     def read_prompts(self) -> None:
         """Each prompt, and the first token after it."""
-        rows = torch.empty(len(self.prompts), self.decoder.vocabulary, dtype=self.decoder.dtype)
+        rows = torch.empty(len(self.prompts), self.decoder.vocabulary, dtype=self.decoder.dtype, device="cpu")
         for b, prompt in enumerate(self.prompts):
-            rows[b] = self.decoder.prefill(torch.tensor([prompt], dtype=torch.int64), first=b)[0]
+            rows[b] = self.decoder.prefill(torch.tensor([prompt], dtype=torch.int64, device="cpu"), first=b)[
+                0
+            ]
         for b, token in enumerate(self.sampler.draw(rows)):
             self._take(b, [token])
 
     def plain(self) -> None:
-        ids = torch.tensor([[t[-1]] for t in self.result.tokens], dtype=torch.int64)
-        logits = torch.empty(len(ids), self.decoder.vocabulary, dtype=self.decoder.dtype)
+        ids = torch.tensor([[t[-1]] for t in self.result.tokens], dtype=torch.int64, device="cpu")
+        logits = torch.empty(len(ids), self.decoder.vocabulary, dtype=self.decoder.dtype, device="cpu")
         while not all(map(self._done, range(len(ids)))):
             self.decoder.step(ids, sampling=self.sampler.native(), out=logits)
             self.result.steps += 1
@@ -227,7 +229,7 @@ class _Run:
         decoder, tokens = self.decoder, self.result.tokens[0]
         text = [*self.prompts[0], *tokens]
         pays = _Pays()
-        logits = torch.empty(1, decoder.vocabulary, dtype=decoder.dtype)
+        logits = torch.empty(1, decoder.vocabulary, dtype=decoder.dtype, device="cpu")
         while not self._done(0):
             start = time.perf_counter()
             proposed: list[int] = []
@@ -236,7 +238,7 @@ class _Run:
             if proposed:
                 new = self._verified(text[-1], proposed)
             else:
-                last = torch.tensor([[text[-1]]], dtype=torch.int64)
+                last = torch.tensor([[text[-1]]], dtype=torch.int64, device="cpu")
                 decoder.step(last, sampling=self.sampler.native(), out=logits)
                 new = self.sampler.ids.tolist()
             self.result.steps += 1
@@ -249,7 +251,7 @@ class _Run:
         """The tokens after `last` as the model has them: proposed ones that are right, and one more."""
         decoder = self.decoder
         begin = decoder.lengths[0]
-        ids = torch.tensor([[last, *proposed]], dtype=torch.int64)
+        ids = torch.tensor([[last, *proposed]], dtype=torch.int64, device="cpu")
         logits = decoder.step(ids, every=True)[0]
         sure = len(logits)
         if self.sampler.greedy:
@@ -270,7 +272,9 @@ class _Run:
             return new
         # all that is sure was right, and what comes next is not: a plain step says
         last = new[-1] if new else last
-        logits = decoder.step(torch.tensor([[last]], dtype=torch.int64), sampling=self.sampler.native())
+        logits = decoder.step(
+            torch.tensor([[last]], dtype=torch.int64, device="cpu"), sampling=self.sampler.native()
+        )
         return [*new, *self.sampler.ids.tolist()]
 
     def _done(self, b: int) -> bool:

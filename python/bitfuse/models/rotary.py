@@ -231,6 +231,6 @@ def rope_tables(
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:
         raise ValueError(f"length is {length!r}, expected a whole number of 0 or more")
     inv_freq, scaling = rope_frequencies(config, length, layer_type=layer_type)
-    positions = torch.arange(length, device=device).float()
+    positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = positions[:, None] * inv_freq.to(positions.device)
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)

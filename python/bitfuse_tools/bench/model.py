@@ -99,12 +99,12 @@ def _native(model: Any, name: str, room: int, cache: str, options: ModelOptions)
 
     def read(ids: list[int]) -> None:
         decoder.reset()
-        decoder.prefill(torch.tensor([ids], dtype=torch.int64))
+        decoder.prefill(torch.tensor([ids], dtype=torch.int64, device="cpu"))
 
     def step(token: int) -> None:
-        decoder.step(torch.tensor([[token]], dtype=torch.int64), out=out).argmax()
+        decoder.step(torch.tensor([[token]], dtype=torch.int64, device="cpu"), out=out).argmax()
 
-    out = torch.empty(1, decoder.vocabulary, dtype=decoder.dtype)
+    out = torch.empty(1, decoder.vocabulary, dtype=decoder.dtype, device="cpu")
     seen = options.context + options.tokens / 2
     nbytes = decoder.weight_bytes + decoder.cache_bytes * seen / room
     return Contender(name, read, step, nbytes, decoder)
@@ -118,11 +118,20 @@ def _modules(model: Any, name: str) -> Contender:
     @torch.inference_mode()
     def read(ids: list[int]) -> None:
         state["cache"] = DynamicCache(config=model.config)
-        model(torch.tensor([ids]), past_key_values=state["cache"], use_cache=True, logits_to_keep=1)
+        model(
+            torch.tensor([ids], dtype=torch.int64, device="cpu"),
+            past_key_values=state["cache"],
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
     @torch.inference_mode()
     def step(token: int) -> None:
-        out = model(torch.tensor([[token]]), past_key_values=state["cache"], use_cache=True)
+        out = model(
+            torch.tensor([[token]], dtype=torch.int64, device="cpu"),
+            past_key_values=state["cache"],
+            use_cache=True,
+        )
         out.logits.argmax()
 
     return Contender(name, read, step)
@@ -177,10 +186,14 @@ def measure(options: ModelOptions, progress: Callable[[str], None] = lambda text
         found = list(contenders(options))
     except Unserved as error:
         raise ValueError(f"{options.model}: {error}") from error
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(device="cpu").manual_seed(0)
     vocabulary = next(c.decoder.vocabulary for c in found if c.decoder is not None)
     ids = torch.randint(
-        vocabulary, (options.prompt + options.context + options.tokens,), generator=random
+        vocabulary,
+        (options.prompt + options.context + options.tokens,),
+        generator=random,
+        dtype=torch.int64,
+        device="cpu",
     ).tolist()
     for number in range(options.rounds + 1):  # the first warms up, and its times are dropped
         for c in found:
@@ -243,7 +256,7 @@ def _row(c: Contender, bandwidth: float, ids: list[int], options: ModelOptions) 
         "ms_by_part": None,
     }
     if c.decoder is not None:
-        c.decoder.seconds = torch.zeros(len(PARTS), dtype=torch.float64)
+        c.decoder.seconds = torch.zeros(len(PARTS), dtype=torch.float64, device="cpu")
         c.read(ids[: options.context])
         c.decoder.seconds.zero_()
         start = time.perf_counter()

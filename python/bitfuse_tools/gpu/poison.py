@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_EMPTY = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+_EMPTY = (*(getattr(torch, name) for name in ("empty", "empty_like")), torch.Tensor.new_empty)
 _GUARD = 256  # bytes before and behind a tensor on a GPU: what an allocation is aligned to
 _BYTE = 0xA5
 

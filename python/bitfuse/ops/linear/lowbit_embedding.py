@@ -43,7 +43,7 @@ def _reference(indices: torch.Tensor, weight: WeightTensors, dtype: torch.dtype)
     else:
         assert weight.scale_scales is not None
         groups = weight.scales.shape[1]
-        place = at.unsqueeze(1) * groups + torch.arange(groups, device=at.device)
+        place = at.unsqueeze(1) * groups + torch.arange(groups, dtype=torch.int64, device=at.device)
         first = nested_code(at.device)[weight.scales[at].int()]
         scales = first * weight.scale_scales[place // NESTED_BLOCK] + weight.scale_offset
     zeros = None if weight.zeros is None else weight.zeros[at]

@@ -62,7 +62,8 @@ class LowBitEmbedding(Problem):
             call: Callable[[], Any]
             numbers: Callable[[], torch.Tensor]
             own = weights(self.n, self.k, setting.device)
-            indices = torch.randint(self.n, (self.tokens,), generator=torch.Generator().manual_seed(i))
+            random = torch.Generator(device="cpu").manual_seed(i)
+            indices = torch.randint(self.n, (self.tokens,), generator=random, dtype=torch.int64, device="cpu")
             indices = indices.to(setting.device)
             written = self.tokens * self.k * DTYPES[dtype].itemsize + indices.nbytes
             if format is None:
