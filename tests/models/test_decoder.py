@@ -203,14 +203,17 @@ def test_the_clock_and_weights_that_are_shared() -> None:
 def test_refuses() -> None:
     model, _ = made("llama")
     decoder = Decoder(model, batch=2, max_len=8)
-    for ids, words in (
+    for tokens, words in (
         ([[VOCABULARY]], f"a token of ids is {VOCABULARY}, expected 0 to {VOCABULARY - 1}"),
         ([[-1]], "a token of ids is -1"),
         ([[1] * 9], "seqlens is 0, expected 0 to -1: there is room for 8 tokens"),
         ([[1], [2], [3]], "batch is 3, expected at most 2"),
     ):
         with pytest.raises(ValueError, match=words):
-            decoder.step(torch.tensor(ids))
+            decoder.step(torch.tensor(tokens))
+    for ids in (torch.tensor([1]), torch.tensor([[1.0]]), [[1]]):
+        with pytest.raises(ValueError, match=r"expected an int64 tensor \[batch, tokens\]"):
+            decoder.step(ids)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="first is 2, expected 0 to 1"):
         decoder._native.step(
             torch.tensor([[1]]), torch.zeros(1, dtype=torch.int32), 2, torch.zeros(1, VOCABULARY), None, None

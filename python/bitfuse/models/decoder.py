@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ from .architectures import ARCHITECTURES, Architecture
 from .decoder_args import DecoderArgs, LayerArgs, Projection, RmsNorm
 from .rotary import rope_tables
 
-log = logging.getLogger("bitfuse")
 # of config.hidden_act: names of the extension's enum
 ACTIVATIONS = {
     "silu": "SILU",
@@ -137,6 +135,8 @@ class Decoder:
             ValueError: a token that is not in the vocabulary, a sequence that has no room; nothing has
                 changed.
         """
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+            raise ValueError(f"ids is {ids!r}, expected an int64 tensor [batch, tokens]")
         batch, tokens = ids.shape
         lengths = self.lengths[first : first + batch]
         if out is None:

@@ -4,16 +4,15 @@ the one that the rule takes.
     benchmarks/gpu.py --unit bitfuse_tools.gpu.sweep plans|tiles
 
 JSON on stdout, [{case, choice, cut, seconds, error}], what was measured before SIGINT too. The planner's cuts
-are those that it would make for other numbers of multiprocessors: every one can be launched on this GPU.
+are those that `bitfuse tune` tries.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,30 +41,6 @@ def wall_seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - at
 
 
-@contextlib.contextmanager
-def cut_as(plan: Any) -> Iterator[None]:
-    """The CUDA kernel's work is cut like this inside."""
-    before = lowbit_linear_cuda._plan
-    lowbit_linear_cuda._plan = lambda *_: plan
-    try:
-        yield
-    finally:
-        lowbit_linear_cuda._plan = before
-
-
-def plans(m: int, n: int, k: int, format: str, device: torch.device) -> dict[tuple[int, ...], Any]:
-    """The planner's cut, then those for other numbers of multiprocessors, by what tells them apart."""
-    gpu = device_of(device)
-    found: dict[tuple[int, ...], Any] = {}
-    scale = gpu.multiprocessors / 132
-    numbers = (33, 44, 56, 66, 88, 108, 120, 144, 160, 198, 264, 396, 528)
-    for count in (gpu.multiprocessors, *(max(1, round(scale * number)) for number in numbers)):
-        plan = lowbit_linear_cuda._plan(m, n, k, format, False, gpu._replace(multiprocessors=count))
-        if plan.token_tiles:
-            found.setdefault((1 << plan.log_warps_n, plan.splits, plan.tiles, plan.panel_buffers), plan)
-    return found
-
-
 def _timed(
     call: Callable[[], torch.Tensor], exact: torch.Tensor, timer: Callable[[Callable[[], Any]], float]
 ) -> dict[str, Any]:
@@ -91,8 +66,9 @@ def swept(kind: str, cases: list[tuple[int, int, int, str]], found: list[dict[st
 
         ways: list[tuple[str, Any]] = []
         if kind == "plans":
-            for (warps_n, splits, grid, _), plan in plans(m, n, k, format, device).items():
-                ways.append((f"{warps_n} warps along N, {grid} x {splits} blocks", cut_as(plan)))
+            for cut in lowbit_linear_cuda.candidates(m, n, k, format, False, device_of(device)):
+                name = f"{1 << cut.log_warps_n} warps along N, {cut.splits} splits"
+                ways.append((name, lowbit_linear_cuda.trying(cut)))
         else:
             group = w.format.group_size
             product = tiles.Product(m, n, k, w.format.bits, 0 if group in (-1, k) else group, 2)
